@@ -1,0 +1,1 @@
+"""LLM-to-SLM: a frozen large language model reads the prompt once, a small one writes the answer."""
