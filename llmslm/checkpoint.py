@@ -1,0 +1,134 @@
+"""Systems on disk: one folder with config, trained weights, tokenizers and a card; written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from llmslm.data.codec import Codec, TextFormat
+from llmslm.data.tokenizer import load_tokenizer
+from llmslm.errors import UserError
+from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.modeling import LlmToSlm
+
+CARD = "system.json"
+CARD_VERSION = 1
+SYSTEM_FOLDER = "system"
+ENCODER_TOKENIZER = "encoder_tokenizer"
+
+
+def save_system(folder: Path, model: PreTrainedModel, codec: Codec, card: dict[str, Any]) -> None:
+    """Write a loadable folder: weights (never the frozen encoder's), config, tokenizers, card.
+
+    The folder appears under its name only when it is complete; one that was there before is replaced.
+
+    Args:
+        folder: where to write.
+        model: a language model or a composition.
+        codec: its codec.
+        card: plain JSON values; `system` is one of llm, slm, llm_to_slm.
+
+    Raises:
+        UserError: if the disk is full.
+    """
+    with written_aside(folder) as aside:
+        model.save_pretrained(aside)
+        codec.slm_tokenizer.save_pretrained(aside)
+        if codec.encoder_tokenizer is not None:
+            codec.encoder_tokenizer.save_pretrained(aside / ENCODER_TOKENIZER)
+        text = json.dumps(card | {"version": CARD_VERSION, "text_format": asdict(codec.text_format)}, indent=2)
+        (aside / CARD).write_text(text + "\n", encoding="utf-8")
+
+
+def load_parts(
+    folder: str | Path, *, dtype: torch.dtype | None = None, encoder_source: str | None = None
+) -> tuple[PreTrainedModel, Codec, dict[str, Any]]:
+    """Load model, codec and card of a run folder or of the system folder in it.
+
+    Raises:
+        UserError: if there is no system, its card is of a newer version, or its encoder is not the right one.
+    """
+    folder = find_system(folder)
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    if card["version"] > CARD_VERSION:
+        raise UserError(f"{folder / CARD} has version {card['version']}; this llmslm reads up to {CARD_VERSION}")
+    model = _load_model(folder, dtype, encoder_source)
+    encoder_tokenizer = folder / ENCODER_TOKENIZER
+    codec = codec_for(
+        model,
+        load_tokenizer(str(folder)),
+        load_tokenizer(str(encoder_tokenizer)) if encoder_tokenizer.is_dir() else None,
+        TextFormat(**card["text_format"]),
+    )
+    return model, codec, card
+
+
+def codec_for(model: PreTrainedModel, slm_tokenizer: Any, encoder_tokenizer: Any, text_format: TextFormat) -> Codec:
+    """Make the codec that a model needs; its architecture decides about sides and layout."""
+    composed = isinstance(model, LlmToSlm)
+    return Codec(
+        slm_tokenizer,
+        encoder_tokenizer,
+        text_format=text_format,
+        is_encoder_decoder=bool(model.config.is_encoder_decoder),
+        decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        has_encoder=composed,
+        prompt_layout=model.alignment.prompt_layout if composed else "tokens",
+    )
+
+
+def find_system(folder: str | Path) -> Path:
+    """Return the folder that holds a system card: the given one or its `system` sub-folder."""
+    for candidate in (Path(folder), Path(folder) / SYSTEM_FOLDER):
+        if (candidate / CARD).is_file():
+            return candidate
+    raise UserError(
+        f"{folder} holds no system ({CARD} is missing there and in {SYSTEM_FOLDER}/); "
+        "expected a folder that `llmslm fit` wrote, for example runs/quickstart/llm_to_slm"
+    )
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that takes its name when the block ends well, and is removed otherwise."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(f"the disk is full: {folder} was not written; free some space and run again") from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Recognise a full disk, also where a library wraps the system's error in its own."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
+
+
+def _load_model(folder: Path, dtype: torch.dtype | None, encoder_source: str | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(folder)
+    kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
+    try:
+        if isinstance(config, LlmToSlmConfig):
+            return LlmToSlm.from_pretrained(folder, encoder_source=encoder_source, **kwargs)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(folder, **kwargs)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,197 @@
+"""Text to batches and ids to text, for one system: the same code serves training, evaluation and generation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llmslm.errors import UserError
+
+IGNORED = -100
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How a prompt becomes tokens; saved with a system, since decoding must repeat what training did."""
+
+    prompt_template: str = "{prompt}"
+    """Text around the prompt, for example "translate English to German: {prompt}"."""
+    max_prompt_tokens: int = 512
+    """Longest prompt, in the encoder's tokens (special tokens included)."""
+    max_target_tokens: int = 128
+    """Longest target, in the slm's tokens (end of sequence included); longer targets are cut."""
+    truncate_prompt: Literal["left", "right"] | None = None
+    """The side from which a longer prompt is cut; None refuses it."""
+
+
+class Codec:
+    """Encodes prompts and targets for one system and decodes its predictions.
+
+    Masks come from lengths, never from ids: a padding id that is also the end of sequence does no harm.
+
+    Args:
+        slm_tokenizer: tokenizer of the model that decodes.
+        encoder_tokenizer: tokenizer of the encoder, where it is not the slm's; needs the "placeholders" layout.
+        text_format: template and limits.
+        is_encoder_decoder: whether the model that decodes is an encoder-decoder.
+        decoder_start_token_id: what an encoder-decoder model's decoder starts from; targets do not repeat it.
+        has_encoder: whether the system has a frozen encoder (llm_to_slm), whose side the batches then carry.
+        prompt_layout: what stands on the slm's prompt positions (see `llmslm.models.alignment`).
+    """
+
+    def __init__(
+        self,
+        slm_tokenizer: PreTrainedTokenizerBase,
+        encoder_tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        text_format: TextFormat,
+        is_encoder_decoder: bool,
+        decoder_start_token_id: int | None = None,
+        has_encoder: bool = False,
+        prompt_layout: str = "tokens",
+    ) -> None:
+        if encoder_tokenizer is not None and prompt_layout == "tokens":
+            raise UserError(
+                "the encoder and the slm have different tokenizers, but the alignment is SameTokenizer; "
+                "set model.alignment to llmslm.models.alignment.EncoderTokenizer"
+            )
+        if "{prompt}" not in text_format.prompt_template:
+            raise UserError(
+                f"prompt_template {text_format.prompt_template!r} has no {{prompt}} in it (data.prompt_template)"
+            )
+        if slm_tokenizer.eos_token_id is None:
+            raise UserError("the slm's tokenizer has no end-of-sequence token, so targets would never end")
+        self.slm_tokenizer = slm_tokenizer
+        self.encoder_tokenizer = encoder_tokenizer
+        self.text_format = text_format
+        self.is_encoder_decoder = is_encoder_decoder
+        self.decoder_start_token_id = decoder_start_token_id
+        self.has_encoder = has_encoder
+        self.prompt_layout = prompt_layout
+        self.pad_id = _pad_id(slm_tokenizer)
+        self.encoder_pad_id = _pad_id(encoder_tokenizer or slm_tokenizer)
+
+    def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> list[Row]:
+        """Tokenise texts.
+
+        Returns:
+            One row a prompt: `input_prompt_ids` (slm side), `prompt_ids` (encoder side, if there is an encoder),
+            `target_ids` (if targets are given, end of sequence included) and `cut_prompt_tokens`, a list of one number:
+            the prompt tokens that truncation removed.
+
+        Raises:
+            UserError: if a prompt is too long and the format does not say where to cut.
+        """
+        rows = self._encode_prompts(prompts)
+        if targets is not None:
+            for row, target_ids in zip(rows, self._encode_targets(targets), strict=True):
+                row["target_ids"] = target_ids
+        return rows
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Make a training batch, right-padded.
+
+        Returns:
+            input_ids, attention_mask: (batch, input_len); prompt and target for decoder-only, the prompt for
+            encoder-decoder models. labels: (batch, input_len) or (batch, target_len), -100 = ignored. With an encoder
+            also prompt_ids and prompt_attention_mask, (batch, prompt_len).
+        """
+        prompts = [row["input_prompt_ids"] for row in rows]
+        targets = [row["target_ids"] for row in rows]
+        if self.is_encoder_decoder:
+            inputs, labels = prompts, targets
+        else:
+            inputs = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+            labels = [[IGNORED] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
+        input_ids, attention_mask = pad(inputs, self.pad_id)
+        return self._encoder_side(rows) | {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": pad(labels, IGNORED)[0],
+        }
+
+    def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Make a batch to generate from: prompts alone, left-padded for decoder-only models."""
+        side: Literal["left", "right"] = "right" if self.is_encoder_decoder else "left"
+        input_ids, attention_mask = pad([row["input_prompt_ids"] for row in rows], self.pad_id, side)
+        return self._encoder_side(rows) | {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Turn generated ids (batch, len) into texts, special tokens left out."""
+        texts: list[str] = self.slm_tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> list[Row]:
+        tokenizer = self.encoder_tokenizer or self.slm_tokenizer
+        texts = [self.text_format.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
+        encoded = _ids(tokenizer, texts)
+        lengths = [len(ids) for ids in encoded]
+        limit = self.text_format.max_prompt_tokens
+        if max(lengths, default=0) > limit:
+            encoded = self._cut(tokenizer, texts, lengths)
+        if 0 in lengths:
+            raise UserError("a prompt has no tokens; remove empty prompts from the data, or give a prompt_template")
+        rows = []
+        for ids, length in zip(encoded, lengths, strict=True):
+            input_ids = ids if self.prompt_layout == "tokens" else [self.pad_id] * len(ids)
+            row = {"input_prompt_ids": input_ids, "cut_prompt_tokens": [length - len(ids)]}
+            rows.append(row | {"prompt_ids": ids} if self.has_encoder else row)
+        return rows
+
+    def _cut(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], lengths: list[int]) -> list[list[int]]:
+        limit, side = self.text_format.max_prompt_tokens, self.text_format.truncate_prompt
+        if side is None:
+            worst = max(range(len(lengths)), key=lengths.__getitem__)
+            raise UserError(
+                f"a prompt has {lengths[worst]} tokens, the limit is {limit} ({texts[worst][:60]!r}...); "
+                "raise data.max_prompt_tokens, or set data.truncate_prompt to left or right"
+            )
+        previous, tokenizer.truncation_side = tokenizer.truncation_side, side
+        try:
+            return _ids(tokenizer, texts, truncation=True, max_length=limit)
+        finally:
+            tokenizer.truncation_side = previous
+
+    def _encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
+        eos, limit = self.slm_tokenizer.eos_token_id, self.text_format.max_target_tokens
+        if self.is_encoder_decoder:
+            start = self.decoder_start_token_id
+            encoded = self.slm_tokenizer(text_target=list(targets)).input_ids
+            encoded = [ids[1:] if ids and ids[0] == start else ids for ids in encoded]
+        else:
+            encoded = _ids(self.slm_tokenizer, list(targets), add_special_tokens=False)
+        return [(ids if ids and ids[-1] == eos else [*ids, eos])[:limit] for ids in encoded]
+
+    def _encoder_side(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        if not self.has_encoder:
+            return {}
+        prompt_ids, mask = pad([row["prompt_ids"] for row in rows], self.encoder_pad_id)
+        return {"prompt_ids": prompt_ids, "prompt_attention_mask": mask}
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right"
+) -> tuple[Tensor, Tensor]:
+    """Pad to (batch, longest) and return the ids with their mask, 1 = a real token."""
+    longest = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
+    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        span = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
+        ids[row, span] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, span] = 1
+    return ids, mask
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with: any will do, since masks come from lengths."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs: Any) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs).input_ids
+    return ids

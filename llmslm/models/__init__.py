@@ -1,0 +1,1 @@
+"""The composition as plain torch and transformers modules: single device, no Trainer needed."""

@@ -1,0 +1,75 @@
+"""LlmToSlmConfig: the sub-configs of the two models, the specs of the parts between them, and where the encoder comes from."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from llmslm.models.components import Spec
+
+DEFAULT_PROJECTOR: Spec = {"class_path": "llmslm.models.projector.MlpProjector", "init_args": {}}
+DEFAULT_FUSION: Spec = {"class_path": "llmslm.models.fusion.Add", "init_args": {}}
+DEFAULT_ALIGNMENT: Spec = {"class_path": "llmslm.models.alignment.SameTokenizer", "init_args": {}}
+
+
+class LlmToSlmConfig(PreTrainedConfig):
+    """Configuration of `LlmToSlm`.
+
+    Args:
+        encoder_config: config of the LLM that encodes.
+        slm_config: config of the slm that decodes.
+        encoder_source: hub name or folder of the LLM; a relative folder is looked up beside this file first.
+        encoder_revision: commit of the hub repository.
+        encoder_layer: the layer whose states are used: "last", an index into hidden_states, or a fraction of the depth.
+        encoder_hash: content hash of the encoder's weights, checked at load.
+        projector: class path and arguments of the projector.
+        fusion: class path and arguments of the fusion.
+        alignment: class path and arguments of the alignment.
+        kwargs: what every transformers config takes.
+    """
+
+    model_type = "llm_to_slm"
+    sub_configs = {"encoder_config": AutoConfig, "slm_config": AutoConfig}  # noqa: RUF012 (transformers' own idiom)
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
+        slm_config: PreTrainedConfig | dict[str, Any] | None = None,
+        encoder_source: str | None = None,
+        encoder_revision: str | None = None,
+        encoder_layer: str | int | float = "last",
+        encoder_hash: str | None = None,
+        projector: Spec | None = None,
+        fusion: Spec | None = None,
+        alignment: Spec | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.encoder_config = _sub_config(encoder_config)
+        self.slm_config = _sub_config(slm_config)
+        self.encoder_source = encoder_source
+        self.encoder_revision = encoder_revision
+        self.encoder_layer = encoder_layer
+        self.encoder_hash = encoder_hash
+        self.projector = projector or DEFAULT_PROJECTOR
+        self.fusion = fusion or DEFAULT_FUSION
+        self.alignment = alignment or DEFAULT_ALIGNMENT
+        for name in ("is_encoder_decoder", "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id"):
+            kwargs.setdefault(name, getattr(self.slm_config, name, None))
+        kwargs.setdefault("decoder_start_token_id", getattr(self.slm_config, "decoder_start_token_id", None))
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Return the slm's config: it decides caches and vocabulary in generation."""
+        config: PreTrainedConfig = self.slm_config.get_text_config(decoder=decoder, encoder=encoder)
+        return config
+
+
+def _sub_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    """Turn a config.json's dict into the config class that its model_type names."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if config is None:
+        return PreTrainedConfig()
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    return AutoConfig.for_model(model_type, **values) if model_type else PreTrainedConfig(**values)

@@ -1,0 +1,230 @@
+"""The frozen encoder: a large language model, cut to the layers that are needed, that reads each prompt once."""
+
+import contextlib
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llmslm.errors import UserError
+
+Layer = Literal["last"] | int | float
+
+# Where the weights of an encoder stack lie in a checkpoint of the whole encoder-decoder model.
+_STACK_KEYS = {
+    r"^(?:model\.|transformer\.)?encoder\.": "",
+    r"^(?:model\.|transformer\.)?shared\.": "embed_tokens.",
+}
+
+
+class Encoder(nn.Module):
+    """Frozen text encoder: (batch, prompt_len) ids to (batch, prompt_len, hidden_size) states.
+
+    It has no gradient and no dropout: parameters do not require one, `train()` leaves it in eval mode, and `forward`
+    keeps no activation.
+
+    Args:
+        model: an encoder stack or a decoder-only base model (no language-model head).
+        layer: whose output is used: "last" (after the final norm), an index into hidden_states (0 = embeddings, negative
+            from the end), or a fraction of the depth in (0, 1]. Layers above it are removed. The states of inner layers
+            are taken before the final norm.
+        full_depth: layers of the whole model, where `model` was already shortened at load.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: PreTrainedModel, layer: Layer = "last", *, full_depth: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+        self._inner_state: Tensor | None = None
+        self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+        layers = layer_list(model)
+        full_depth = full_depth or len(layers)
+        self.depth = layer_index(layer, full_depth)
+        if self.depth < full_depth:
+            del layers[max(self.depth, 1) :]
+            if self.depth == 0:
+                layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            else:
+                layers[-1].register_forward_hook(self._keep_output)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_source(
+        cls, source: str, *, revision: str | None = None, layer: Layer = "last", dtype: torch.dtype | str | None = None
+    ) -> Self:
+        """Load the encoder part of a hub name or a local folder.
+
+        Of an encoder-decoder model only the encoder stack is loaded; of a decoder-only or encoder-only model the base
+        model without its head.
+
+        Raises:
+            UserError: if there is no such model, its weights are missing, or the layer does not exist.
+        """
+        kwargs: dict[str, Any] = {"revision": revision, "output_loading_info": True}
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            with _without_load_report():
+                if config.is_encoder_decoder:
+                    kwargs |= {"config": config, "key_mapping": _STACK_KEYS}
+                    model, info = encoder_stack_class(config).from_pretrained(source, **kwargs)
+                else:
+                    model, info = AutoModel.from_pretrained(source, config=_shorten(config, layer), **kwargs)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"encoder source {source!r} cannot be loaded: {_first_line(error)}; "
+                "expected a hub name or a folder with config.json and weights (model.encoder.source)"
+            ) from error
+        if missing := sorted(info["missing_keys"]):
+            raise UserError(
+                f"encoder source {source!r} lacks the weights of {', '.join(missing[:3])}"
+                f"{' and more' if len(missing) > 3 else ''}; they would be random (model.encoder.source)"
+            )
+        return cls(model, layer, full_depth=config.num_hidden_layers)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the loaded part."""
+        config: PreTrainedConfig = self.model.config
+        return config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest prompt that absolute positions allow; None where positions are relative or unbounded."""
+        table = next((m for n, m in self.model.named_modules() if _is_position_table(n, m)), None)
+        return None if table is None else int(table.num_embeddings) - int(getattr(table, "offset", 0))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: a frozen encoder has no dropout, also while the rest is trained."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode prompts padded on either side.
+
+        Args:
+            prompt_ids: (batch, prompt_len) ids of the encoder's tokenizer.
+            prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+
+        Returns:
+            hidden_states (batch, prompt_len, hidden_size) and their mask (batch, prompt_len), both right-padded: models
+            with absolute positions read a prompt from position 0, as they were trained to.
+        """
+        prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
+        kwargs = {"use_cache": False} if self._takes_use_cache else {}
+        output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
+        if self._inner_state is None:
+            return output.last_hidden_state, mask
+        inner, self._inner_state = self._inner_state, None
+        return inner, mask
+
+    @torch.no_grad()
+    def embed_tokens(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
+        """Return the encoder's own token embeddings (batch, prompt_len, hidden_size), right-padded."""
+        embeds: Tensor = self.model.get_input_embeddings()(pad_right(prompt_ids, prompt_attention_mask)[0])
+        return embeds
+
+    def content_hash(self) -> str:
+        """Hash names and values of all weights, rounded to bfloat16 so that the loading dtype does not matter."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _keep_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._inner_state = output if isinstance(output, Tensor) else output[0]
+
+    def _keep_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inner_state = args[0] if args else kwargs["hidden_states"]
+
+
+def pad_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the padding of (batch, len) ids to the right, wherever it was; the order of real tokens stays."""
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
+
+
+def layer_list(model: nn.Module) -> nn.ModuleList:
+    """Find the stack's list of layers: the first module list on the way down."""
+    found = next((m for m in model.modules() if isinstance(m, nn.ModuleList)), None)
+    if found is None:
+        raise UserError(f"{type(model).__name__} has no list of layers, so it cannot be an encoder (model.encoder)")
+    return found
+
+
+def layer_index(layer: Layer, depth: int) -> int:
+    """Turn "last", an index or a fraction into the number of layers to run, 0 to depth.
+
+    Raises:
+        UserError: if there is no such layer.
+    """
+    if layer == "last":
+        return depth
+    if isinstance(layer, float) and 0 < layer <= 1:
+        return max(1, round(layer * depth))
+    if isinstance(layer, int) and -depth - 1 <= layer <= depth:
+        return layer if layer >= 0 else depth + 1 + layer
+    raise UserError(
+        f"encoder layer {layer!r} does not exist in a model of {depth} layers: give \"last\", an index from "
+        f"{-depth - 1} to {depth}, or a fraction in (0, 1] (model.encoder.layer)"
+    )
+
+
+def encoder_stack_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of the encoder stack of an encoder-decoder config, found on a model without memory."""
+    with torch.device("meta"):
+        return type(AutoModel.from_config(copy.deepcopy(config)).get_encoder())
+
+
+def _shorten(config: PreTrainedConfig, layer: Layer) -> PreTrainedConfig:
+    """Ask for the needed layers alone, so that the others are not even read from disk."""
+    depth = config.num_hidden_layers
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = max(layer_index(layer, depth), 1)
+    if getattr(short, "layer_types", None):
+        short.layer_types = short.layer_types[: short.num_hidden_layers]
+    return short
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence transformers' table of weights that were left out: leaving out the head and upper layers is the aim."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _is_position_table(name: str, module: nn.Module) -> bool:
+    """Recognise a learned table of absolute positions."""
+    return isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")) and "relative" not in name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def local_or_hub(source: str, beside: Path | None = None) -> str:
+    """Resolve a relative folder against `beside` first; anything else is left as it is."""
+    if beside is not None and not Path(source).is_absolute() and (beside / source).is_dir():
+        return str((beside / source).resolve())
+    return source

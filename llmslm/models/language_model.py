@@ -1,0 +1,95 @@
+"""Language models by hub name, folder or config: the LLM and the slm on their own, as transformers builds them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llmslm.errors import UserError
+
+
+@dataclass
+class ModelSource:
+    """Where a language model comes from: give `source`, or `config` for random weights."""
+
+    source: str | None = None
+    """Hub name, or a folder in the hub's format."""
+    revision: str | None = None
+    """Commit, tag or branch of the hub repository."""
+    config: dict[str, Any] | None = None
+    """A transformers config with its `model_type`; vocabulary and special ids come from the tokenizer."""
+
+    def check(self, key: str) -> None:
+        """Raise a UserError that names `key` unless exactly one of source and config is given."""
+        if (self.source is None) == (self.config is None):
+            given = "neither" if self.source is None else "both"
+            raise UserError(f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config")
+
+
+def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, key: str) -> PreTrainedConfig:
+    """Return the transformers config that a model source names.
+
+    Raises:
+        UserError: if the source does not exist, or the config is not one that transformers knows.
+    """
+    model_source.check(key)
+    if model_source.source is not None:
+        try:
+            return AutoConfig.from_pretrained(model_source.source, revision=model_source.revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}.source {model_source.source!r}: {str(error).splitlines()[0]}") from error
+    values = copy.deepcopy(model_source.config or {})
+    model_type = values.pop("model_type", None)
+    if model_type is None:
+        raise UserError(f"{key}.config has no model_type; name one of transformers, for example llama or t5")
+    if tokenizer is not None:
+        values.setdefault("vocab_size", len(tokenizer))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            values.setdefault(name, getattr(tokenizer, name))
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
+        values.setdefault("decoder_start_token_id", start)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{key}.config is not a valid {model_type!r} config: {' '.join(str(error).split())}") from error
+
+
+def load_language_model(
+    model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, key: str, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Load or build a language model with its head; encoder-decoder or decoder-only as its config says.
+
+    Args:
+        model_source: where it comes from.
+        tokenizer: gives vocabulary size and special ids to a model built from a config.
+        key: the recipe's key, for messages.
+        dtype: of the weights; training keeps them in float32 and computes in the Trainer's precision.
+
+    Raises:
+        UserError: if there is no such model or its weights are missing.
+    """
+    config = load_config(model_source, tokenizer, key)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if model_source.source is None:
+        return auto.from_config(config, dtype=dtype)
+    try:
+        model, info = auto.from_pretrained(
+            model_source.source, revision=model_source.revision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{key}.source {model_source.source!r} cannot be loaded: {str(error).splitlines()[0]}; "
+            "expected a hub name or a folder with config.json and weights"
+        ) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{key}.source {model_source.source!r} lacks the weights of {', '.join(missing[:3])}")
+    return model

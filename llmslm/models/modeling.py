@@ -1,0 +1,394 @@
+"""LlmToSlm: the composition of a frozen encoder, a projector, a fusion and a small language model."""
+
+import copy
+import inspect
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+
+from llmslm.errors import UserError
+from llmslm.models.alignment import Alignment
+from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.encoder import Encoder, local_or_hub
+from llmslm.models.fusion import Fusion
+from llmslm.models.projector import Projector
+
+
+class LlmToSlm(PreTrainedModel, GenerationMixin):
+    """A small language model that is conditioned on a large one's reading of the prompt (arXiv 2402.16844).
+
+    The encoder is not part of the saved weights: `from_pretrained` fetches it from its source and checks its content
+    hash. A model built from a config alone has no encoder until `attach_encoder` is called.
+    """
+
+    config_class = LlmToSlmConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: LlmToSlmConfig) -> None:
+        super().__init__(config)
+        self.encoder: Encoder | None = None
+        widths = (config.encoder_config.hidden_size, config.slm_config.hidden_size)
+        self.projector = Projector.from_spec(config.projector, *widths)
+        self.alignment = Alignment.from_spec(config.alignment, *widths)
+        self.fusion = Fusion.from_spec(config.fusion, *widths)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        self.slm: PreTrainedModel = auto.from_config(config.slm_config)
+        self._find_slm_inputs()
+        self.post_init()
+
+    @classmethod
+    def compose(
+        cls,
+        encoder: Encoder,
+        slm: PreTrainedModel,
+        *,
+        projector: Projector,
+        alignment: Alignment,
+        fusion: Fusion,
+        encoder_source: str | None = None,
+        encoder_revision: str | None = None,
+    ) -> Self:
+        """Put parts together that exist already; the projector starts at the scale of the slm's embeddings."""
+        config = LlmToSlmConfig(
+            encoder_config=copy.deepcopy(encoder.config),
+            slm_config=copy.deepcopy(slm.config),
+            encoder_source=encoder_source,
+            encoder_revision=encoder_revision,
+            encoder_layer=encoder.layer,
+            encoder_hash=encoder.content_hash(),
+            projector=projector.spec(),
+            fusion=fusion.spec(),
+            alignment=alignment.spec(),
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        model.projector, model.alignment, model.fusion, model.slm = projector, alignment, fusion, slm
+        model.generation_config = slm.generation_config
+        projector.match_scale(_sample_embeddings(slm))
+        model.attach_encoder(encoder)
+        return model
+
+    def attach_encoder(self, encoder: Encoder) -> None:
+        """Use this encoder.
+
+        Raises:
+            UserError: if its width is not what the projector takes, or its content is not what the config names.
+        """
+        if encoder.hidden_size != self.projector.encoder_hidden_size:
+            raise UserError(
+                f"the encoder's states are {encoder.hidden_size} wide, the projector takes "
+                f"{self.projector.encoder_hidden_size}; train this projector with its own encoder (model.encoder)"
+            )
+        if self.config.encoder_hash and encoder.content_hash() != self.config.encoder_hash:
+            raise UserError(
+                f"the encoder from {self.config.encoder_source!r} is not the one that this system was trained with "
+                f"(content {encoder.content_hash()}, expected {self.config.encoder_hash}); "
+                "give the right one with encoder_source"
+            )
+        self.encoder = encoder
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        encoder_source: str | None = None,
+        load_encoder: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load the trained part from a folder or the hub, and the encoder from its own source.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub name.
+            args: see transformers.
+            encoder_source: where the encoder lies now, if not where the config says.
+            load_encoder: False leaves the encoder out, for training or decoding from cached hidden_states.
+            kwargs: see transformers; `dtype` goes to the encoder too.
+
+        Raises:
+            UserError: if the encoder cannot be found or is a different one.
+        """
+        model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if load_encoder:
+            config = model.config
+            source = encoder_source or config.encoder_source
+            if source is None:
+                raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
+            source = local_or_hub(source, Path(pretrained_model_name_or_path))
+            revision = None if encoder_source else config.encoder_revision
+            encoder = Encoder.from_source(
+                source, revision=revision, layer=config.encoder_layer, dtype=kwargs.get("dtype")
+            )
+            model.attach_encoder(encoder.to(model.device))
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save what was trained and name the encoder; a local encoder is named relative to this folder."""
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        trained = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoder.")}
+        source = self.config.encoder_source
+        if source is not None and Path(source).is_dir():
+            folder = Path(save_directory).resolve()
+            self.config.encoder_source = os.path.relpath(Path(source).resolve(), folder)
+        try:
+            super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+        finally:
+            self.config.encoder_source = source
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the slm's token embeddings."""
+        return self.slm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the slm's token embeddings."""
+        self.slm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the slm's language-model head."""
+        return self.slm.get_output_embeddings()
+
+    def get_encoder(self, *_args: Any, **_kwargs: Any) -> nn.Module:
+        """Return the slm's own encoder, which generation looks for; the frozen LLM is `self.encoder`."""
+        encoder: nn.Module = self.slm.get_encoder()
+        return encoder
+
+    def get_decoder(self) -> nn.Module:
+        """Return the slm's decoder."""
+        decoder: nn.Module = self.slm.get_decoder()
+        return decoder
+
+    def encode(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the frozen encoder: hidden_states (batch, prompt_len, encoder_hidden_size) and their mask."""
+        if self.encoder is None:
+            raise UserError("this composition has no encoder: load it with from_pretrained, or call attach_encoder")
+        hidden_states, mask = self.encoder(prompt_ids, prompt_attention_mask)
+        return hidden_states, mask
+
+    def embed_prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_ids: Tensor | None,
+        prompt_attention_mask: Tensor,
+        hidden_states: Tensor | None = None,
+    ) -> Tensor:
+        """Encode, project, align and fuse.
+
+        Args:
+            input_ids: (batch, input_len), the slm's side.
+            attention_mask: (batch, input_len), 1 = attend.
+            prompt_ids: (batch, prompt_len), the encoder's side; may be None where hidden_states are given.
+            prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+            hidden_states: (batch, prompt_len, encoder_hidden_size), right-padded encoder states made before.
+
+        Returns:
+            inputs_embeds (batch, input_len, slm_hidden_size), what the slm reads.
+        """
+        token_embeds = None
+        if self.alignment.needs_token_embeds:
+            if self.encoder is None or prompt_ids is None:
+                raise UserError("the EncoderTokenizer alignment reads the encoder's embeddings: attach the encoder")
+            token_embeds = self.encoder.embed_tokens(prompt_ids, prompt_attention_mask)
+        if hidden_states is None:
+            if prompt_ids is None:
+                raise UserError("give prompt_ids, or hidden_states that were encoded before")
+            hidden_states, prompt_attention_mask = self.encode(prompt_ids, prompt_attention_mask)
+        width_dtype = self.get_input_embeddings().weight.dtype
+        prompt_embeds = self.projector(hidden_states.to(width_dtype))
+        if token_embeds is not None:
+            token_embeds = token_embeds.to(width_dtype)
+        embeds = self.get_input_embeddings()(input_ids)
+        return self.fusion(self.alignment(embeds, attention_mask, prompt_embeds, prompt_attention_mask, token_embeds))
+
+    def slm_inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_ids: Tensor | None,
+        prompt_attention_mask: Tensor,
+        hidden_states: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Return what the bare slm takes for its prefill: inputs_embeds or encoder_outputs, and attention_mask.
+
+        Arguments as in `embed_prompt`.
+        """
+        embeds = self.embed_prompt(input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states)
+        if not self.config.is_encoder_decoder:
+            return {"inputs_embeds": embeds, "attention_mask": attention_mask}
+        states = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": attention_mask}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prompt_ids: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        prompt_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        encoder_outputs: Any = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """Run the slm on a prompt that the encoder has read.
+
+        Args:
+            input_ids: (batch, input_len): prompt and target of a decoder-only slm, the prompt of an encoder-decoder slm.
+            attention_mask: (batch, input_len), 1 = attend; padding on either side.
+            prompt_ids: (batch, prompt_len), the prompt in the encoder's tokenizer.
+            prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+            hidden_states: (batch, prompt_len, encoder_hidden_size), encoder states made before, right-padded.
+            inputs_embeds: (batch, input_len, slm_hidden_size), handed to the slm as they are.
+            prompt_inputs_embeds: (batch, k, slm_hidden_size), what the first k positions read (made by `generate`).
+            labels: -100 = ignored; (batch, input_len) for decoder-only, (batch, target_len) for encoder-decoder slms.
+            position_ids: (batch, input_len); counted from the attention mask where None.
+            past_key_values: the slm's cache.
+            encoder_outputs: of the slm's own encoder, where it is an encoder-decoder and its encoder has run.
+            kwargs: anything else that the slm's forward takes.
+
+        Returns:
+            The slm's own output: loss (if labels were given), logits (batch, len, vocabulary), past_key_values.
+        """
+        if encoder_outputs is not None:
+            kwargs["encoder_outputs"] = encoder_outputs
+        elif inputs_embeds is None and input_ids is not None:
+            if prompt_attention_mask is not None:
+                # In decode steps a missing mask means "attend to the whole cache": do not invent a short one there.
+                attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+                inputs_embeds = self.embed_prompt(
+                    input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states
+                )
+            else:
+                inputs_embeds = self._embed_tail(input_ids, prompt_inputs_embeds)
+        if position_ids is None and past_key_values is None and self._slm_takes_positions:
+            position_ids = _positions(attention_mask)
+        if position_ids is not None and self._slm_takes_positions:
+            kwargs["position_ids"] = position_ids
+        output: ModelOutput = self.slm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            labels=labels,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return output
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        prompt_inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Hand the fused prompt to `forward` in prefill, and at each step where there is no cache."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if prompt_inputs_embeds is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            inputs["prompt_inputs_embeds"] = prompt_inputs_embeds
+        return inputs
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate as every transformers model does; the encoder reads the prompts once, before the first step.
+
+        Args:
+            inputs: (batch, input_len) the slm's side of the prompt; same as the keyword `input_ids`. May be left out
+                where both sides share a tokenizer.
+            kwargs: prompt_ids and prompt_attention_mask (batch, prompt_len; taken from input_ids and attention_mask where
+                left out), hidden_states, and whatever `GenerationMixin.generate` takes.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        mask = kwargs.pop("attention_mask", None)
+        prompt_ids = kwargs.pop("prompt_ids", None)
+        prompt_mask = kwargs.pop("prompt_attention_mask", None)
+        hidden_states = kwargs.pop("hidden_states", None)
+        input_ids, mask, prompt_ids, prompt_mask = self._complete_sides(input_ids, mask, prompt_ids, prompt_mask)
+        ready = self.slm_inputs(input_ids, mask, prompt_ids, prompt_mask, hidden_states)
+        if self.config.is_encoder_decoder:
+            return super().generate(encoder_outputs=ready["encoder_outputs"], attention_mask=mask, **kwargs)
+        return super().generate(
+            input_ids, attention_mask=mask, prompt_inputs_embeds=ready["inputs_embeds"], **kwargs
+        )
+
+    def _complete_sides(
+        self, input_ids: Tensor | None, mask: Tensor | None, prompt_ids: Tensor | None, prompt_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Fill in the side that was left out: with one tokenizer the two sides hold the same ids."""
+        if input_ids is None and prompt_ids is None:
+            raise UserError("generate needs a prompt: give prompt_ids (encoder side) or input_ids (slm side)")
+        if prompt_ids is not None and prompt_mask is None:
+            prompt_mask = torch.ones_like(prompt_ids)
+        if input_ids is not None and mask is None:
+            mask = torch.ones_like(input_ids)
+        if input_ids is None:
+            input_ids, mask = prompt_ids, prompt_mask
+            if self.alignment.prompt_layout == "placeholders":
+                input_ids = torch.full_like(prompt_ids, self.config.pad_token_id or 0)
+        elif prompt_ids is None:
+            prompt_ids, prompt_mask = input_ids, mask
+            if self.alignment.prompt_layout == "placeholders":
+                raise UserError("the two sides have different tokenizers: give prompt_ids in the encoder's")
+        return input_ids, mask, prompt_ids, prompt_mask  # type: ignore[return-value]
+
+    def _embed_tail(self, input_ids: Tensor, prompt_inputs_embeds: Tensor | None) -> Tensor:
+        """Embed tokens; the first k positions read `prompt_inputs_embeds` where it is given."""
+        if prompt_inputs_embeds is None:
+            embeds: Tensor = self.get_input_embeddings()(input_ids)
+            return embeds
+        tail = self.get_input_embeddings()(input_ids[:, prompt_inputs_embeds.shape[1] :])
+        return torch.cat([prompt_inputs_embeds, tail], dim=1)
+
+    def _find_slm_inputs(self) -> None:
+        self._slm_takes_positions = "position_ids" in inspect.signature(self.slm.forward).parameters
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave projector, fusion and alignment as their constructors made them."""
+
+
+def _positions(attention_mask: Tensor | None) -> Tensor | None:
+    """Count positions over attended tokens: learned absolute positions must not see left padding."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def _sample_embeddings(slm: PreTrainedModel, limit: int = 4096) -> Tensor:
+    """Embed the first ids of the vocabulary, through the module, since some models scale inside it."""
+    table = slm.get_input_embeddings()
+    ids = torch.arange(min(limit, table.num_embeddings), device=table.weight.device)
+    embeds: Tensor = table(ids)
+    return embeds
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModel` know the composition."""
+    AutoConfig.register(LlmToSlmConfig.model_type, LlmToSlmConfig, exist_ok=True)
+    AutoModel.register(LlmToSlmConfig, LlmToSlm, exist_ok=True)
+    AutoModelForCausalLM.register(LlmToSlmConfig, LlmToSlm, exist_ok=True)
+
+
+register()

@@ -1,0 +1,226 @@
+"""A system as it is used: a model with its codec, loaded from a folder, that turns prompts into predictions."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from llmslm.checkpoint import load_parts
+from llmslm.data.codec import IGNORED, Codec
+from llmslm.models.modeling import LlmToSlm
+
+Control = Literal["zero", "shuffled"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prediction."""
+
+    text: str
+    """The generated text, special tokens left out."""
+    tokens: int
+    """Tokens produced, end of sequence included."""
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """How likely a target is."""
+
+    nats: float
+    """-log p(target | prompt), summed over its tokens."""
+    tokens: int
+    """Tokens of the target in the system's tokenizer, end of sequence included."""
+
+
+class System:
+    """A trained (or pretrained) llm, slm or llm_to_slm with its tokenizers.
+
+    Args:
+        name: "llm", "slm" or "llm_to_slm"; a control adds its own name behind a slash.
+        model: the language model or the composition, in eval mode.
+        codec: text to ids and back.
+        card: what is known of its training (recipe, commit, data fingerprint, seed ...).
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, codec: Codec, card: dict[str, Any]) -> None:
+        self.name = name
+        self.model = model.eval()
+        self.codec = codec
+        self.card = card
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        encoder_source: str | None = None,
+    ) -> Self:
+        """Load a run folder, or the system folder inside it.
+
+        Raises:
+            UserError: if the folder holds no system, or its encoder cannot be found or is a different one.
+        """
+        model, codec, card = load_parts(folder, dtype=dtype, encoder_source=encoder_source)
+        return cls(card["system"], model.to(device), codec, card)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The model that produces tokens: the slm of a composition, or the model itself."""
+        return self.model.slm if isinstance(self.model, LlmToSlm) else self.model
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        on_first_token: Callable[[], None] | None = None,
+    ) -> list[Generation]:
+        """Generate greedily from one batch of prompts, as given.
+
+        Args:
+            prompts: texts; the codec adds the prompt template.
+            max_new_tokens: the token budget of each prediction.
+            min_new_tokens: no end of sequence before this many tokens; equal to max_new_tokens for a fixed length.
+            on_first_token: called when the batch's first new token is known.
+        """
+        inputs = self.prefill(prompts)
+        stopping = StoppingCriteriaList([_FirstToken(on_first_token)] if on_first_token else [])
+        config = GenerationConfig.from_dict(
+            self.language_model.generation_config.to_dict()
+            | {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens or None, "max_length": None}
+            | {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+            | {"pad_token_id": self.codec.pad_id, "eos_token_id": self._eos_ids()}
+        )
+        ids = self.language_model.generate(**inputs, generation_config=config, stopping_criteria=stopping)
+        new_ids = self._new_ids(ids, inputs)
+        counts = count_until(new_ids, self._eos_ids())
+        texts = self.codec.decode([row[:count].tolist() for row, count in zip(new_ids, counts, strict=True)])
+        return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
+
+    def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Tokenise prompts and, for a composition, encode, project and fuse: what the language model starts from."""
+        batch = {k: v.to(self.device) for k, v in self.codec.collate_prompts(self.codec.encode(prompts)).items()}
+        return self.model.slm_inputs(**batch) if isinstance(self.model, LlmToSlm) else batch
+
+    @torch.inference_mode()
+    def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
+        """Score one batch of targets given their prompts; targets are cut at the format's max_target_tokens."""
+        batch = self.codec.collate(self.codec.encode(prompts, targets))
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        labels = batch["labels"]
+        logits = self.model(**batch).logits
+        if not self.codec.is_encoder_decoder:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        losses = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+        )
+        nats = losses.double().sum(1).tolist()
+        tokens = (labels != IGNORED).sum(1).tolist()
+        return [TargetScore(*pair) for pair in zip(nats, tokens, strict=True)]
+
+    def parameters(self) -> dict[str, int]:
+        """Count parameters: in total, those that a checkpoint holds, and those read for each generated token."""
+        encoder = self.model.encoder if isinstance(self.model, LlmToSlm) else None
+        frozen = sum(p.numel() for p in encoder.parameters()) if encoder is not None else 0
+        total = sum(p.numel() for p in self.model.parameters())
+        decoder = self.language_model
+        if decoder.config.is_encoder_decoder:
+            head = decoder.get_output_embeddings()
+            parts = [*decoder.get_decoder().parameters(), *(head.parameters() if head is not None else [])]
+            decoding = sum({id(p): p.numel() for p in parts}.values())
+        else:
+            decoding = sum(p.numel() for p in decoder.parameters())
+        return {"total": total, "trained": total - frozen, "decoding": decoding}
+
+    def with_features(self, control: Control) -> "System":
+        """Return this system with the encoder's message destroyed, as a control.
+
+        "zero" sets the projected states to zero; "shuffled" gives each prompt the states of the one before it in the
+        batch (of the previous batch's last prompt for the first one).
+        """
+        return _ControlSystem(self, control)
+
+    def _eos_ids(self) -> list[int]:
+        eos = self.language_model.generation_config.eos_token_id
+        eos = self.codec.slm_tokenizer.eos_token_id if eos is None else eos
+        return list(eos) if isinstance(eos, list | tuple) else [int(eos)]
+
+    def _new_ids(self, ids: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Drop what generate() returns in front of the new tokens: the decoder's start or the prompt's ids."""
+        if self.codec.is_encoder_decoder:
+            return ids[:, 1:]
+        return ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
+
+
+class _ControlSystem(System):
+    """A llm_to_slm system whose projected states are replaced; everything else is shared with the original."""
+
+    def __init__(self, system: System, control: Control) -> None:
+        super().__init__(f"{system.name}/{control}_features", system.model, system.codec, system.card)
+        self._control = control
+        self._previous: Tensor | None = None
+
+    def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Run the prefill with the projector's output replaced."""
+        with self._replaced_features():
+            return super().prefill(prompts)
+
+    def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
+        """Score with the projector's output replaced."""
+        with self._replaced_features():
+            return super().log_likelihood(prompts, targets)
+
+    @contextlib.contextmanager
+    def _replaced_features(self) -> Iterator[None]:
+        handle = self.model.projector.register_forward_hook(lambda _module, _args, states: self._replace(states))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _replace(self, states: Tensor) -> Tensor:
+        if self._control == "zero":
+            return torch.zeros_like(states)
+        shifted = states.roll(1, dims=0)
+        if self._previous is not None:
+            length = min(self._previous.shape[0], states.shape[1])
+            shifted[0] = 0
+            shifted[0, :length] = self._previous[:length]
+        self._previous = states[-1].clone()
+        return shifted
+
+
+class _FirstToken(StoppingCriteria):
+    """Never stops; calls back once, after the first token."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self._callback is not None:
+            self._callback()
+            self._callback = None
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def count_until(new_ids: Tensor, eos_ids: Sequence[int]) -> list[int]:
+    """Count the tokens of each row of (batch, len) up to and including the first end of sequence."""
+    is_eos = torch.isin(new_ids, torch.tensor(list(eos_ids), device=new_ids.device))
+    first = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, new_ids.shape[1])
+    counts: list[int] = first.tolist()
+    return counts
