@@ -1,0 +1,56 @@
+"""At the end of training: the best weights become a system folder that evaluation and `llmslm generate` load."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from llmslm import provenance
+from llmslm.checkpoint import SYSTEM_FOLDER, save_system
+from llmslm.module import SystemModule
+
+
+class SaveSystem(Callback):
+    """Writes <default_root_dir>/system from the best checkpoint (the last weights where none was kept).
+
+    Args:
+        recipe: name of the recipe, for the card; the command line sets it.
+    """
+
+    def __init__(self, recipe: str | None = None) -> None:
+        self.recipe = recipe
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save once, on rank 0."""
+        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        module = cast(SystemModule, pl_module)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if best:
+            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            module.load_state_dict(state, strict=False)
+        if module.model is None or module.codec is None:
+            return
+        save_system(Path(trainer.default_root_dir) / SYSTEM_FOLDER, module.model, module.codec, self.card(trainer))
+
+    def card(self, trainer: Trainer) -> dict[str, Any]:
+        """Say what the system is and how it came to be."""
+        head, dirty = provenance.commit()
+        module = cast(SystemModule, trainer.lightning_module)
+        return {
+            "system": module.system,
+            "recipe": self.recipe,
+            "seed": torch.initial_seed(),
+            "steps": trainer.global_step,
+            "commit": head,
+            "dirty": dirty,
+            "data": data_fingerprint(trainer),
+            "versions": provenance.versions(),
+        }
+
+
+def data_fingerprint(trainer: Trainer) -> str:
+    """Return the content hash of the trainer's data source, "unknown" without a data module of ours."""
+    source = getattr(getattr(trainer, "datamodule", None), "source", None)
+    return source.fingerprint() if source is not None else "unknown"

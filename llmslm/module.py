@@ -1,0 +1,340 @@
+"""The LightningModule: one training loop for the llm, the slm and the llm_to_slm system."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import MeanMetric
+from torchmetrics.text import SacreBLEUScore
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
+from llmslm.data.codec import IGNORED, Codec, TextFormat
+from llmslm.errors import UserError
+from llmslm.models.alignment import Alignment, SameTokenizer
+from llmslm.models.encoder import Encoder, Layer
+from llmslm.models.fusion import Add, Fusion
+from llmslm.models.language_model import ModelSource, load_language_model
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.projector import MlpProjector, Projector
+from llmslm.system import System
+
+SystemName = Literal["llm", "slm", "llm_to_slm"]
+Batch = dict[str, Any]
+ENCODER_KEY = "model.encoder."
+
+
+@dataclass
+class EncoderOptions:
+    """How the LLM serves as frozen encoder."""
+
+    source: str | None = None
+    """Hub name or folder; None takes the recipe's llm: its source, or the one that this recipe trained."""
+    revision: str | None = None
+    """Commit of the hub repository."""
+    layer: Layer = "last"
+    """Whose output is used: "last", an index into hidden_states, or a fraction of the depth."""
+    dtype: str | None = None
+    """Weights' dtype, for example bfloat16; None keeps what is stored."""
+
+
+def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
+    """AdamW at 1e-3, a rate for small models; a recipe with pretrained weights sets its own."""
+    return AdamW(parameters, lr=1e-3, weight_decay=0.01)
+
+
+class SystemModule(L.LightningModule):
+    """Trains one of the three systems of a comparison with cross-entropy on the targets.
+
+    Batches come from `TextDataModule`, which also supplies the tokenizers. Only parameters that require a gradient go
+    to the optimizer, and checkpoints leave the frozen encoder out.
+
+    Args:
+        system: which of the three is trained.
+        llm: the large model: trained itself as "llm", frozen encoder in "llm_to_slm".
+        slm: the small model: trained in "slm" and "llm_to_slm".
+        encoder: how the llm encodes.
+        projector: from encoder width and slm width to a projector.
+        alignment: which encoder positions feed which slm positions.
+        fusion: the rule by which projected states enter the slm.
+        optimizer: from parameters to an optimizer (torch.optim.AdamW, torch.optim.Adafactor, ...).
+        schedule: learning rate after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up.
+        bleu_examples: validation examples per rank that are generated for val/bleu; 0 switches the monitor off.
+    """
+
+    def __init__(
+        self,
+        llm: ModelSource,
+        slm: ModelSource,
+        system: SystemName = "llm_to_slm",
+        encoder: EncoderOptions = EncoderOptions(),  # noqa: B008 (jsonargparse reads the default; it is never changed)
+        projector: Callable[[int, int], Projector] = MlpProjector,
+        alignment: Callable[[int, int], Alignment] = SameTokenizer,
+        fusion: Callable[[int, int], Fusion] = Add,
+        optimizer: Callable[[Iterable], Optimizer] = default_optimizer,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup_steps: int = 100,
+        bleu_examples: int = 64,
+    ) -> None:
+        super().__init__()
+        llm.check("model.llm")
+        slm.check("model.slm")
+        self.system = system
+        self.llm_source = llm
+        self.slm_source = slm
+        self.encoder_options = encoder
+        self.parts = (projector, alignment, fusion)
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.bleu_examples = bleu_examples
+        self.model: PreTrainedModel | None = None
+        self.codec: Codec | None = None
+        self.val_loss = MeanMetric()
+        self.val_bleu = SacreBLEUScore()
+        self._bleu_left = 0
+
+    # --- what the data module asks for -----------------------------------------------------------------------------
+
+    def tokenizer_sources(self) -> tuple[str | None, str | None]:
+        """Return where the tokenizers of encoder and slm come from: (None, None) where neither model has a source.
+
+        For the "llm" system both are the llm's.
+        """
+        encoder_source = self.encoder_options.source or self.llm_source.source
+        if self.system == "llm":
+            return self.llm_source.source, self.llm_source.source
+        return encoder_source, self.slm_source.source or encoder_source
+
+    def make_codec(self, datamodule: Any) -> Codec:
+        """Build the system with the data module's tokenizers, and the codec that belongs to it."""
+        if self.codec is None:
+            slm_tokenizer = datamodule.slm_tokenizer
+            encoder_tokenizer = datamodule.encoder_tokenizer if self.system == "llm_to_slm" else None
+            self.model = self._build(slm_tokenizer)
+            self.codec = codec_for(self.model, slm_tokenizer, encoder_tokenizer, datamodule.text_format)
+            self._check_positions(datamodule.text_format)
+        return self.codec
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Build the system once the data module knows its tokenizers."""
+        if self.model is None:
+            self.make_codec(self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def _build(self, slm_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        if self.system == "llm":
+            return load_language_model(self.llm_source, slm_tokenizer, "model.llm").train()
+        slm = load_language_model(self.slm_source, slm_tokenizer, "model.slm")
+        if self.system == "slm":
+            return slm.train()
+        source, options = self.encoder_source(), self.encoder_options
+        encoder = Encoder.from_source(source, revision=options.revision, layer=options.layer, dtype=options.dtype)
+        widths = (encoder.hidden_size, slm.config.hidden_size)
+        projector, alignment, fusion = (make(*widths) for make in self.parts)
+        return LlmToSlm.compose(
+            encoder,
+            slm,
+            projector=projector,
+            alignment=alignment,
+            fusion=fusion,
+            encoder_source=source,
+            encoder_revision=options.revision,
+        ).train()
+
+    def encoder_source(self) -> str:
+        """Return the encoder's source: the recipe's, the llm's, or the llm that the same recipe trained before.
+
+        Raises:
+            UserError: if the llm is to be trained by the recipe and has not been.
+        """
+        if source := self.encoder_options.source or self.llm_source.source:
+            return source
+        trained = Path(self.trainer.default_root_dir).parent / "llm"
+        try:
+            return str(find_system(trained))
+        except UserError as error:
+            raise UserError(
+                f"the encoder is the llm that this recipe trains, and {trained / SYSTEM_FOLDER} is not there; train it "
+                "first with --model.system llm, or set model.encoder.source"
+            ) from error
+
+    def _check_positions(self, text_format: TextFormat) -> None:
+        encoder = self.model.encoder if isinstance(self.model, LlmToSlm) else None
+        limit = None if encoder is None else encoder.max_positions
+        if limit is not None and text_format.max_prompt_tokens > limit:
+            raise UserError(
+                f"data.max_prompt_tokens is {text_format.max_prompt_tokens}, but the encoder has {limit} positions; "
+                f"set data.max_prompt_tokens to at most {limit} (and data.truncate_prompt if prompts are longer)"
+            )
+
+    # --- training and validation ------------------------------------------------------------------------------------
+
+    def forward(self, **batch: Any) -> Any:
+        """Run the system on a training batch."""
+        return self._built(**batch)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the mean cross-entropy in nats a target token, and the number of target tokens."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        labels = tensors.pop("labels")
+        model = self._built
+        if model.config.is_encoder_decoder:
+            tensors["decoder_input_ids"] = shift_right(
+                labels, model.config.decoder_start_token_id, self._built_codec.pad_id
+            )
+            logits = self(**tensors, use_cache=False).logits
+        else:
+            # Only positions from the first target on need logits: on a large vocabulary they are most of the work.
+            keep = labels.shape[1] - int(batch["first_target"]) if "first_target" in batch else labels.shape[1]
+            logits = self(**tensors, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1]
+            labels = labels[:, -logits.shape[1] :]
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
+        return loss, (labels != IGNORED).sum()
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Note, while the labels are still on the CPU, the first column that holds a target."""
+        if not self._built.config.is_encoder_decoder:
+            batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
+        return batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute and log train/loss."""
+        loss, tokens = self.loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=int(tokens))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add to val/loss and val/perplexity, and generate some predictions for val/bleu."""
+        loss, tokens = self.loss(batch)
+        self.val_loss.update(loss.detach(), tokens)
+        examples = batch["examples"][: self._bleu_left]
+        if examples:
+            self._bleu_left -= len(examples)
+            predictions = self.predict(examples)
+            self.val_bleu.update(predictions, [[example["target"]] for example in examples])
+
+    test_step = validation_step
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the monitors anew."""
+        self._bleu_left = self.bleu_examples
+        self.val_loss.reset()
+        self.val_bleu.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss (nats a token), val/perplexity and val/bleu."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss, test/perplexity and test/bleu."""
+        self._log_scores("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """Generate a prediction for each example: id, prompt, target (as reference) and prediction."""
+        predictions = self.predict(batch["examples"])
+        return [
+            {"id": e["id"], "prompt": e["prompt"], "reference": e["target"], "prediction": p}
+            for e, p in zip(batch["examples"], predictions, strict=True)
+        ]
+
+    def predict(self, examples: list[dict[str, str]]) -> list[str]:
+        """Generate for a list of examples as the evaluation does, through `System`."""
+        model = self._built
+        was_training = model.training
+        system = System(self.system, model, self._built_codec, card={})
+        limit = self._built_codec.text_format.max_target_tokens
+        generations = system.generate([example["prompt"] for example in examples], max_new_tokens=limit)
+        model.train(was_training)
+        return [generation.text for generation in generations]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Optimise what requires a gradient; warm up linearly, then follow the schedule to the last step."""
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        total = self.trainer.estimated_stepping_batches
+        if self.schedule != "constant" and not math.isfinite(total):
+            raise UserError(f"model.schedule {self.schedule} needs an end: set trainer.max_steps or max_epochs")
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        steps = int(total) if math.isfinite(total) else None
+        scheduler = get_scheduler(name, optimizer, self.warmup_steps, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen encoder out and note what the rest belongs to."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(ENCODER_KEY)}
+        checkpoint["composition"] = self.composition()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another composition; lend it the frozen encoder's weights for strict loading."""
+        theirs, ours = checkpoint.get("composition"), self.composition()
+        if theirs != ours:
+            theirs = theirs or {}
+            key = next((k for k in ours if theirs.get(k) != ours[k]), "system")
+            raise UserError(
+                f"the checkpoint is of another composition: its {key} is {theirs.get(key)!r}, the recipe's is {ours[key]!r}; "
+                "give the recipe that it was trained with (--ckpt_path)"
+            )
+        frozen = {k: v for k, v in self.state_dict().items() if k.startswith(ENCODER_KEY)}
+        checkpoint["state_dict"] |= frozen
+
+    def composition(self) -> dict[str, Any]:
+        """Name what the trained weights fit: system, architectures and parts, in plain types."""
+        model = self._built
+        if isinstance(model, LlmToSlm):
+            config = model.config
+            parts = {name: dict(getattr(config, name)) for name in ("projector", "alignment", "fusion")}
+            return {"system": self.system, "encoder_hash": config.encoder_hash} | parts | shape_of(model.slm)
+        return {"system": self.system} | shape_of(model)
+
+    # --- small helpers ------------------------------------------------------------------------------------------------
+
+    @property
+    def _built(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError("the system is not built yet: configure_model or make_codec comes first")
+        return self.model
+
+    @property
+    def _built_codec(self) -> Codec:
+        if self.codec is None:
+            raise RuntimeError("the system is not built yet: configure_model or make_codec comes first")
+        return self.codec
+
+    def _log_scores(self, stage: str) -> None:
+        loss = self.val_loss.compute()
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+        if self.bleu_examples > 0:
+            self.log(f"{stage}/bleu", 100 * self.val_bleu.compute(), prog_bar=True)
+
+
+def shift_right(labels: Tensor, start_id: int, pad_id: int) -> Tensor:
+    """Turn labels (batch, target_len) into a decoder's inputs: the start token, then the targets but the last."""
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = start_id
+    return shifted.masked_fill(shifted == IGNORED, pad_id)
+
+
+def shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    """Name a model's architecture: its type and the shape of each weight's name, hashed by transformers' config."""
+    config = model.config
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "vocab_size": config.vocab_size,
+    }

@@ -1,0 +1,101 @@
+"""The Lightning CLI of llmslm: recipes in, trained systems out."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI itself still uses what is deprecated
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from llmslm.callbacks.save_system import SaveSystem
+from llmslm.callbacks.tracking import MlflowLogger, RecordRun
+from llmslm.data.datamodule import TextDataModule
+from llmslm.module import SystemModule
+from llmslm.recipe import find_recipe
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+RUNS = Path("runs")
+
+
+class Cli(LightningCLI):
+    """LightningCLI with a run folder, a logger and a system folder for every recipe."""
+
+    recipe_name = "run"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the two callbacks that every run has."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SaveSystem, "save_system")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.mode": "min",
+                "checkpoint.save_last": True,
+                "checkpoint.filename": "step-{step}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Name the run folder and the MLflow run after recipe and system, where the recipe leaves them open."""
+        config = self.config[self.subcommand]
+        system = config.model.system
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(RUNS / self.recipe_name / system)
+        if config.save_system.recipe is None:
+            config.save_system.recipe = self.recipe_name
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
+        logger = config.trainer.logger
+        init = getattr(logger, "init_args", None)
+        if init is not None and "run_name" in init and init.run_name is None:
+            init.run_name = f"{self.recipe_name}/{system}"
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
+
+
+def run(args: list[str]) -> None:
+    """Run `fit`, `validate`, `test` or `predict` with the given arguments.
+
+    Raises:
+        UserError: for mistakes in recipe, data or models.
+        jsonargparse.ArgumentError: for unknown keys and values of the wrong type.
+    """
+    args, Cli.recipe_name = resolve_recipes(args)
+    strict = {"exit_on_error": False, "allow_abbrev": False}
+    Cli(
+        SystemModule,
+        TextDataModule,
+        args=args,
+        save_config_callback=RecordRun,
+        trainer_defaults={"logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"}},
+        parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
+        auto_configure_optimizers=False,
+    )
+
+
+def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:
+    """Replace recipe names after --config by paths; return the arguments and the first recipe's name."""
+    resolved: list[str] = []
+    names: list[str] = []
+    expecting = False
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        if expecting or (flag in ("--config", "-c") and value):
+            path = find_recipe(arg if expecting else value)
+            names.append(path.stem)
+            arg = str(path) if expecting else f"{flag}={path}"
+            expecting = False
+        elif flag in ("--config", "-c"):
+            expecting = True
+        resolved.append(arg)
+    return resolved, names[0] if names else "run"
+
+
+def plain(values: Any) -> str:
+    """Join a library's multi-line message into one line."""
+    return " ".join(str(values).split())

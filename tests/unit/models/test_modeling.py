@@ -1,0 +1,250 @@
+"""The composition: the six contracts, for every pair of families."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmslm.errors import UserError
+from llmslm.models.alignment import EncoderTokenizer, SameTokenizer
+from llmslm.models.encoder import Encoder
+from llmslm.models.fusion import Add, Replace
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.projector import LinearProjector, MlpProjector
+from tests import tiny
+
+PAIRS = list(itertools.product(tiny.FAMILIES, tiny.FAMILIES))
+NEW = {"max_new_tokens": 8, "do_sample": False}
+
+
+def compose(encoder_family, slm_family, tmp_path, fusion=Add, alignment=SameTokenizer, projector=MlpProjector):
+    source = tiny.folder(encoder_family, tmp_path)
+    return LlmToSlm.compose(
+        Encoder.from_source(source),
+        tiny.build(slm_family),
+        projector=projector(32, 32),
+        alignment=alignment(32, 32),
+        fusion=fusion(32, 32),
+        encoder_source=source,
+    ).eval()
+
+
+def left(values, mask):
+    return torch.stack([row.roll(len(row) - int(n)) for row, n in zip(values, mask.sum(1), strict=True)])
+
+
+def new_tokens(model, ids, prompt_len):
+    return ids[:, 1:] if model.config.is_encoder_decoder else ids[:, prompt_len:]
+
+
+def generate(model, ids, mask, **kwargs):
+    """New tokens from right-padded prompts, padded on the side that the slm's family generates with."""
+    if not model.config.is_encoder_decoder:
+        ids, mask = left(ids, mask), left(mask, mask)
+    out = model.generate(prompt_ids=ids, prompt_attention_mask=mask, **NEW, **kwargs)
+    return new_tokens(model, out, ids.shape[1])
+
+
+def until_end(row):
+    tokens = row.tolist()
+    return tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
+
+
+def training_batch(model, ids, mask):
+    """A prompt and five target tokens a row."""
+    targets = torch.randint(3, tiny.VOCABULARY, (len(ids), 5))
+    sides = {"prompt_ids": ids, "prompt_attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        return sides | {"input_ids": ids, "attention_mask": mask, "labels": targets}
+    inputs = torch.zeros(len(ids), ids.shape[1] + 5, dtype=torch.long)
+    attended, labels = torch.zeros_like(inputs), torch.full_like(inputs, -100)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        inputs[row, :length], inputs[row, length : length + 5] = ids[row, :length], targets[row]
+        attended[row, : length + 5] = 1
+        labels[row, length : length + 5] = targets[row]
+    return sides | {"input_ids": inputs, "attention_mask": attended, "labels": labels}
+
+
+@pytest.mark.parametrize(("encoder", "slm"), PAIRS)
+def test_training_changes_all_but_the_encoder(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path).train()
+    before = {k: v.clone() for k, v in model.encoder.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    batch = training_batch(model, *tiny.prompts())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        states = model.encode(batch["prompt_ids"], batch["prompt_attention_mask"])[0]
+    assert saved == []
+    assert not states.requires_grad
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert all(p.grad is None for p in model.encoder.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.encoder.state_dict().items())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.projector.parameters())
+
+
+@pytest.mark.parametrize(("encoder", "slm"), PAIRS)
+def test_cache_batch_and_padding_do_not_change_predictions(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path)
+    ids, mask = tiny.prompts()
+    batched = generate(model, ids, mask)
+    assert torch.equal(batched, generate(model, ids, mask, use_cache=False))
+    wide = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3))
+    for row, length in enumerate(mask.sum(1).tolist()):
+        alone = generate(model, ids[row : row + 1, :length], mask[row : row + 1, :length])
+        assert until_end(alone[0]) == until_end(batched[row])
+        assert until_end(generate(model, *wide)[row]) == until_end(batched[row])
+
+
+@pytest.mark.parametrize(("encoder", "slm"), PAIRS)
+def test_training_logits_ignore_the_padding(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path)
+    batch = training_batch(model, *tiny.prompts())
+    logits = model(**batch).logits
+    for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+        prompt = int(batch["prompt_attention_mask"][row].sum())
+        single = {k: v[row : row + 1] for k, v in batch.items()}
+        single = {
+            k: v[:, :prompt] if k.startswith("prompt") else v[:, :length] if k != "labels" else v
+            for k, v in single.items()
+        }
+        single["labels"] = single["labels"][:, : single["input_ids"].shape[1]] if not _is_seq2seq(model) else batch[
+            "labels"
+        ][row : row + 1]
+        alone = model(**single).logits
+        torch.testing.assert_close(logits[row, : alone.shape[1]], alone[0], atol=1e-4, rtol=1e-4)
+
+
+def _is_seq2seq(model):
+    return model.config.is_encoder_decoder
+
+
+@pytest.mark.parametrize("slm", ["llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("fusion", [Add, Replace])
+def test_features_enter_on_prompt_positions_only_in_training_as_in_decoding(slm, fusion, tmp_path):
+    model = compose("t5", slm, tmp_path, fusion=fusion)
+    ids, mask = tiny.prompts()
+    batch = training_batch(model, ids, mask)
+    batch.pop("labels")
+    trained = model.embed_prompt(**batch)
+    plain = model.get_input_embeddings()(batch["input_ids"])
+    touched = (trained != plain).any(-1)
+    assert torch.equal(touched[:, : ids.shape[1]], mask.bool())
+    assert not touched[:, ids.shape[1] :].any()
+    decoded = model.embed_prompt(left(ids, mask), left(mask, mask), ids, mask)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        torch.testing.assert_close(decoded[row, -length:], trained[row, :length])
+
+
+@pytest.mark.parametrize(("encoder", "slm"), PAIRS)
+def test_destroyed_features_change_the_logits(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path)
+    batch = training_batch(model, *tiny.prompts())
+    logits = model(**batch).logits
+    swapped = batch | {"prompt_ids": batch["prompt_ids"].roll(1, 0), "prompt_attention_mask": batch["prompt_attention_mask"]}
+    assert (model(**swapped).logits - logits).abs().max() > 1e-3
+    model.projector.register_forward_hook(lambda _m, _a, states: torch.zeros_like(states))
+    assert (model(**batch).logits - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("encoder", "slm"), PAIRS)
+def test_zero_features_with_add_are_the_bare_slm_bit_for_bit(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path)
+    model.projector.register_forward_hook(lambda _m, _a, states: torch.zeros_like(states))
+    batch = training_batch(model, *tiny.prompts())
+    bare = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    if not model.config.is_encoder_decoder:
+        bare["position_ids"] = (bare["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert torch.equal(model(**batch).logits, model.slm(**bare).logits)
+
+
+RELOAD = """
+import sys, torch
+from llmslm.models.modeling import LlmToSlm
+model = LlmToSlm.from_pretrained(sys.argv[1]).eval()
+batch = torch.load(sys.argv[2])
+torch.save(model.generate(**batch, max_new_tokens=8, do_sample=False), sys.argv[3])
+"""
+
+
+def test_a_new_process_predicts_the_same(tmp_path):
+    model = compose("bart", "gpt2", tmp_path)
+    ids, mask = tiny.prompts(rows=2)
+    batch = {"prompt_ids": left(ids, mask), "prompt_attention_mask": left(mask, mask)}
+    torch.save(batch, tmp_path / "batch.pt")
+    model.save_pretrained(tmp_path / "system")
+    paths = [str(tmp_path / name) for name in ("system", "batch.pt", "out.pt")]
+    subprocess.run([sys.executable, "-c", RELOAD, *paths], check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), model.generate(**batch, **NEW))
+
+
+@pytest.mark.parametrize(("encoder", "slm"), PAIRS)
+def test_reloaded_it_is_the_same_and_the_encoder_is_not_in_the_file(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path)
+    model.save_pretrained(tmp_path / "system")
+    trained = sum({p.data_ptr(): p.numel() for p in (*model.slm.parameters(), *model.projector.parameters())}.values())
+    assert (tmp_path / "system" / "model.safetensors").stat().st_size <= 4 * trained + 2**16
+    again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
+    batch = training_batch(model, *tiny.prompts())
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_a_moved_pair_of_folders_still_finds_its_encoder(tmp_path):
+    (tmp_path / "here").mkdir()
+    model = compose("t5", "t5", tmp_path / "here")
+    model.save_pretrained(tmp_path / "here" / "system")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert LlmToSlm.from_pretrained(tmp_path / "there" / "system").encoder is not None
+
+
+def test_another_encoder_is_refused(tmp_path):
+    model = compose("t5", "t5", tmp_path)
+    model.save_pretrained(tmp_path / "system")
+    torch.manual_seed(1)
+    other = tiny.folder("t5", tmp_path / "other")
+    with pytest.raises(UserError, match="is not the one that this system was trained with"):
+        LlmToSlm.from_pretrained(tmp_path / "system", encoder_source=other)
+
+
+def test_a_projector_that_does_not_fit_is_refused(tmp_path):
+    source = tiny.folder("t5", tmp_path)
+    with pytest.raises(UserError, match="states are 32 wide, the projector takes 48"):
+        LlmToSlm.compose(
+            Encoder.from_source(source),
+            tiny.build("t5"),
+            projector=LinearProjector(48, 32),
+            alignment=SameTokenizer(32, 32),
+            fusion=Add(32, 32),
+        )
+
+
+@pytest.mark.parametrize(("encoder", "slm"), [("t5", "gpt2"), ("llama", "t5")])
+def test_two_tokenizers_the_papers_way(encoder, slm, tmp_path):
+    model = compose(encoder, slm, tmp_path, alignment=EncoderTokenizer)
+    ids, mask = tiny.prompts()
+    out = generate(model, ids, mask)
+    model.save_pretrained(tmp_path / "system")
+    again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
+    assert torch.equal(generate(again, ids, mask), out)
+    placeholders = torch.zeros_like(ids)
+    embeds = model.embed_prompt(placeholders, mask, ids, mask)
+    assert (embeds[mask.bool()] != model.get_input_embeddings()(placeholders)[mask.bool()]).any(-1).all()
+    with pytest.raises(UserError, match="different tokenizers"):
+        model.generate(ids, **NEW)
+
+
+def test_beams_and_the_static_cache_work(tmp_path):
+    model = compose("llama", "llama", tmp_path)
+    ids, mask = tiny.prompts()
+    assert generate(model, ids, mask, num_beams=3).shape[0] == 3
+    assert torch.equal(generate(model, ids, mask), generate(model, ids, mask, cache_implementation="static"))
+
+
+def test_projected_states_start_at_the_scale_of_the_embeddings(tmp_path):
+    model = compose("llama", "gpt2", tmp_path)
+    ids, mask = tiny.prompts()
+    projected = model.projector(model.encode(ids, mask)[0])
+    scale = model.get_input_embeddings().weight.square().mean().sqrt()
+    torch.testing.assert_close(projected.square().mean().sqrt(), scale, rtol=0.05, atol=0)
