@@ -1,5 +1,6 @@
 """Text to batches and ids to text, for one system: the same code serves training, evaluation and generation."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -124,6 +125,16 @@ class Codec:
         """Turn generated ids (batch, len) into texts, special tokens left out."""
         texts: list[str] = self.slm_tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def signature(self) -> str:
+        """Hash everything that decides about the rows, for caches of tokenised data."""
+        tokenizers = [t.backend_tokenizer.to_str() if t.is_fast else repr(t) for t in self._tokenizers()]
+        settings = (self.text_format, self.is_encoder_decoder, self.decoder_start_token_id, self.has_encoder)
+        text = "\0".join([*tokenizers, repr(settings), self.prompt_layout, str(self.pad_id)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        return [t for t in (self.slm_tokenizer, self.encoder_tokenizer) if t is not None]
 
     def _encode_prompts(self, prompts: Sequence[str]) -> list[Row]:
         tokenizer = self.encoder_tokenizer or self.slm_tokenizer

@@ -1,0 +1,1 @@
+"""Text to batches: sources, codec, tokenizers, sampler and the data module."""

@@ -1,0 +1,88 @@
+"""Tokenizers: loaded from a model's source, or a byte-level BPE trained on the training split."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llmslm.data.sources.base import Source, cache_folder
+from llmslm.errors import UserError
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+@dataclass
+class TrainedBpe:
+    """A byte-level BPE that is trained on the prompts and targets of the training split, and cached."""
+
+    vocab_size: int = 8192
+    """Entries, special tokens and the 256 bytes included."""
+    max_examples: int = 50_000
+    """Training examples that the merges are learned from."""
+
+    def load(self, source: Source) -> PreTrainedTokenizerFast:
+        """Return the tokenizer for a source's training split; train it where the cache has none."""
+        key = f"1 {self.vocab_size} {self.max_examples} {source.fingerprint()}"
+        folder = cache_folder() / f"bpe-{self.vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if not folder.is_dir():
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+            self.train(source.load("train")).save_pretrained(aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+        return tokenizer
+
+    def train(self, dataset: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
+        """Learn the merges. Prompts are wrapped in <s> ... </s>; decoding restores every text exactly."""
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[PAD, BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=True,
+        )
+        tokenizer.train_from_iterator(self._texts(dataset), trainer)
+        ids = [(token, tokenizer.token_to_id(token)) for token in (BOS, EOS)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=ids)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token=PAD,
+            bos_token=BOS,
+            eos_token=EOS,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def _texts(self, dataset: Dataset | IterableDataset) -> Iterator[list[str]]:
+        for batch in dataset.take(self.max_examples).iter(1000):
+            yield batch["prompt"] + batch["target"]
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer at {source!r}: {str(error).strip().splitlines()[0]}; expected a hub name or a folder with "
+            "tokenizer.json (or set data.tokenizer to train one)"
+        ) from error
+    return tokenizer
+
+
+def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers give the same ids to every token and wrap prompts in the same special tokens."""
+    probe = "The quick brown fox: 東京 🙂  x"
+    return one.get_vocab() == other.get_vocab() and one(probe).input_ids == other(probe).input_ids
+
+
