@@ -1,0 +1,172 @@
+"""The command `llmslm-eval`: compare systems, build the leaderboard, check the targets."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llmslm.errors import UserError
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `llmslm-eval`; a mistake of the user is printed as one line and exits with status 1."""
+    options = _parser().parse_args(args)
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"llmslm-eval: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmslm-eval", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, add in (
+        ("compare", _add_compare),
+        ("leaderboard", _add_leaderboard),
+        ("targets", _add_targets),
+        ("experiment", _add_experiment),
+    ):
+        add(commands, name)
+    return parser
+
+
+def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    text = "evaluate trained systems on the same examples and write a record each"
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    systems = parser.add_argument_group("systems (at least one)")
+    for system in ("llm", "slm", "llm_to_slm"):
+        flag = f"--{system.replace('_', '-')}"
+        systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
+    parser.add_argument(
+        "--data", required=True, help="recipe (name or YAML), or JSONL/Parquet with prompt and target"
+    )
+    parser.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="default: test"
+    )
+    parser.add_argument(
+        "--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="of bleu, chrf, ter, rouge, exact_match")
+    parser.add_argument(
+        "--controls", action="store_true", help="also llm_to_slm with zero and with shuffled features"
+    )
+    numbers = parser.add_argument_group("settings")
+    numbers.add_argument(
+        "--max-new-tokens", type=_positive, help="token budget of a prediction (default: 128)"
+    )
+    numbers.add_argument(
+        "--batch-size", type=_positive, help="examples in a batch of predictions (default: 16)"
+    )
+    numbers.add_argument(
+        "--seed", type=int, help="of the draw of examples and the bootstrap (default: 12345)"
+    )
+    numbers.add_argument("--resamples", type=_positive, help="draws of the bootstrap (default: 1000)")
+    speed = "batch sizes of the speed measurement (default: 1)"
+    numbers.add_argument("--speed-batch-sizes", type=_positive, nargs="+", metavar="N", help=speed)
+    numbers.add_argument(
+        "--warmups", type=_natural, help="uncounted rounds of each measurement (default: 10)"
+    )
+    numbers.add_argument("--runs", type=_natural, help="counted rounds; 0 measures no speed (default: 10)")
+    numbers.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    numbers.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32"
+    )
+    parser.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    systems = {name: getattr(options, name) for name in ("llm", "slm", "llm_to_slm")}
+    folders = {name: folder for name, folder in systems.items() if folder is not None}
+    if not folders:
+        raise UserError("no system was given; expected at least one of --llm, --slm, --llm-to-slm")
+    from evaluation.compare import Settings, compare_folders
+    from evaluation.leaderboard.table import markdown_table
+    from evaluation.records import read_record
+
+    names = (
+        *("out", "max_new_tokens", "batch_size", "metrics", "seed", "resamples", "controls"),
+        *("speed_batch_sizes", "warmups", "runs"),
+    )
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    paths = compare_folders(
+        folders,
+        options.data,
+        Settings(**given),
+        split=options.split,
+        limit=options.limit,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    print(markdown_table([read_record(path) for path in paths]))
+    print("\n".join(f"record: {path}" for path in paths))
+
+
+def _add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    text = "make a table, a page and a plot of records, and log them to MLflow"
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument("records", nargs="+", metavar="RECORDS", help="record files, or folders of them")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of leaderboard.{md,csv,html,png}"
+    )
+    parent = "run that the evaluations become children of (default: one of their own)"
+    parser.add_argument("--mlflow-parent", metavar="RUN_ID", help=parent)
+    parser.add_argument("--no-mlflow", action="store_true", help="write the files only")
+    parser.set_defaults(run=_leaderboard)
+
+
+def _leaderboard(options: argparse.Namespace) -> None:
+    from evaluation.leaderboard import build
+
+    built = build(options.records, options.out)
+    print(built.markdown)
+    print("\n".join(f"{name}: {path}" for name, path in built.files.items()))
+    if not options.no_mlflow:
+        from evaluation.tracking import log_comparison
+
+        logged = log_comparison(built, options.mlflow_parent)
+        print(f"mlflow: run {logged.parent_run_id} in {logged.tracking_uri}")
+
+
+def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    text = "print the project's targets with what was measured; exits 1 if one is unmet or unmeasured"
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument("--topic", help="only the targets of one topic")
+    parser.set_defaults(run=_targets)
+
+
+def _targets(options: argparse.Namespace) -> None:
+    from evaluation.targets import check, read_targets, table
+
+    targets = read_targets(topic=options.topic)
+    print(table(targets))
+    if not check(targets):
+        sys.exit(1)
+
+
+def _add_experiment(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    text = "train the llm, slm and llm_to_slm of a recipe, compare them and build the leaderboard"
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe: its name or a YAML file")
+    parser.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
+    parser.set_defaults(run=_experiment)
+
+
+def _experiment(options: argparse.Namespace) -> None:
+    from evaluation.experiment import run
+
+    run(config=options.config, out=options.out)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value

@@ -1,0 +1,316 @@
+"""The comparison: the same examples through every system, scored, timed and written as records."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation.bootstrap import RESAMPLES, SEED
+from evaluation.examples import Examples, load_examples, text_hash
+from evaluation.memory import NOT_MEASURED, peak_memory
+from evaluation.predictions import Prediction, predict
+from evaluation.provenance import folder_hash, provenance
+from evaluation.records import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
+from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, score, statistics_of
+from evaluation.speed import RUNS, WARMUPS, measure_speed
+from evaluation.systems import CONTROLS, LLM, LLM_TO_SLM, ControllableSystem, EvaluatedSystem, file_stem
+from llmslm.errors import UserError
+
+if TYPE_CHECKING:
+    from llmslm.data.sources import Split
+
+LENGTH_GATE = 0.9
+"""Produced over reference tokens that natural-length speed needs (MLPerf's rule)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate; the defaults are those of the command line."""
+
+    out: Path
+    """Folder of the records."""
+    max_new_tokens: int = 128
+    """Token budget of a prediction, and the length of the fixed-length mode."""
+    batch_size: int = 16
+    """Examples in a batch of predictions; does not concern speed."""
+    metrics: Sequence[str] = DEFAULT_METRICS
+    seed: int = SEED
+    """Of the draw of examples and of the bootstrap."""
+    resamples: int = RESAMPLES
+    controls: bool = False
+    """Also evaluate llm_to_slm with zero features and with those of another prompt."""
+    speed_batch_sizes: Sequence[int] = (1,)
+    warmups: int = WARMUPS
+    runs: int = RUNS
+    """Measured rounds of each mode and batch size; 0 measures neither speed nor memory."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A system in a comparison."""
+
+    system: EvaluatedSystem
+    checkpoint: str | None = None
+    """Content hash of the folder it was loaded from."""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of its training."""
+    device: str = "cpu"
+    dtype: str | None = None
+    target_limit: int | None = None
+    """Tokens from which a reference is cut before it is scored."""
+
+
+def compare_folders(
+    folders: Mapping[str, str],
+    data: str,
+    settings: Settings,
+    *,
+    split: "Split" = "test",
+    limit: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> list[Path]:
+    """Load systems from their folders and compare them on a data source.
+
+    Args:
+        folders: by system name, run folders or the system folders in them.
+        data: a recipe, or a JSONL or Parquet file.
+        settings: how to evaluate.
+        split: of the data.
+        limit: evaluate at most so many examples.
+        device: a torch device; a GPU if there is one, by default.
+        dtype: float32 or bfloat16, for all systems.
+
+    Returns:
+        The records written, in the order of the systems, controls last.
+    """
+    examples = load_examples(data, split, limit, settings.seed)
+    arms = [load_arm(name, folder, device, dtype) for name, folder in folders.items()]
+    return compare(arms, examples, settings)
+
+
+def load_arm(name: str, folder: str, device: str | None, dtype: str) -> Arm:
+    """Load one system.
+
+    Raises:
+        UserError: if the folder holds none, or a system of another kind than `name` says.
+    """
+    import torch
+
+    from llmslm.checkpoint import find_system
+    from llmslm.system import System
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = find_system(folder)
+    system = System.load(path, device=device, dtype=getattr(torch, dtype))
+    if system.name != name:
+        raise UserError(
+            f"{folder} holds a {system.name} system; expected {name} (--{name.replace('_', '-')})"
+        )
+    limit = system.codec.text_format.max_target_tokens
+    return Arm(system, folder_hash(path), system.card, device, dtype, limit)
+
+
+def compare(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list[Path]:
+    """Compare systems on the same examples and write one record each.
+
+    What an earlier call with the same systems, examples and settings predicted is taken over, also if it was
+    killed. If its records are complete, and come from the same code on the same machine, they are returned as
+    they are.
+
+    Returns:
+        The records written, in the order of the arms, controls last.
+    """
+    arms = [*arms, *(_control_arms(arms) if settings.controls else ())]
+    origin = provenance()
+    comparison = _comparison_hash(arms, examples, settings, origin)
+    paths = [settings.out / (file_stem(examples.task, arm.system.name) + SUFFIX) for arm in arms]
+    if not origin["dirty"] and all(_is_of(path, comparison) for path in paths):
+        return paths
+    predictions = [_predict(arm, examples, settings) for arm in arms]
+    scored = _score_all(arms, predictions, examples, settings)
+    speed = _measure_speed(arms, examples, settings)
+    for arm, rows, path in zip(arms, predictions, paths, strict=True):
+        measured = _speed_fields(speed.get(arm.system.name, []), _memory(arm, examples, settings))
+        head = {"schema_version": SCHEMA_VERSION, "comparison": comparison}
+        quality = _quality(arm, examples, settings, scored)
+        record = head | _identity(arm, examples, settings, rows) | quality | measured | {"provenance": origin}
+        write_record(path, record)
+    return paths
+
+
+def _control_arms(arms: Sequence[Arm]) -> list[Arm]:
+    return [
+        replace(arm, system=arm.system.with_features(control))
+        for arm in arms
+        if arm.system.name == LLM_TO_SLM and isinstance(arm.system, ControllableSystem)
+        for control in CONTROLS
+    ]
+
+
+def _is_control(arm: Arm) -> bool:
+    """A control costs what its system costs: it is not timed."""
+    return "/" in arm.system.name
+
+
+def _comparison_hash(
+    arms: Sequence[Arm], examples: Examples, settings: Settings, origin: Mapping[str, Any]
+) -> str:
+    chosen = {name: value for name, value in asdict(settings).items() if name != "out"}
+    code = [origin["commit"], origin["versions"], origin["hardware"]]
+    return _hash([[_prediction_key(arm, examples, settings) for arm in arms], chosen, code])
+
+
+def _prediction_key(arm: Arm, examples: Examples, settings: Settings) -> str:
+    """Hash all that decides about predictions, so that no others are taken for them."""
+    data = [examples.task, examples.split, examples.hashes()]
+    return _hash(
+        [
+            arm.system.name,
+            arm.checkpoint,
+            arm.device,
+            arm.dtype,
+            data,
+            settings.max_new_tokens,
+            settings.batch_size,
+        ]
+    )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _is_of(path: Path, comparison: str) -> bool:
+    try:
+        return bool(read_record(path)["comparison"] == comparison)
+    except UserError:
+        return False
+
+
+def _predictions_path(arm: Arm, examples: Examples, settings: Settings) -> Path:
+    key = _prediction_key(arm, examples, settings)[:12]
+    return settings.out / "predictions" / f"{file_stem(examples.task, arm.system.name)}.{key}.jsonl"
+
+
+def _predict(arm: Arm, examples: Examples, settings: Settings) -> list[Prediction]:
+    return predict(
+        arm.system,
+        examples,
+        _predictions_path(arm, examples, settings),
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+    )
+
+
+def _score_all(
+    arms: Sequence[Arm], predictions: Sequence[Sequence[Prediction]], examples: Examples, settings: Settings
+) -> dict[str, Scored]:
+    cut = _cut_references(arms, predictions)
+    scored = {}
+    for arm, rows in zip(arms, predictions, strict=True):
+        columns: dict[str, list[Any]] = {
+            "prediction": [row.prediction for row in rows],
+            "nats": [math.nan if row.nats is None else row.nats for row in rows],
+            "target_tokens": [0 if row.id in cut else row.target_tokens for row in rows],
+        }
+        statistics = statistics_of(settings.metrics, examples.references, columns)
+        scored[arm.system.name] = score(statistics, settings.resamples, settings.seed)
+    return scored
+
+
+def _cut_references(arms: Sequence[Arm], predictions: Sequence[Sequence[Prediction]]) -> set[str]:
+    """Find the examples whose reference one of the systems may have had to cut.
+
+    They are left out of the likelihood of all: nats of a part of a text over the bytes of all of it would
+    flatter a system, and systems are compared on the same examples only.
+    """
+    return {
+        row.id
+        for arm, rows in zip(arms, predictions, strict=True)
+        for row in rows
+        if arm.target_limit is not None and row.target_tokens >= arm.target_limit
+    }
+
+
+def _quality(arm: Arm, examples: Examples, settings: Settings, scored: Mapping[str, Scored]) -> Record:
+    name = arm.system.name
+    baseline = scored.get(LLM) if name != LLM else None
+    perplexity = scored[name].statistics.get("perplexity")
+    likelihood = int((perplexity.rows[:, 1] > 0).sum()) if perplexity is not None else 0
+    return {
+        "examples": {"original": examples.original, "effective": len(examples), "likelihood": likelihood},
+        "scores": as_record(scored[name], baseline, settings.resamples, settings.seed),
+    }
+
+
+def _measure_speed(
+    arms: Sequence[Arm], examples: Examples, settings: Settings
+) -> dict[str, list[dict[str, Any]]]:
+    if not settings.runs:
+        return {}
+    return measure_speed(
+        {arm.system.name: arm.system for arm in arms if not _is_control(arm)},
+        examples.prompts,
+        max_new_tokens=settings.max_new_tokens,
+        batch_sizes=settings.speed_batch_sizes,
+        warmups=settings.warmups,
+        runs=settings.runs,
+    )
+
+
+def _memory(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
+    if not settings.runs or _is_control(arm):
+        return dict(NOT_MEASURED)
+    batch_size = min(settings.speed_batch_sizes)
+    return peak_memory(
+        arm.system, examples.prompts, max_new_tokens=settings.max_new_tokens, batch_size=batch_size
+    )
+
+
+def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[Prediction]) -> Record:
+    path = _predictions_path(arm, examples, settings)
+    hashes = {
+        "predictions": text_hash(examples.ids, [row.prediction for row in rows]),
+        "checkpoint": arm.checkpoint,
+    }
+    chosen = {name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "seed", "resamples")}
+    return {
+        "system": arm.system.name,
+        "task": {"name": examples.task, "version": 1, "split": examples.split, "data": examples.fingerprint},
+        "parameters": arm.system.parameters(),
+        "length": _length(rows),
+        "hashes": {**examples.hashes(), **hashes},
+        "settings": {**chosen, "dtype": arm.dtype, "device": arm.device},
+        "training": dict(arm.card),
+        "predictions": path.relative_to(settings.out).as_posix(),
+    }
+
+
+def _length(rows: Sequence[Prediction]) -> dict[str, Any]:
+    produced, reference = sum(row.tokens for row in rows), sum(row.target_tokens for row in rows)
+    ratio = produced / reference if reference else None
+    return {
+        "produced_tokens": produced,
+        "reference_tokens": reference,
+        "ratio": ratio,
+        "gate": LENGTH_GATE,
+        "met": ratio is not None and ratio >= LENGTH_GATE,
+    }
+
+
+def _speed_fields(entries: list[dict[str, Any]], memory: Mapping[str, Any]) -> dict[str, Any]:
+    natural = [entry for entry in entries if entry["mode"] == "natural"]
+    first = min(natural, key=lambda entry: entry["batch_size"]) if natural else None
+    return {
+        "speed": entries,
+        "ttft_s": first["ttft_s"]["p50"] if first else None,
+        "tpot_s": first["tpot_s"]["p50"] if first else None,
+        "tokens_per_s": first["tokens_per_s"] if first else None,
+        "peak_memory_bytes": memory["bytes"],
+        "peak_memory": {"weight_bytes": memory["weight_bytes"], "method": memory["method"]},
+    }

@@ -1,0 +1,103 @@
+"""The examples that systems are evaluated on: prompts with references, from a recipe's source or a file."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmslm.errors import UserError
+
+if TYPE_CHECKING:
+    from llmslm.data.sources import Source, Split
+
+FILES = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A split of a data source, or a part of it."""
+
+    task: str
+    """Short name, for records and file names."""
+    split: str
+    fingerprint: str
+    """Content hash of the source."""
+    original: int | None
+    """Examples in the split; None for a stream that was not read to its end."""
+    ids: list[str]
+    prompts: list[str]
+    references: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def hashes(self) -> dict[str, str]:
+        """Return content hashes of prompts and references, each with its ids."""
+        return {
+            "prompts": text_hash(self.ids, self.prompts),
+            "references": text_hash(self.ids, self.references),
+        }
+
+
+def text_hash(ids: Sequence[str], texts: Sequence[str]) -> str:
+    """Hash texts with their ids, whatever their order (sha256, hex)."""
+    lines = sorted(json.dumps([name, text]) for name, text in zip(ids, texts, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def load_examples(data: str, split: "Split", limit: int | None, seed: int) -> Examples:
+    """Load the examples to evaluate on.
+
+    Args:
+        data: a recipe (name or YAML path), whose data source is taken, or a JSONL or Parquet file with prompt
+            and target.
+        split: train, validation or test; a single file is its own split.
+        limit: evaluate at most so many, drawn with `seed` (of a stream: its first ones).
+        seed: of the draw.
+
+    Raises:
+        UserError: if the data cannot be read, is empty, or two examples share an id.
+    """
+    source = _file_source(data, split) if data.endswith(FILES) else _recipe_source(data)
+    source.prepare()
+    rows, original = _take(source.load(split), limit, seed)
+    ids, prompts, references = ([str(row[key]) for row in rows] for key in ("id", "prompt", "target"))
+    if not ids:
+        raise UserError(f"{data} has no examples in its {split} split (--data, --split)")
+    if len(set(ids)) < len(ids):
+        twice = next(name for index, name in enumerate(ids) if name in ids[:index])
+        raise UserError(f"{data}: id {twice!r} appears twice in the {split} split; expected unique ids")
+    task = Path(data).stem if data.endswith(FILES) else source.name
+    return Examples(task, split, source.fingerprint(), original, ids, prompts, references)
+
+
+def _recipe_source(data: str) -> "Source":
+    from llmslm.recipe import load_source
+
+    return load_source(data)
+
+
+def _file_source(data: str, split: str) -> "Source":
+    from llmslm.data.sources.files import TextFiles
+
+    if not Path(data).is_file():
+        raise UserError(
+            f"there is no file {data}; expected a JSONL or Parquet file with prompt and target (--data)"
+        )
+    source: Source = TextFiles(**{split: data})
+    return source
+
+
+def _take(dataset: Any, limit: int | None, seed: int) -> tuple[list[dict[str, Any]], int | None]:
+    import datasets
+
+    if isinstance(dataset, datasets.IterableDataset):
+        stream: Iterable[dict[str, Any]] = dataset if limit is None else dataset.take(limit)
+        rows = list(stream)
+        return rows, len(rows) if limit is None else None
+    original = len(dataset)
+    if limit is not None and limit < original:
+        dataset = dataset.shuffle(seed=seed).select(range(limit))
+    return list(dataset), original

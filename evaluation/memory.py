@@ -1,0 +1,95 @@
+"""Peak memory of a system: its own weights, and what one batch adds to them at its peak.
+
+Several systems are loaded at once so that they can take turns, so neither the device's nor the process's
+total says what one of them needs. Weights are counted by their bytes. What generation adds is measured: on a
+GPU by the peak of PyTorch's allocator, on Linux by the peak of the resident set, which the kernel resets on
+request; freed heap is handed back first, or the batch would grow into it unseen. Where neither is possible
+nothing is reported.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.systems import EvaluatedSystem
+
+NOT_MEASURED = {"bytes": None, "weight_bytes": None, "method": None}
+_PROCESS = Path("/proc/self")
+
+
+def peak_memory(
+    system: EvaluatedSystem, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 1
+) -> dict[str, Any]:
+    """Measure the peak memory of a batch of exactly `max_new_tokens` tokens.
+
+    Returns:
+        `bytes` (weights plus the batch's peak), `weight_bytes`, and `method`; all null where it cannot be
+        measured.
+    """
+    batch = list(prompts[:batch_size])
+    device = getattr(system, "device", None)
+    if device is not None and device.type == "cuda":
+        added, method = (
+            _added_on_gpu(system, batch, max_new_tokens),
+            "weights + peak growth of the CUDA allocator",
+        )
+    elif _can_reset_peak():
+        added, method = (
+            _added_on_cpu(system, batch, max_new_tokens),
+            "weights + peak growth of the resident set",
+        )
+    else:
+        return dict(NOT_MEASURED)
+    weights = weight_bytes(system)
+    return {"bytes": weights + added, "weight_bytes": weights, "method": f"{method}, batch {len(batch)}"}
+
+
+def weight_bytes(system: EvaluatedSystem) -> int:
+    """Count the bytes of a system's parameters and buffers; 0 for a system without a torch module."""
+    model = getattr(system, "model", None)
+    if model is None:
+        return 0
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def _added_on_gpu(system: EvaluatedSystem, batch: list[str], max_new_tokens: int) -> int:
+    import torch
+
+    device = getattr(system, "device", None)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    system.generate(batch, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens)
+    return int(torch.cuda.max_memory_allocated(device) - before)
+
+
+def _added_on_cpu(system: EvaluatedSystem, batch: list[str], max_new_tokens: int) -> int:
+    # weights that a file backs become resident when they are first read: read them before measuring
+    system.generate(batch, max_new_tokens=1)
+    ctypes.CDLL(None).malloc_trim(0)
+    _reset_peak()
+    before = _status_bytes("VmRSS")
+    system.generate(batch, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens)
+    return max(0, _status_bytes("VmHWM") - before)
+
+
+def _can_reset_peak() -> bool:
+    try:
+        _reset_peak()
+    except OSError:
+        return False
+    return hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+def _reset_peak() -> None:
+    """Make the kernel forget the highest resident set so far (Linux, proc(5))."""
+    (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+
+
+def _status_bytes(key: str) -> int:
+    for line in (_PROCESS / "status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return 0

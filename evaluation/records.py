@@ -1,0 +1,98 @@
+"""Evaluation records: one JSON file a system and task, under the schema in record.schema.json."""
+
+import json
+import os
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmslm.checkpoint import is_disk_full
+from llmslm.errors import UserError
+
+SCHEMA_VERSION = 1
+SCHEMA = Path(__file__).with_name("record.schema.json")
+SUFFIX = ".record.json"
+
+Record = dict[str, Any]
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record, or nothing.
+
+    Raises:
+        UserError: if the disk is full.
+        jsonschema.ValidationError: if the record does not follow the schema (a defect of the program).
+    """
+    _validator().validate(record)
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is never seen half-written.
+
+    Raises:
+        UserError: if the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise UserError(
+                f"the disk is full: {path} was not written; free some space and run again"
+            ) from error
+        raise
+
+
+def read_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        UserError: if the file is no record, or one of a newer schema.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no record {path}; expected a *{SUFFIX} file or a folder of them"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a record: {error}") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has record schema {version}; this llmslm-eval reads up to {SCHEMA_VERSION}: "
+            "install a newer llmslm"
+        )
+    problem = next(iter(_validator().iter_errors(record)), None)
+    if problem is not None:
+        raise UserError(f"{path} is not a record: {problem.json_path}: {problem.message[:200]}")
+    return dict(record)
+
+
+def find_records(paths: Iterable[str | Path]) -> list[Path]:
+    """Resolve files and folders (searched through) to record files, in order and once each.
+
+    Raises:
+        UserError: if a folder holds none.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        inside = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(
+                f"{path} holds no *{SUFFIX} file; expected the --out folder of llmslm-eval compare"
+            )
+        found |= dict.fromkeys(each.resolve() for each in inside)
+    return list(found)
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))

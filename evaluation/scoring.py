@@ -1,0 +1,131 @@
+"""From predictions to scores: values, 95 % intervals and paired tests against the llm."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.bootstrap import RESAMPLES, SEED, Floats, Statistics, interval, paired, resample
+from llmslm.errors import UserError
+
+DEFAULT_METRICS = ("bleu", "chrf", "rouge", "exact_match")
+LOWER_IS_BETTER = frozenset({"ter", "perplexity", "bits_per_byte"})
+"""Every other score grows with quality."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A system's statistics with their resampled scores."""
+
+    statistics: dict[str, Statistics]
+    drawn: dict[str, Floats]
+
+
+def text_statistics(
+    metrics: Sequence[str], predictions: Sequence[str], references: Sequence[str] | Sequence[Sequence[str]]
+) -> list[Statistics]:
+    """Compute the statistics of the named text metrics.
+
+    Args:
+        metrics: of bleu, chrf (with chrF++), ter, rouge (1, 2, L, Lsum), exact_match.
+        predictions: generated texts.
+        references: one gold text a prediction, or a list of them.
+
+    Raises:
+        UserError: if a metric is unknown or the counts differ.
+    """
+    from evaluation.metrics.bleu import bleu_statistics
+    from evaluation.metrics.chrf import chrf_statistics
+    from evaluation.metrics.exact_match import exact_match_statistics
+    from evaluation.metrics.rouge import rouge_statistics
+    from evaluation.metrics.ter import ter_statistics
+
+    known = {
+        "bleu": bleu_statistics,
+        "chrf": chrf_statistics,
+        "ter": ter_statistics,
+        "rouge": rouge_statistics,
+        "exact_match": exact_match_statistics,
+    }
+    unknown = [name for name in metrics if name not in known]
+    if unknown:
+        raise UserError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(known)} (--metrics)")
+    return [statistics for name in metrics for statistics in known[name](predictions, references)]
+
+
+def score(statistics: Sequence[Statistics], resamples: int = RESAMPLES, seed: int = SEED) -> Scored:
+    """Resample the examples of one system."""
+    by_name = {each.name: each for each in statistics}
+    return Scored(by_name, resample(by_name, resamples, seed))
+
+
+def as_record(
+    scored: Scored, baseline: Scored | None, resamples: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Write scores as the record holds them.
+
+    A score that is not a number becomes null with a `problem`; it is never a wrong number.
+
+    Args:
+        scored: the system.
+        baseline: the llm on the same examples, if it was evaluated; gives `versus_llm`.
+        resamples: number of bootstrap draws, for the signature.
+        seed: of the draws, for the signature.
+    """
+    entries = {}
+    for name, statistics in scored.statistics.items():
+        entry = _entry(statistics, scored.drawn[name])
+        entry["signature"] = f"{statistics.signature}|bs:{resamples}|seed:{seed}"
+        if baseline is not None and name in baseline.statistics:
+            entry["versus_llm"] = _versus(scored, baseline, name)
+        entries[name] = entry
+    return entries
+
+
+def _entry(statistics: Statistics, drawn: Floats) -> dict[str, Any]:
+    value = statistics.value()
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None, "problem": f"the score is {value}"}
+    low, high = interval(drawn)
+    return {"value": value, "low": _finite(low), "high": _finite(high)}
+
+
+def _versus(scored: Scored, baseline: Scored, name: str) -> dict[str, Any]:
+    test = paired(
+        scored.statistics[name], baseline.statistics[name], scored.drawn[name], baseline.drawn[name]
+    )
+    reference = baseline.statistics[name].value()
+    percent = 100 * scored.statistics[name].value() / reference if reference else math.nan
+    usable = math.isfinite(test.difference)
+    return {
+        "difference": _finite(test.difference),
+        "p_value": test.p_value if usable else None,
+        "percent": _finite(percent),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def is_lower_better(name: str) -> bool:
+    """Say whether a smaller value of a score is the better one."""
+    return name in LOWER_IS_BETTER
+
+
+def statistics_of(
+    metrics: Sequence[str], references: Sequence[str], rows: Mapping[str, Sequence[Any]]
+) -> list[Statistics]:
+    """Compute all statistics of one system.
+
+    Args:
+        metrics: names of text metrics.
+        references: the gold texts.
+        rows: columns `prediction`, and where the system scored its targets also `nats` and `target_tokens`.
+    """
+    statistics = text_statistics(metrics, rows["prediction"], references)
+    if "nats" in rows and any(rows["target_tokens"]):
+        from evaluation.metrics.perplexity import perplexity_statistics
+
+        statistics += perplexity_statistics(rows["nats"], rows["target_tokens"], references)
+    return statistics

@@ -1,0 +1,72 @@
+"""What the evaluation needs of a system: a small protocol, met by `llmslm.system.System` and by yours."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+LLM = "llm"
+SLM = "slm"
+LLM_TO_SLM = "llm_to_slm"
+CONTROLS = ("zero", "shuffled")
+
+
+class Generation(Protocol):
+    """One prediction."""
+
+    @property
+    def text(self) -> str:
+        """The generated text, special tokens left out."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens produced, end of sequence included."""
+
+
+class TargetScore(Protocol):
+    """How likely a target is."""
+
+    @property
+    def nats(self) -> float:
+        """-log p(target | prompt), summed over its tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the target, end of sequence included."""
+
+
+class EvaluatedSystem(Protocol):
+    """Anything that can be evaluated.
+
+    A system on an accelerator also has `device` (a torch device), so that the clock waits for it, and `model`
+    (a torch module), so that its weights are counted in its memory.
+    """
+
+    name: str
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        on_first_token: Callable[[], None] | None = None,
+    ) -> Sequence[Generation]:
+        """Generate from one batch; call `on_first_token` once, when the batch's first new token is known."""
+
+    def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> Sequence[TargetScore]:
+        """Score one batch of targets given their prompts."""
+
+    def parameters(self) -> dict[str, int]:
+        """Count parameters: `total`, `trained`, and `decoding`, those read for each generated token."""
+
+
+@runtime_checkable
+class ControllableSystem(Protocol):
+    """A system that uses an encoder, whose message can be destroyed to show that it is used."""
+
+    def with_features(self, control: str) -> EvaluatedSystem:
+        """Return a twin whose features are "zero" or "shuffled" (those of another prompt)."""
+
+
+def file_stem(task: str, system: str) -> str:
+    """Name the files of one task and system; a control's slash does not make a folder."""
+    return f"{task}.{system}".replace("/", "-")

@@ -1,0 +1,127 @@
+"""The whole pipeline with a dummy system: records, resuming, controls."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from evaluation.compare import Arm, Settings, compare
+from evaluation.predictions import predict, read_partial, read_predictions
+from evaluation.records import find_records, read_record
+from llmslm.errors import UserError
+
+FAST = {"max_new_tokens": 16, "batch_size": 4, "warmups": 0, "runs": 1, "resamples": 50}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(out=tmp_path / "out", **FAST)
+
+
+def test_writes_a_record_for_each_system(dummy, examples, settings):
+    arms = [Arm(dummy("llm", 0.95)), Arm(dummy("slm", 0.5)), Arm(dummy("llm_to_slm", 0.9))]
+    paths = compare(arms, examples, replace(settings, controls=True))
+    llm, slm, ours, zero, shuffled = map(read_record, paths)
+    assert zero["system"] == "llm_to_slm/zero_features"
+    assert shuffled["system"] == "llm_to_slm/shuffled_features"
+    assert "versus_llm" not in llm["scores"]["bleu"]
+    assert slm["scores"]["chrf"]["value"] < ours["scores"]["chrf"]["value"] < llm["scores"]["chrf"]["value"]
+    assert slm["scores"]["chrf"]["versus_llm"]["p_value"] < 0.05
+    assert llm["hashes"]["references"] == slm["hashes"]["references"]
+    assert llm["comparison"] == zero["comparison"]
+    assert {entry["mode"] for entry in llm["speed"]} == {"fixed", "natural"}
+    assert zero["speed"] == []
+    assert llm["length"]["ratio"] == 1.0
+    assert find_records([settings.out]) == sorted(paths)
+
+
+def test_predictions_lie_beside_the_record(dummy, examples, settings):
+    (path,) = compare([Arm(dummy())], examples, settings)
+    rows = read_predictions(settings.out / read_record(path)["predictions"])
+    assert sorted(row["id"] for row in rows) == sorted(examples.ids)
+    assert set(rows[0]) == {"id", "prediction", "tokens", "nats", "target_tokens"}
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(dummy, examples, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    budget = {"max_new_tokens": 16, "batch_size": 4}
+    with pytest.raises(KeyboardInterrupt):
+        predict(dummy(fails_after=3), examples, path, **budget)
+    assert len(read_partial(path)) == 12
+    path.write_bytes(path.read_bytes()[:-25])  # the last line is cut, as by a power failure
+    second = dummy()
+    rows = predict(second, examples, path, **budget)
+    assert second.calls == 3  # of five batches two were whole
+    assert rows == predict(dummy(), examples, tmp_path / "uninterrupted.jsonl", **budget)
+    assert path.read_bytes() == (tmp_path / "uninterrupted.jsonl").read_bytes()
+    assert [row.id for row in rows] == examples.ids
+
+
+def test_finished_predictions_are_taken_over_and_other_systems_are_not(dummy, examples, settings):
+    first, again, other = dummy(), dummy(), dummy()
+    fast = replace(settings, runs=0)
+    compare([Arm(first, checkpoint="one")], examples, fast)
+    compare([Arm(again, checkpoint="one")], examples, fast)
+    compare([Arm(other, checkpoint="two")], examples, fast)
+    assert (first.calls, again.calls, other.calls) == (5, 0, 5)
+
+
+def test_complete_records_of_the_same_code_are_returned(dummy, examples, settings, monkeypatch):
+    clean = {"commit": "c" * 40, "dirty": False, "date": "2026-01-01", "command": "", "versions": {}}
+    machine = {"cpu": "x", "cores": 1, "threads": 1, "gpus": []}
+    monkeypatch.setattr("evaluation.compare.provenance", lambda: clean | {"hardware": machine})
+    first = compare([Arm(dummy(), checkpoint="one")], examples, settings)
+    before = first[0].stat().st_mtime_ns
+    assert compare([Arm(dummy(fails_after=0), checkpoint="one")], examples, settings) == first
+    assert first[0].stat().st_mtime_ns == before
+    compare([Arm(dummy(), checkpoint="one")], examples, replace(settings, metrics=("bleu",)))
+    assert first[0].stat().st_mtime_ns != before
+
+
+def test_a_reference_that_one_system_cuts_is_scored_by_none(dummy, examples, settings):
+    arms = [Arm(dummy("llm")), Arm(dummy("slm"), target_limit=7)]
+    llm, slm = map(read_record, compare(arms, examples, settings))
+    whole = sum(len(text.split()) < 7 for text in examples.references)
+    assert llm["examples"]["likelihood"] == slm["examples"]["likelihood"] == whole < len(examples)
+    assert llm["examples"]["effective"] == len(examples)
+
+
+def test_stopping_early_fails_the_length_gate(dummy, examples, settings):
+    (path,) = compare([Arm(dummy())], examples, replace(settings, max_new_tokens=3))
+    length = read_record(path)["length"]
+    assert length["ratio"] < 0.9
+    assert length["met"] is False
+
+
+def test_a_system_whose_likelihood_is_nan_is_marked(dummy, examples, settings):
+    system = dummy()
+    system.quality = float("nan")
+    system._keeps = lambda prompt, word: True
+    record = read_record(compare([Arm(system)], examples, settings)[0])
+    assert record["scores"]["perplexity"]["value"] is None
+    assert record["scores"]["perplexity"]["problem"] == "the score is nan"
+    assert record["scores"]["bleu"]["value"] == pytest.approx(100)
+
+
+def test_bad_records_are_refused(tmp_path):
+    path = tmp_path / "x.record.json"
+    with pytest.raises(UserError, match="there is no record"):
+        read_record(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not a record"):
+        read_record(path)
+    path.write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 1"):
+        read_record(path)
+    path.write_text(json.dumps({"schema_version": 1}))
+    with pytest.raises(UserError, match="is a required property"):
+        read_record(path)
+    with pytest.raises(UserError, match=r"holds no \*.record.json file"):
+        find_records([tmp_path / "..", tmp_path.joinpath("empty").mkdir() or tmp_path / "empty"])
+
+
+def test_a_broken_predictions_line_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"id": "a"}\n{"id": \n')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        read_predictions(path)
