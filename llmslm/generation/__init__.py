@@ -1,0 +1,1 @@
+"""Decoding: one token after another as fast as the machine allows, with the tokens that `generate()` would give."""

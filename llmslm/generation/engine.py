@@ -1,0 +1,294 @@
+"""The decode engine: `generate()`'s tokens from a bare transformers model, at the speed of the machine.
+
+The prompt goes through the model's own forward; each further token through a lean step (`plan.py`) over static caches.
+On CUDA that step is fused kernels in a graph which feeds itself: nothing waits for the host between tokens.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmslm.errors import UserError
+from llmslm.generation.families import UnreadableModelError, read
+from llmslm.generation.loop import DecodeLoop, GraphLoop, HostLoop
+from llmslm.generation.plan import Decoder
+from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate
+from llmslm.generation.state import DecodeState, capacity_bucket, prompt_bucket
+
+_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What is decoded from: ids (batch, length), or embeddings or encoder states (batch, length, width)."""
+
+    values: Tensor
+    attention_mask: Tensor
+
+    @property
+    def batch(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def length(self) -> int:
+        return int(self.values.shape[1])
+
+    def padded(self, length: int, *, left: bool) -> "_Prompt":
+        missing = length - self.length
+        if missing == 0:
+            return self
+        sides = (missing, 0) if left else (0, missing)
+        values = torch.nn.functional.pad(self.values, ((0, 0, *sides) if self.values.dim() == 3 else sides))
+        return _Prompt(values, torch.nn.functional.pad(self.attention_mask, sides))
+
+
+class DecodeEngine:
+    """Decodes with one model on one device; greedy output is that of `model.generate(do_sample=False)`.
+
+    The model's weights are read at construction (fused weights are copied): build a new engine after changing them.
+    What the engine cannot do it leaves to `generate()`, with a warning that names the reason.
+
+    Args:
+        model: a causal or sequence-to-sequence language model in eval mode; its device and dtype decide.
+        keep: number of states (caches and graphs) kept for further calls of the same size.
+        verify: check the lean step against the model's own forward once, before first use.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, keep: int = 4, verify: bool = True) -> None:
+        self.model, self.keep = model, keep
+        self.device = model.device
+        self.reason: str | None = None
+        self.decoder: Decoder | None = None
+        self._loops: OrderedDict[tuple[Any, ...], DecodeLoop] = OrderedDict()
+        limit = getattr(model.config, "max_position_embeddings", None) or 1024
+        try:
+            with torch.no_grad():
+                self.decoder = read(model, limit)
+                if verify:
+                    self._verify(self.decoder)
+        except UnreadableModelError as error:
+            self.reason, self.decoder = str(error), None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        max_new_tokens: int,
+        min_new_tokens: int = 0,
+        sampling: Sampling | None = None,
+        on_first_token: Callable[[], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Decode a batch.
+
+        Args:
+            input_ids: (batch, length); left-padded for a decoder-only model.
+            inputs_embeds: (batch, length, width), in place of input_ids, for a decoder-only model.
+            attention_mask: (batch, length), 1 = attend; all ones if not given.
+            encoder_outputs: the encoder's output, or its last states (batch, length, width), in place of input_ids,
+                for an encoder-decoder model.
+            max_new_tokens: number of tokens after which a row ends in any case.
+            min_new_tokens: number of tokens before which no row ends.
+            sampling: how tokens are drawn; the most probable ones are taken if not given.
+            on_first_token: called once the first token of the batch is known.
+            on_tokens: called with (batch, n) tokens on the CPU as they come; put side by side, they are the result.
+
+        Returns:
+            (batch, new_len) new tokens; rows that end early are filled with the pad token.
+
+        Raises:
+            UserError: if the inputs do not fit the model.
+        """
+        prompt = self._prompt(input_ids, inputs_embeds, encoder_outputs, attention_mask, max_new_tokens)
+        min_new = max(min_new_tokens, self._configured_minimum(prompt))
+        reason = self.reason or self._reason(prompt, max_new_tokens)
+        if reason is not None:
+            warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
+            kept = {"attention_mask": prompt.attention_mask, "max_new": max_new_tokens, "min_new": min_new_tokens}
+            return self._by_generate(prompt, sampling, on_first_token, on_tokens, **kept)
+        rules = self._rules()
+        loop = self._loop(prompt, max_new_tokens, rules, sampling)
+        penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
+        loop.state.start(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
+        padded = self._padded(prompt)
+        may_end = rules.eos.numel() > 0 and min_new < max_new_tokens
+        loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
+        return loop.state.tokens(rules.eos, max_new_tokens)
+
+    def _prompt(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        encoder_outputs: Any,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+    ) -> _Prompt:
+        states = getattr(encoder_outputs, "last_hidden_state", encoder_outputs)
+        if isinstance(states, tuple):
+            states = states[0]
+        other = "encoder_outputs" if self.model.config.is_encoder_decoder else "inputs_embeds"
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "encoder_outputs": states}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) != 1 or names[0] not in ("input_ids", other):
+            raise UserError(f"{' and '.join(names) or 'no input'} given; expected input_ids or {other}, one of them")
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} was given; it must be at least 1")
+        if self.model.training:
+            raise UserError("the model is in training mode, in which dropout changes its tokens; call model.eval()")
+        values = given[names[0]]
+        assert isinstance(values, Tensor)
+        if attention_mask is None:
+            attention_mask = torch.ones(values.shape[:2], dtype=torch.long, device=values.device)
+        if attention_mask.shape != values.shape[:2]:
+            raise UserError(
+                f"attention_mask is {tuple(attention_mask.shape)}, {names[0]} {tuple(values.shape)}; "
+                "the mask must be (batch, length) of the same prompt"
+            )
+        return _Prompt(values.to(self.device), attention_mask.to(self.device))
+
+    def _configured_minimum(self, prompt: _Prompt) -> int:
+        """generation_config.min_length counts the decoder's prompt, or its start token."""
+        config = self.model.generation_config
+        width = 1 if self.model.config.is_encoder_decoder else prompt.length
+        return max((config.min_length or 0) - width, config.min_new_tokens or 0, 0)
+
+    def _reason(self, prompt: _Prompt, max_new: int) -> str | None:
+        config, decoder = self.model.generation_config, self.decoder
+        assert decoder is not None
+        width = 1 if self.model.config.is_encoder_decoder else prompt.length
+        if decoder.max_positions is not None and width + max_new > decoder.max_positions:
+            return f"{width} + {max_new} tokens exceed the {decoder.max_positions} positions of the model"
+        if config.forced_bos_token_id is not None and not self.model.config.is_encoder_decoder:
+            return "generation_config.forced_bos_token_id of a decoder-only model"
+        if self.model.config.is_encoder_decoder and not isinstance(self._start_token(), int):
+            return "no single decoder_start_token_id"
+        return reason_for_generate(config)
+
+    def _start_token(self) -> Any:
+        config = self.model.generation_config
+        start = config.decoder_start_token_id
+        return config.bos_token_id if start is None else start
+
+    def _rules(self) -> TokenRules:
+        encoder_decoder = self.model.config.is_encoder_decoder
+        return TokenRules(self.model.generation_config, encoder_decoder=encoder_decoder, device=self.device)
+
+    def _padded(self, prompt: _Prompt) -> _Prompt:
+        """Prompts come in a few lengths on CUDA, so that their pass can be captured too."""
+        if self.device.type != "cuda":
+            return prompt
+        limit = None if self.decoder is None else self.decoder.max_positions
+        length = prompt_bucket(prompt.length)
+        encoder_decoder = self.model.config.is_encoder_decoder
+        if encoder_decoder and getattr(self.model.config, "max_position_embeddings", None) is None:
+            limit = None
+        length = length if limit is None else max(prompt.length, min(length, limit))
+        return prompt.padded(length, left=not encoder_decoder)
+
+    def _loop(self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None) -> DecodeLoop:
+        encoder_decoder = self.model.config.is_encoder_decoder
+        on_cpu = self.device.type != "cuda"
+        length = prompt.length if on_cpu else prompt_bucket(prompt.length)
+        encoder_capacity = length if encoder_decoder else 0
+        capacity = max_new + (1 if encoder_decoder else length)
+        capacity = capacity if on_cpu else capacity_bucket(capacity)
+        penalise = rules.repetition_penalty != 1.0
+        if sampling is not None:
+            penalise = sampling.repetition_penalty != 1.0
+        key = (prompt.batch, capacity, encoder_capacity, rules.mode(sampling), penalise, self._rules_key())
+        if key in self._loops:
+            self._loops.move_to_end(key)
+            return self._loops[key]
+        while len(self._loops) >= self.keep:
+            self._loops.popitem(last=False)
+        assert self.decoder is not None
+        state = DecodeState(
+            self.decoder.shape,
+            batch=prompt.batch,
+            capacity=capacity,
+            encoder_capacity=encoder_capacity,
+            mode=rules.mode(sampling),
+            penalise=penalise,
+            device=self.device,
+            dtype=self.decoder.embedding.dtype,
+        )
+        start = self._start_token() if encoder_decoder else None
+        kind = HostLoop if on_cpu else GraphLoop
+        self._loops[key] = kind(self.model, self.decoder, state, rules, start)
+        return self._loops[key]
+
+    def _rules_key(self) -> str:
+        """What a kept loop has built in of the generation_config."""
+        config = self.model.generation_config
+        keys = ("eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")
+        return repr([getattr(config, key) for key in (*keys, "forced_eos_token_id", "decoder_start_token_id")])
+
+    def _by_generate(
+        self,
+        prompt: _Prompt,
+        sampling: Sampling | None,
+        on_first_token: Callable[[], None] | None,
+        on_tokens: Callable[[Tensor], None] | None,
+        *,
+        attention_mask: Tensor,
+        max_new: int,
+        min_new: int,
+    ) -> Tensor:
+        """The same call through `generate()`; tokens are known, and reported, at its end."""
+        kwargs: dict[str, Any] = {"do_sample": sampling is not None and sampling.temperature > 0}
+        if sampling is not None:
+            kwargs["repetition_penalty"] = sampling.repetition_penalty
+            torch.manual_seed(sampling.seed)
+        if sampling is not None and sampling.temperature > 0:
+            kwargs |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        if prompt.values.dim() == 2:
+            kwargs["input_ids"] = prompt.values
+        elif self.model.config.is_encoder_decoder:
+            kwargs["encoder_outputs"] = _as_encoder_output(prompt.values)
+        else:
+            kwargs["inputs_embeds"] = prompt.values
+        if min_new:
+            kwargs["min_new_tokens"] = min_new
+        ids = self.model.generate(attention_mask=attention_mask, max_new_tokens=max_new, **kwargs)
+        if self.model.config.is_encoder_decoder:
+            ids = ids[:, 1:]
+        elif prompt.values.dim() == 2:
+            ids = ids[:, prompt.length :]
+        if on_first_token is not None:
+            on_first_token()
+        if on_tokens is not None:
+            on_tokens(ids.cpu())
+        return ids
+
+    def _verify(self, decoder: Decoder) -> None:
+        """Hold three lean steps against the model's own forward on random tokens.
+
+        Raises:
+            UnreadableModelError: if the logits differ by more than rounding.
+        """
+        from llmslm.generation.verification import largest_difference
+
+        start = self._start_token() if self.model.config.is_encoder_decoder else None
+        start = start if isinstance(start, int) else 0
+        difference = largest_difference(self.model, decoder, start)
+        tolerance = _TOLERANCE.get(decoder.embedding.dtype, 0.1)
+        if not difference <= tolerance:
+            raise UnreadableModelError(
+                f"the lean step's logits differ from the model's own by {difference:.3g} of their spread"
+            )
+
+
+def _as_encoder_output(states: Tensor) -> Any:
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput(last_hidden_state=states)

@@ -1,0 +1,281 @@
+"""Reads a transformers model into a `Decoder`, family by family. Fused weights (q/k/v, gate/up) are copies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmslm.generation.plan import CrossAttention, Decoder, Linear, Norm, SelfAttention, Sublayer
+from llmslm.generation.state import CacheShape
+
+_ACTIVATIONS = {
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+class UnreadableModelError(Exception):
+    """The model cannot be read into a `Decoder`; the text says why."""
+
+
+def read(model: PreTrainedModel, max_positions: int) -> Decoder:
+    """Read a model's decoder.
+
+    Args:
+        model: a causal or sequence-to-sequence language model.
+        max_positions: positions for which tables of angles are laid out, where the model has no limit of its own.
+
+    Raises:
+        UnreadableModelError: if its family or a setting of it is not known here.
+    """
+    reader = _READERS.get(model.config.model_type)
+    if reader is None:
+        raise UnreadableModelError(f"model_type {model.config.model_type!r} has no step of its own")
+    try:
+        return reader(model, max_positions)
+    except AttributeError as error:
+        raise UnreadableModelError(f"{type(model).__name__} is not built as its family is: {error}") from error
+
+
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    if type(module) is Conv1D:
+        return module.weight.detach().t().contiguous(), module.bias.detach()
+    if type(module) is not nn.Linear:
+        raise UnreadableModelError(f"a {type(module).__name__} stands where a plain linear layer is expected")
+    return module.weight.detach(), None if module.bias is None else module.bias.detach()
+
+
+def _linear(*modules: nn.Module, activation: str | None = None, gated: bool = False) -> Linear:
+    """Fuse linear layers that read the same input into one."""
+    pairs = [_weights(module) for module in modules]
+    if len(pairs) == 1:
+        return Linear(*pairs[0], activation=activation, gated=gated)
+    weight = torch.cat([weight for weight, _ in pairs])
+    if all(bias is None for _, bias in pairs):
+        return Linear(weight, None, activation, gated)
+    biases = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in pairs]
+    return Linear(weight, torch.cat(biases), activation, gated)
+
+
+def _activation(name: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise UnreadableModelError(f"activation {name!r} is not known")
+    return _ACTIVATIONS[name]
+
+
+def _layer_norm(module: nn.Module | None) -> Norm | None:
+    if module is None:
+        return None
+    if type(module) is not nn.LayerNorm or module.weight is None:
+        raise UnreadableModelError(f"a {type(module).__name__} stands where a plain layer norm is expected")
+    return Norm(module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps, True)
+
+
+def _rms_norm(module: Any, scale: float = 1.0) -> Norm:
+    return Norm(module.weight.detach(), None, module.variance_epsilon, False, scale)
+
+
+def _shape(model: PreTrainedModel, inner: SelfAttention, *, layers: int, cross: bool) -> CacheShape:
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return CacheShape(layers, inner.kv_heads, inner.head_dim, vocabulary, inner.heads if cross else 0)
+
+
+def _full_attention_only(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds != {"full_attention"} or window:
+        raise UnreadableModelError("sliding-window attention has no step of its own")
+
+
+def _read_llama(model: Any, max_positions: int) -> Decoder:
+    """Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, gated feed-forward."""
+    config, body = model.config, model.model
+    _full_attention_only(config)
+    if body.rotary_emb.rope_type in ("dynamic", "longrope"):
+        raise UnreadableModelError(f"rotary angles of type {body.rotary_emb.rope_type!r} change with the length")
+    sublayers = []
+    for index, layer in enumerate(body.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        inner = SelfAttention(
+            layer=index,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            scale=attention.scaling,
+            q_norm=_rms_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=_rms_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            rotary=True,
+        )
+        into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        before = _rms_norm(layer.input_layernorm)
+        sublayers.append(Sublayer(into, _linear(attention.o_proj), inner, before))
+        up = _linear(mlp.gate_proj, mlp.up_proj, activation=_activation(config.hidden_act), gated=True)
+        before = _rms_norm(layer.post_attention_layernorm)
+        sublayers.append(Sublayer(up, _linear(mlp.down_proj), before=before))
+    steps = torch.arange(max_positions, device=model.device)[None]
+    cos, sin = body.rotary_emb(torch.empty(0, device=model.device, dtype=torch.float32), steps)
+    return Decoder(
+        embedding=body.embed_tokens.weight.detach(),
+        head=_linear(model.lm_head),
+        sublayers=sublayers,
+        shape=_shape(model, inner, layers=len(body.layers), cross=False),
+        final_norm=_rms_norm(body.norm),
+        cos=cos[0].float().contiguous(),
+        sin=sin[0].float().contiguous(),
+        max_positions=max_positions,
+    )
+
+
+def _read_gpt2(model: Any, _max_positions: int) -> Decoder:
+    config, body = model.config, model.transformer
+    if config.add_cross_attention:
+        raise UnreadableModelError("GPT-2 with cross-attention has no step of its own")
+    sublayers = []
+    for index, layer in enumerate(body.h):
+        heads = layer.attn.num_heads
+        inner = SelfAttention(index, heads, heads, layer.attn.head_dim, layer.attn.scaling)
+        into, out = _linear(layer.attn.c_attn), _linear(layer.attn.c_proj)
+        sublayers.append(Sublayer(into, out, inner, _layer_norm(layer.ln_1)))
+        up = _linear(layer.mlp.c_fc, activation=_activation(config.activation_function))
+        sublayers.append(Sublayer(up, _linear(layer.mlp.c_proj), before=_layer_norm(layer.ln_2)))
+    return Decoder(
+        embedding=body.wte.weight.detach(),
+        head=_linear(model.lm_head),
+        sublayers=sublayers,
+        shape=_shape(model, inner, layers=len(body.h), cross=False),
+        positions=body.wpe.weight.detach(),
+        final_norm=_layer_norm(body.ln_f),
+        max_positions=config.n_positions,
+    )
+
+
+def _placed(norm: Norm | None, *, first: bool) -> dict[str, Norm | None]:
+    return {"before": norm} if first else {"after": norm}
+
+
+def _bart_attention(attention: Any, index: int) -> SelfAttention:
+    return SelfAttention(index, attention.num_heads, attention.num_heads, attention.head_dim, attention.scaling)
+
+
+def _bart_feed_forward(layer: Any, config: Any, *, first: bool) -> Sublayer:
+    up = _linear(layer.fc1, activation=_activation(config.activation_function))
+    return Sublayer(up, _linear(layer.fc2), **_placed(_layer_norm(layer.final_layer_norm), first=first))
+
+
+def _read_opt(model: Any, _max_positions: int) -> Decoder:
+    config, body = model.config, model.model.decoder
+    if body.project_in is not None:
+        raise UnreadableModelError("OPT with projected embeddings has no step of its own")
+    first, sublayers = config.do_layer_norm_before, []
+    for index, layer in enumerate(body.layers):
+        attention = layer.self_attn
+        inner = _bart_attention(attention, index)
+        into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        norm = _placed(_layer_norm(layer.self_attn_layer_norm), first=first)
+        sublayers.append(Sublayer(into, _linear(attention.out_proj), inner, **norm))
+        sublayers.append(_bart_feed_forward(layer, config, first=first))
+    return Decoder(
+        embedding=body.embed_tokens.weight.detach(),
+        head=_linear(model.lm_head),
+        sublayers=sublayers,
+        shape=_shape(model, inner, layers=len(body.layers), cross=False),
+        positions=body.embed_positions.weight.detach(),
+        position_offset=body.embed_positions.offset,
+        final_norm=_layer_norm(body.final_layer_norm),
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _read_bart(model: Any, _max_positions: int) -> Decoder:
+    config, body = model.config, model.model.decoder
+    sublayers, crosses = [], []
+    for index, layer in enumerate(body.layers):
+        attention, cross = layer.self_attn, layer.encoder_attn
+        inner = _bart_attention(attention, index)
+        into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
+        norm = _layer_norm(layer.self_attn_layer_norm)
+        sublayers.append(Sublayer(into, _linear(attention.out_proj), inner, after=norm))
+        key_value = _linear(cross.k_proj, cross.v_proj)
+        crosses.append(CrossAttention(index, cross.num_heads, cross.head_dim, cross.scaling, key_value))
+        norm = _layer_norm(layer.encoder_attn_layer_norm)
+        sublayers.append(Sublayer(_linear(cross.q_proj), _linear(cross.out_proj), crosses[-1], after=norm))
+        sublayers.append(_bart_feed_forward(layer, config, first=False))
+    head = Linear(model.lm_head.weight.detach(), model.final_logits_bias.detach().flatten())
+    return Decoder(
+        embedding=body.embed_tokens.weight.detach(),
+        head=head,
+        sublayers=sublayers,
+        shape=_shape(model, inner, layers=len(body.layers), cross=True),
+        embedding_scale=body.embed_tokens.embed_scale,
+        positions=body.embed_positions.weight.detach(),
+        position_offset=body.embed_positions.offset,
+        embedding_norm=_layer_norm(body.layernorm_embedding),
+        max_positions=config.max_position_embeddings,
+        crosses=crosses,
+    )
+
+
+def _t5_feed_forward(layer: Any, config: Any) -> Sublayer:
+    dense, activation = layer.DenseReluDense, _activation(config.dense_act_fn)
+    if config.is_gated_act:
+        up = _linear(dense.wi_0, dense.wi_1, activation=activation, gated=True)
+    else:
+        up = _linear(dense.wi, activation=activation)
+    return Sublayer(up, _linear(dense.wo), before=_rms_norm(layer.layer_norm))
+
+
+def _t5_distance_bias(attention: Any) -> Tensor:
+    """(heads, distances): the learned bias by how many tokens a key lies before its query."""
+    furthest = attention.relative_attention_max_distance
+    bucket = attention._relative_position_bucket(
+        -torch.arange(furthest + 1, device=attention.relative_attention_bias.weight.device),
+        bidirectional=False,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=furthest,
+    )
+    return attention.relative_attention_bias(bucket).detach().t().float().contiguous()
+
+
+def _read_t5(model: Any, _max_positions: int) -> Decoder:
+    config, body = model.config, model.decoder
+    sublayers, crosses = [], []
+    for index, block in enumerate(body.block):
+        attention, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+        heads, width = attention.n_heads, attention.key_value_proj_dim
+        inner = SelfAttention(index, heads, heads, width, 1.0, biased=True)
+        into = _linear(attention.q, attention.k, attention.v)
+        sublayers.append(Sublayer(into, _linear(attention.o), inner, _rms_norm(block.layer[0].layer_norm)))
+        crosses.append(CrossAttention(index, heads, width, 1.0, _linear(cross.k, cross.v)))
+        before = _rms_norm(block.layer[1].layer_norm)
+        sublayers.append(Sublayer(_linear(cross.q), _linear(cross.o), crosses[-1], before))
+        sublayers.append(_t5_feed_forward(block.layer[2], config))
+    scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+    return Decoder(
+        embedding=body.embed_tokens.weight.detach(),
+        head=_linear(model.lm_head),
+        sublayers=sublayers,
+        shape=_shape(model, inner, layers=len(body.block), cross=True),
+        final_norm=_rms_norm(body.final_layer_norm, scale),
+        distance_bias=_t5_distance_bias(body.block[0].layer[0].SelfAttention),
+        crosses=crosses,
+    )
+
+
+_READERS: dict[str, Callable[[Any, int], Decoder]] = {
+    "llama": _read_llama,
+    "mistral": _read_llama,
+    "qwen2": _read_llama,
+    "qwen3": _read_llama,
+    "gpt2": _read_gpt2,
+    "opt": _read_opt,
+    "bart": _read_bart,
+    "t5": _read_t5,
+    "mt5": _read_t5,
+}

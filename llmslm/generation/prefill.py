@@ -1,0 +1,86 @@
+"""The prompt's single pass: it fills the caches of a state and gives the logits of the first new token."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmslm.generation.plan import Decoder
+from llmslm.generation.state import DecodeState
+from llmslm.generation.step import fill_cross_cache
+
+
+def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask (batch, 1, length, length) of a left-padded prompt; `valid` (batch, length) is true where attended.
+
+    Padding sees itself: a row that sees nothing would be NaN, and NaN reaches other rows through the values.
+    """
+    length = valid.shape[1]
+    seen = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
+    seen = seen & valid[:, None, :] | torch.eye(length, dtype=torch.bool, device=valid.device)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=valid.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+class CausalPrefill:
+    """The pass of a decoder-only model over its prompt.
+
+    Args:
+        model: the model as it came; its own forward is used, whatever its family.
+        decoder: gives the dtype of masks.
+        state: whose caches are filled.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, state: DecodeState) -> None:
+        self.model, self.state = model, state
+        self.dtype = decoder.embedding.dtype
+
+    def __call__(self, prompt: Tensor, attention_mask: Tensor) -> Tensor:
+        """Read ids (batch, length) or embeddings (batch, length, width), left-padded; logits (batch, vocabulary)."""
+        state, length = self.state, attention_mask.shape[1]
+        valid = attention_mask.bool()
+        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        name = "input_ids" if prompt.dim() == 2 else "inputs_embeds"
+        output = self.model(
+            **{name: prompt},
+            attention_mask=causal_mask(valid, self.dtype),
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        for index, layer in enumerate(output.past_key_values.layers):
+            state.cache[index, 0, :, :, :length].copy_(layer.keys)
+            state.cache[index, 1, :, :, :length].copy_(layer.values)
+        state.valid[:, :length].copy_(valid)
+        state.position.copy_(positions[:, -1] + 1)
+        state.slot.fill_(length)
+        if state.seen is not None and prompt.dim() == 2:
+            counts = torch.zeros_like(state.seen, dtype=torch.long).scatter_add_(1, prompt, valid.long())
+            state.seen.copy_(counts > 0)
+        return output.logits[:, -1]
+
+
+class EncodedPrefill:
+    """What an encoder-decoder model does before its first token: encode if need be, then keys and values of the states.
+
+    Args:
+        model: the model as it came; its own encoder is used.
+        decoder: has the cross-attentions.
+        state: whose caches are filled.
+        start: the token that decoding starts with.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, start: int) -> None:
+        self.model, self.decoder, self.state, self.start = model, decoder, state, start
+
+    def __call__(self, prompt: Tensor, attention_mask: Tensor) -> None:
+        """Read ids (batch, length) or the encoder's states (batch, length, width); the mask's 1 means attend."""
+        state = self.state
+        if prompt.dim() == 2:
+            encoder = self.model.get_encoder()
+            prompt = encoder(input_ids=prompt, attention_mask=attention_mask).last_hidden_state
+        fill_cross_cache(self.decoder, state, prompt)
+        state.encoder_valid.fill_(False)
+        state.encoder_valid[:, : attention_mask.shape[1]].copy_(attention_mask.bool())
+        state.token.fill_(self.start)
+        if state.seen is not None:
+            state.seen[:, self.start] = True

@@ -1,0 +1,153 @@
+"""The choice of the next token: what the caller asks for, what the model's generation_config asks for, on the device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from llmslm.errors import UserError
+from llmslm.generation.state import DecodeState
+
+# Settings of a generation_config that change the tokens and that the engine leaves to `generate()`.
+_LEFT_TO_GENERATE = (
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "exponential_decay_length_penalty",
+    "watermarking_config",
+    "constraints",
+    "force_words_ids",
+    "stop_strings",
+    "max_time",
+    "penalty_alpha",
+    "dola_layers",
+    "remove_invalid_values",
+)
+_NEUTRAL = {"encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "num_beams": 1}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; without it, the most probable one is taken.
+
+    Args:
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: number of most probable tokens that may be drawn; 0 allows all.
+        top_p: smallest set of most probable tokens whose mass reaches this may be drawn; 1 allows all.
+        repetition_penalty: divides positive (multiplies negative) logits of tokens already seen; 1 changes nothing.
+        seed: of the random generator, set anew at each call.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for key, holds in bounds.items():
+            if not holds:
+                raise UserError(
+                    f"{key}={getattr(self, key)} was given; temperature and top_k must be 0 or more, "
+                    f"top_p in (0, 1], repetition_penalty above 0; change {key}"
+                )
+
+
+def reason_for_generate(config: GenerationConfig) -> str | None:
+    """Name the setting of a generation_config that only `generate()` honours, or None."""
+    for key in _LEFT_TO_GENERATE:
+        if getattr(config, key, None):
+            return f"generation_config.{key}={getattr(config, key)!r}"
+    for key, neutral in _NEUTRAL.items():
+        if getattr(config, key, None) not in (None, neutral):
+            return f"generation_config.{key}={getattr(config, key)!r}"
+    return None
+
+
+def _ids(value: int | list[int] | Tensor | None) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        return [int(item) for item in value.flatten()]
+    return [value] if isinstance(value, int) else [int(item) for item in value]
+
+
+class TokenRules:
+    """Which token follows from the logits, and what it changes in the state; a model's generation_config is honoured.
+
+    Args:
+        config: the model's generation_config.
+        encoder_decoder: whether forced_bos_token_id applies (to the token after the start token).
+        device: where the state lies.
+    """
+
+    def __init__(self, config: GenerationConfig, *, encoder_decoder: bool, device: torch.device) -> None:
+        eos = _ids(config.eos_token_id)
+        pad = _ids(config.pad_token_id)
+        self.pad = pad[0] if pad else (eos[0] if eos else 0)
+        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+        self.suppress = torch.tensor(_ids(config.suppress_tokens), dtype=torch.long, device=device)
+        self.begin_suppress = torch.tensor(_ids(config.begin_suppress_tokens), dtype=torch.long, device=device)
+        self.forced_bos = config.forced_bos_token_id if encoder_decoder else None
+        forced_eos = _ids(config.forced_eos_token_id)
+        self.forced_eos = forced_eos[0] if forced_eos else None
+        self.repetition_penalty = config.repetition_penalty or 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most probable token is taken, except that an end may be put off by min_new_tokens."""
+        forced = self.forced_bos is not None or self.forced_eos is not None
+        suppressed = self.suppress.numel() > 0 or self.begin_suppress.numel() > 0
+        return not forced and not suppressed and self.repetition_penalty == 1.0
+
+    def mode(self, sampling: Sampling | None) -> str:
+        """Name the kind of step that these rules need: "plain", "greedy" or "sampled"."""
+        if sampling is not None and sampling.temperature > 0:
+            return "sampled"
+        return "plain" if self.plain and (sampling is None or sampling.repetition_penalty == 1.0) else "greedy"
+
+    def choose(self, logits: Tensor, state: DecodeState) -> None:
+        """Pick the next token of each row from logits (batch, vocabulary) and advance the state, on the device."""
+        scores = self._processed(logits.float(), state)
+        token = _drawn(scores, state) if state.mode == "sampled" else scores.argmax(dim=-1)
+        if self.forced_bos is not None:
+            token = torch.where(state.step == 0, self.forced_bos, token)
+        if self.forced_eos is not None:
+            token = torch.where(state.step == state.max_new - 1, self.forced_eos, token)
+        state.advance(token, eos=self.eos, pad=self.pad)
+
+    def _processed(self, scores: Tensor, state: DecodeState) -> Tensor:
+        if state.seen is not None:
+            penalised = torch.where(scores < 0, scores * state.penalty, scores / state.penalty)
+            scores = torch.where(state.seen, penalised, scores)
+        step = state.step[:, None]
+        low = float("-inf")
+        if self.eos.numel():
+            ends = scores[:, self.eos]
+            scores = scores.index_copy(1, self.eos, ends.masked_fill(step < state.min_new, low))
+        if self.suppress.numel():
+            scores = scores.index_fill(1, self.suppress, low)
+        if self.begin_suppress.numel():
+            first = 0 if self.forced_bos is None else 1
+            begins = scores[:, self.begin_suppress]
+            scores = scores.index_copy(1, self.begin_suppress, begins.masked_fill(step == first, low))
+        return scores
+
+
+def _drawn(scores: Tensor, state: DecodeState) -> Tensor:
+    """Draw from the softmax of scores / temperature, cut to top_k and top_p; one sort serves both cuts."""
+    ordered, order = (scores / state.temperature).sort(dim=-1, descending=True)
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    ordered = ordered.masked_fill(rank >= state.top_k, float("-inf"))
+    mass = ordered.softmax(dim=-1)
+    mass = mass.masked_fill(mass.cumsum(dim=-1) - mass >= state.top_p, 0.0)
+    noise = torch.empty_like(mass).exponential_(generator=state.generator)
+    return order.gather(-1, (mass / noise).argmax(dim=-1, keepdim=True)).squeeze(-1)
