@@ -256,7 +256,7 @@ def _read_t5(model: Any, _max_positions: int) -> Decoder:
         before = _rms_norm(block.layer[1].layer_norm)
         sublayers.append(Sublayer(_linear(cross.q), _linear(cross.o), crosses[-1], before))
         sublayers.append(_t5_feed_forward(block.layer[2], config))
-    scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+    scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),
         head=_linear(model.lm_head),
