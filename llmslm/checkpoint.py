@@ -116,6 +116,17 @@ def written_aside(folder: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that nobody ever reads half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Recognise a full disk, also where a library wraps the system's error in its own."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

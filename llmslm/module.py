@@ -201,12 +201,6 @@ class SystemModule(L.LightningModule):
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
         return loss, (labels != IGNORED).sum()
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Note, while the labels are still on the CPU, the first column that holds a target."""
-        if not self._built.config.is_encoder_decoder:
-            batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
-        return batch
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log train/loss."""
         loss, tokens = self.loss(batch)

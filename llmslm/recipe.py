@@ -1,6 +1,6 @@
 """Recipes by name: a YAML file of the user, or one that comes with the package."""
 
-from importlib import resources
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 def recipe_folder() -> Path:
     """Return the folder of the recipes that come with the package."""
-    return Path(str(resources.files("recipes")))
+    spec = importlib.util.find_spec("recipes")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the recipes folder is not installed beside llmslm; install the wheel, or give a path (--config)")
+    return Path(list(spec.submodule_search_locations)[0])
 
 
 def recipe_names() -> list[str]:

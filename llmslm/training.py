@@ -1,6 +1,7 @@
 """The Lightning CLI of llmslm: recipes in, trained systems out."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,19 @@ def run(args: list[str]) -> None:
         jsonargparse.ArgumentError: for unknown keys and values of the wrong type.
     """
     args, Cli.recipe_name = resolve_recipes(args)
+    # Lightning's own use of a torch helper that torch is about to rename; nothing a user could act on.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     strict = {"exit_on_error": False, "allow_abbrev": False}
     Cli(
         SystemModule,
         TextDataModule,
         args=args,
         save_config_callback=RecordRun,
-        trainer_defaults={"logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"}},
+        # The data module deals out batches itself, the same number to every rank.
+        trainer_defaults={
+            "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
+            "use_distributed_sampler": False,
+        },
         parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
         auto_configure_optimizers=False,
     )

@@ -14,7 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from llmslm.data.codec import Codec, TextFormat
+from llmslm.data.codec import IGNORED, Codec, TextFormat
 from llmslm.data.sampler import LengthBatchSampler
 from llmslm.data.sources import Source, Split
 from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
@@ -107,6 +107,12 @@ class TextDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Batches of the test split, with their examples."""
         return self.test_dataloader()
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Note, while the labels are still on the CPU, the first column that holds a target (for the logits to keep)."""
+        if not self.codec.is_encoder_decoder:
+            batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Note how many batches of the epoch were trained, so that a resumed run goes on with the next."""

@@ -1,0 +1,218 @@
+"""Debian's package descriptions: translation pairs in any language that Debian has, and summaries.
+
+`apt-get` delivers the lists into a folder of our own; nothing of the system's own lists is touched, and no root is needed.
+"""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmslm.data.sources.base import BuiltSource, Example, Split, drop_seen, split_by_group, take
+from llmslm.errors import UserError
+
+_APT_HELPER = Path("/usr/lib/apt/apt-helper")
+_VERSION = 1  # raise it when the extraction changes: cached data is then built again
+
+
+class _Description(NamedTuple):
+    source: str
+    package: str
+    synopsis: str
+    paragraphs: list[str]
+
+
+class _Debian(BuiltSource):
+    """What both sources share: package lists, and splits by source package.
+
+    Args:
+        max_eval: at most so many examples of validation and of test, chosen by hash.
+        cache_dir: see `BuiltSource`.
+    """
+
+    languages: tuple[str, ...] = ()
+
+    def __init__(self, max_eval: int | None = None, cache_dir: str | None = None) -> None:
+        super().__init__(cache_dir)
+        self.max_eval = max_eval
+
+    def key(self) -> dict[str, Any]:
+        """Release, languages and limits; Debian's stable lists change with point releases only."""
+        return {"version": _VERSION, "languages": self.languages, "max_eval": self.max_eval}
+
+    def pairs(self, lists: Path) -> Iterator[tuple[str, str, str]]:
+        """Yield (source package, prompt, target)."""
+        raise NotImplementedError
+
+    def build(self) -> dict[Split, list[Example]]:
+        """Fetch the lists, make pairs, split them by source package; no English text of train is in validation or test."""
+        lists = self.cache_dir / "debian-lists"
+        fetch_lists(lists, self.languages)
+        splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+        seen: set[str] = set()
+        for source, prompt, target in self.pairs(lists):
+            if prompt not in seen:
+                seen.add(prompt)
+                name = hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:16]
+                splits[split_by_group(source, 3)].append({"id": name, "prompt": prompt, "target": target})
+        for split in ("validation", "test"):
+            splits[split] = take(drop_seen(splits[split], splits["train"]), self.max_eval)
+        return splits
+
+
+class DebianTranslation(_Debian):
+    """Descriptions in English and their human translation, paragraph by paragraph.
+
+    Args:
+        target_language: code that Debian uses ("it", "da", "de", "fr", "pt_BR", ...).
+        max_eval: at most so many examples of validation and of test.
+        cache_dir: see `BuiltSource`.
+    """
+
+    def __init__(self, target_language: str = "it", max_eval: int | None = None, cache_dir: str | None = None) -> None:
+        super().__init__(max_eval, cache_dir)
+        self.target_language = target_language
+        self.languages = ("en", target_language)
+        self.name = f"debian-translation-en-{target_language}"
+
+    def pairs(self, lists: Path) -> Iterator[tuple[str, str, str]]:
+        """Join by Description-md5; synopsis to synopsis, paragraph to paragraph where their numbers agree."""
+        translated = read_descriptions(lists, self.target_language)
+        sources = read_sources(lists)
+        for md5, english in read_descriptions(lists, "en").items():
+            other = translated.get(md5)
+            if other is None:
+                continue
+            source = sources.get(english.package, english.package)
+            both = [(english.synopsis, other.synopsis)]
+            if len(english.paragraphs) == len(other.paragraphs):
+                both += zip(english.paragraphs, other.paragraphs, strict=True)
+            for prompt, target in both:
+                # An untranslated paragraph says nothing about translation.
+                if prompt and target and prompt != target:
+                    yield source, prompt, target
+
+
+class DebianSummary(_Debian):
+    """The long English description as the prompt, the one-line synopsis as the target."""
+
+    name = "debian-summary"
+    languages = ("en",)
+
+    def pairs(self, lists: Path) -> Iterator[tuple[str, str, str]]:
+        """One pair a package."""
+        sources = read_sources(lists)
+        for english in read_descriptions(lists, "en").values():
+            if english.paragraphs and english.synopsis:
+                yield sources.get(english.package, english.package), "\n".join(english.paragraphs), english.synopsis
+
+
+def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
+    """Let apt fetch package lists and translations into `folder`.
+
+    Raises:
+        UserError: if there is no apt on this machine, or the update fails.
+    """
+    if shutil.which("apt-get") is None or not _APT_HELPER.exists():
+        raise UserError("the Debian sources need apt-get, which this machine does not have; use another data.source")
+    if all(_files(folder, language) for language in languages) and _package_files(folder):
+        return
+    (folder / "partial").mkdir(parents=True, exist_ok=True)
+    wanted = sorted({"en", *languages} | set(_languages_there(folder)))
+    options = [f"Dir::State::Lists={folder}", "Acquire::Languages="]
+    options += [f"Acquire::Languages::={language}" for language in wanted]
+    options += [f"Dir::Cache::{name}=" for name in ("pkgcache", "srcpkgcache")]
+    command = ["apt-get", "update", "-q", *(f"-o{option}" for option in options)]
+    sys.stderr.write("fetching Debian's package lists\n")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"apt-get update failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    for language in languages:
+        if not _files(folder, language):
+            raise UserError(
+                f"Debian has no descriptions in {language!r} (data.source.init_args.target_language); "
+                "codes look like it, de, pt_BR"
+            )
+
+
+def read_descriptions(folder: Path, language: str) -> dict[str, _Description]:
+    """Read a Translation list: Description-md5 to synopsis and paragraphs."""
+    found = {}
+    for path in _files(folder, language):
+        for fields in _stanzas(path):
+            text = fields.get(f"Description-{language}")
+            if text is None or "Description-md5" not in fields:
+                continue
+            synopsis, _, rest = text.partition("\n")
+            found[fields["Description-md5"]] = _Description(
+                "", fields.get("Package", ""), _clean(synopsis), list(_paragraphs(rest))
+            )
+    return found
+
+
+def read_sources(folder: Path) -> dict[str, str]:
+    """Read the source package of each binary package whose source has another name."""
+    sources = {}
+    for path in _package_files(folder):
+        for fields in _stanzas(path):
+            if "Source" in fields and "Package" in fields:
+                sources[fields["Package"]] = fields["Source"].split()[0]
+    return sources
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Join the lines of each paragraph; " ." lines separate them, lines with two spaces are verbatim and end one."""
+    lines: list[str] = []
+    for line in [*text.split("\n"), " ."]:
+        if line.strip() == "." or line.startswith("  "):
+            if lines:
+                yield _clean(" ".join(lines))
+            lines = []
+        elif line.strip():
+            lines.append(line)
+
+
+def _clean(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _stanzas(path: Path) -> Iterator[dict[str, str]]:
+    """Read an apt list (compressed or not) as dicts of fields; continuation lines keep their first space."""
+    process = subprocess.Popen([str(_APT_HELPER), "cat-file", str(path)], stdout=subprocess.PIPE, encoding="utf-8")
+    assert process.stdout is not None
+    fields: dict[str, str] = {}
+    name = ""
+    with process.stdout as lines:
+        for raw in lines:
+            line = raw.rstrip("\n")
+            if not line:
+                yield fields
+                fields = {}
+            elif line[0] == " ":
+                fields[name] = f"{fields[name]}\n{line}"
+            else:
+                name, _, value = line.partition(":")
+                fields[name] = value.strip()
+    if fields:
+        yield fields
+    process.wait()
+
+
+def _files(folder: Path, language: str) -> list[Path]:
+    return sorted(p for p in folder.glob(f"*_i18n_Translation-{language}*") if _language_of(p) == language)
+
+
+def _language_of(path: Path) -> str:
+    return path.name.rpartition("Translation-")[2].partition(".")[0]
+
+
+def _languages_there(folder: Path) -> set[str]:
+    return {_language_of(path) for path in folder.glob("*_i18n_Translation-*")}
+
+
+def _package_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*_binary-*_Packages*"))

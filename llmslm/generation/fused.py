@@ -1,0 +1,240 @@
+"""One decode step on CUDA, by the kernels of `kernels.py`; wide batches leave their products to cuBLAS."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from llmslm.generation import kernels
+from llmslm.generation.plan import CrossAttention, Decoder, Linear, Norm, SelfAttention
+from llmslm.generation.sampling import TokenRules
+from llmslm.generation.state import DecodeState
+from llmslm.generation.step import TorchStep, normalised
+
+WIDEST_BATCH = 8  # above it the matrix units of cuBLAS pay
+_CHUNK = 1024  # of the vocabulary, for the argmax
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program of the product kernel covers the matrix: its rows, columns per pass, and warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def tile_for(rows: int, columns: int, batch: int, gated: bool) -> Tile:
+    """Choose a tile for a matrix (rows, columns): enough programs for all multiprocessors, few passes each."""
+    wide = min(triton.next_power_of_2(columns), 1024 if batch == 1 else 512)
+    budget = 8192 // (wide * triton.next_power_of_2(batch) * (2 if gated else 1))
+    tall = 1
+    while tall * 2 <= max(budget, 1) and rows // (tall * 2) >= 264:
+        tall *= 2
+    return Tile(tall, wide, 4)
+
+
+class FusedStep(TorchStep):
+    """The step of `TorchStep` with few kernels, nothing that depends on the host, and the argmax at its end.
+
+    Args:
+        decoder: what to compute.
+        state: what it reads and advances.
+        rules: how tokens follow from logits.
+        early: launch each kernel before its predecessor has ended.
+    """
+
+    def __init__(self, decoder: Decoder, state: DecodeState, rules: TokenRules, *, early: bool = True) -> None:
+        super().__init__(decoder, state)
+        self.rules = rules
+        self.options: dict[str, Any] = {"EARLY": early}
+        if early:
+            self.options["launch_pdl"] = True
+
+    def __call__(self) -> None:
+        """Decode one token of each row."""
+        logits = self.logits(0)
+        if self.state.mode == "plain":
+            self.take_largest(logits)
+        else:
+            self.rules.choose(logits, self.state)
+            self.state.slot += 1
+            self.state.position += 1
+
+    def logits(self, filled: int) -> Tensor:
+        """Logits of the next token; the positions are left to who takes the token."""
+        x = self.embedded()
+        for sublayer in self.decoder.sublayers:
+            y = self.linear(x, sublayer.into, sublayer.before)
+            if isinstance(sublayer.inner, SelfAttention):
+                y = self.attended(y, sublayer.inner, filled)
+            elif isinstance(sublayer.inner, CrossAttention):
+                y = self.cross_attended(y, sublayer.inner)
+            x = normalised(self.linear(y, sublayer.out, residual=x), sublayer.after)
+        return self.linear(x, self.decoder.head, self.decoder.final_norm, exact=True)
+
+    def embedded(self) -> Tensor:
+        """See `TorchStep.embedded`."""
+        decoder, state = self.decoder, self.state
+        width = decoder.embedding.shape[1]
+        x = decoder.embedding.new_empty(state.batch, width)
+        kernels.embed_kernel[(state.batch, triton.cdiv(width, 1024))](
+            state.token,
+            state.position,
+            decoder.embedding,
+            decoder.embedding if decoder.positions is None else decoder.positions,
+            x,
+            decoder.embedding_scale,
+            decoder.position_offset,
+            width,
+            BLOCK=1024,
+            POSITIONS=decoder.positions is not None,
+            num_warps=4,
+            **self.options,
+        )
+        return normalised(x, decoder.embedding_norm)
+
+    def linear(
+        self,
+        x: Tensor,
+        linear: Linear,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+        exact: bool = False,
+    ) -> Tensor:
+        """See `TorchStep.linear`; `exact` keeps the result in float32."""
+        if x.shape[0] > WIDEST_BATCH:
+            return super().linear(x, linear, norm, residual)
+        batch, columns = x.shape
+        rows = linear.weight.shape[0] // (2 if linear.gated else 1)
+        tile = tile_for(rows, columns, batch, linear.gated)
+        y = torch.empty(batch, rows, device=x.device, dtype=torch.float32 if exact else x.dtype)
+        weight = linear.weight
+        kernels.linear_kernel[(triton.cdiv(rows, tile.rows),)](
+            x,
+            weight,
+            y,
+            weight if norm is None else norm.weight,
+            weight if norm is None or norm.bias is None else norm.bias,
+            weight if linear.bias is None else linear.bias,
+            x if residual is None else residual,
+            rows,
+            columns,
+            0.0 if norm is None else norm.eps,
+            1.0 if norm is None else norm.scale,
+            BATCH=batch,
+            ROWS=triton.next_power_of_2(batch),
+            BLOCK_N=tile.rows,
+            BLOCK_K=tile.columns,
+            WIDE_K=triton.next_power_of_2(columns),
+            NORM=0 if norm is None else 1 + norm.centred,
+            NORM_BIAS=norm is not None and norm.bias is not None,
+            BIAS=linear.bias is not None,
+            RESIDUAL=residual is not None,
+            ACTIVATION=kernels.ACTIVATIONS[linear.activation],
+            GATED=linear.gated,
+            num_warps=tile.warps,
+            **self.options,
+        )
+        return y
+
+    def attended(self, qkv: Tensor, inner: SelfAttention, filled: int) -> Tensor:
+        """See `TorchStep.attended`; the kernel reads from the state how far the cache is filled."""
+        decoder, state = self.decoder, self.state
+        keys, values = state.cache[inner.layer]
+        y = qkv.new_empty(state.batch, inner.heads * inner.head_dim)
+        bias = decoder.distance_bias if inner.biased and decoder.distance_bias is not None else qkv
+        kernels.self_attention_kernel[(state.batch, inner.heads)](
+            qkv,
+            y,
+            keys,
+            values,
+            state.valid,
+            state.slot,
+            state.position,
+            qkv if decoder.cos is None else decoder.cos,
+            qkv if decoder.sin is None else decoder.sin,
+            qkv if inner.q_norm is None else inner.q_norm.weight,
+            qkv if inner.k_norm is None else inner.k_norm.weight,
+            bias,
+            state.capacity,
+            bias.shape[1],
+            inner.scale,
+            0.0 if inner.q_norm is None else inner.q_norm.eps,
+            HEADS=inner.heads,
+            KV_HEADS=inner.kv_heads,
+            D=inner.head_dim,
+            WIDTH=triton.next_power_of_2(inner.head_dim),
+            BLOCK_L=128 if inner.head_dim <= 64 else 64,
+            NORM=inner.q_norm is not None,
+            ROTARY=inner.rotary,
+            BIASED=inner.biased,
+            num_warps=8,
+            **self.options,
+        )
+        return y
+
+    def cross_attended(self, q: Tensor, inner: CrossAttention) -> Tensor:
+        """See `TorchStep.cross_attended`."""
+        state = self.state
+        keys, values = state.cross[inner.layer]
+        y = torch.empty_like(q)
+        kernels.cross_attention_kernel[(state.batch, inner.heads)](
+            q,
+            y,
+            keys,
+            values,
+            state.encoder_valid,
+            state.encoder_capacity,
+            inner.scale,
+            HEADS=inner.heads,
+            D=inner.head_dim,
+            WIDTH=triton.next_power_of_2(inner.head_dim),
+            BLOCK_L=128 if inner.head_dim <= 64 else 64,
+            num_warps=8,
+            **self.options,
+        )
+        return y
+
+    def take_largest(self, logits: Tensor) -> None:
+        """Take each row's most probable token and move the state on."""
+        state, eos = self.state, self.rules.eos
+        vocabulary = logits.shape[1]
+        chunks = triton.cdiv(vocabulary, _CHUNK)
+        value = torch.empty(state.batch, chunks, device=logits.device)
+        index = torch.empty(state.batch, chunks, device=logits.device, dtype=torch.int32)
+        ends = eos if eos.numel() else state.token
+        kernels.largest_kernel[(state.batch, chunks)](
+            logits,
+            value,
+            index,
+            ends,
+            state.step,
+            state.min_new,
+            vocabulary,
+            BLOCK=_CHUNK,
+            ENDS=eos.numel(),
+            num_warps=4,
+            **self.options,
+        )
+        kernels.advance_kernel[(state.batch,)](
+            value,
+            index,
+            ends,
+            state.token,
+            state.finished.view(torch.int8),
+            state.out,
+            state.step,
+            state.slot,
+            state.position,
+            chunks,
+            state.capacity,
+            vocabulary,
+            self.rules.pad,
+            BLOCK=triton.next_power_of_2(chunks),
+            ENDS=eos.numel(),
+            num_warps=4,
+            **self.options,
+        )
