@@ -81,6 +81,7 @@ def _compare(options: argparse.Namespace) -> None:
     if not folders:
         raise UserError("no system was given; expected at least one of --llm, --slm, --llm-to-slm")
     from evaluation.compare import Settings, compare_folders
+    from evaluation.leaderboard.rows import leaderboard_rows
     from evaluation.leaderboard.table import markdown_table
     from evaluation.records import read_record
 
@@ -98,7 +99,7 @@ def _compare(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=options.dtype,
     )
-    print(markdown_table([read_record(path) for path in paths]))
+    print(markdown_table(leaderboard_rows(read_record(path) for path in paths)))
     print("\n".join(f"record: {path}" for path in paths))
 
 

@@ -20,6 +20,8 @@ class Prediction:
     """What a system made of one example."""
 
     id: str
+    prompt: str
+    reference: str
     prediction: str
     tokens: int
     """Tokens produced, end of sequence included."""
@@ -132,6 +134,8 @@ def _predict_batch(
     scores = system.log_likelihood(prompts, targets)
     nats = [score.nats if math.isfinite(score.nats) else None for score in scores]
     return [
-        Prediction(examples.ids[index], generation.text, generation.tokens, nat, score.tokens)
-        for index, generation, nat, score in zip(batch, generations, nats, scores, strict=True)
+        Prediction(examples.ids[index], prompt, target, generation.text, generation.tokens, nat, score.tokens)
+        for index, prompt, target, generation, nat, score in zip(
+            batch, prompts, targets, generations, nats, scores, strict=True
+        )
     ]

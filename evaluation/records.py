@@ -34,10 +34,19 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: if the disk is full.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it.
+
+    Raises:
+        UserError: if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(data)
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)

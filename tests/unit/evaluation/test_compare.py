@@ -39,7 +39,7 @@ def test_predictions_lie_beside_the_record(dummy, examples, settings):
     (path,) = compare([Arm(dummy())], examples, settings)
     rows = read_predictions(settings.out / read_record(path)["predictions"])
     assert sorted(row["id"] for row in rows) == sorted(examples.ids)
-    assert set(rows[0]) == {"id", "prediction", "tokens", "nats", "target_tokens"}
+    assert set(rows[0]) == {"id", "prompt", "reference", "prediction", "tokens", "nats", "target_tokens"}
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(dummy, examples, tmp_path):

@@ -1,0 +1,170 @@
+"""The quality-speed plot with its Pareto front, and the break-even curve."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from evaluation.leaderboard.rows import Cell, Row
+from evaluation.leaderboard.table import SCORES
+from evaluation.scoring import is_lower_better
+from evaluation.systems import LLM, LLM_TO_SLM, SLM
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PLOTTED = ("bleu", "chrf", "rouge_l")
+COLOURS = {LLM: "#c2410c", SLM: "#0e7490", LLM_TO_SLM: "#6d28d9"}
+_OTHERS = ("#4d7c0f", "#be185d", "#475569", "#a16207", "#1d4ed8")
+_INK = "#6b7280"  # read on white and on black
+_STYLE: Any = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmslm",
+}
+
+
+def colour(system: str, systems: Sequence[str]) -> str:
+    """Return a system's colour: fixed for the three, in turn for others."""
+    if system in COLOURS:
+        return COLOURS[system]
+    others = sorted(name for name in set(systems) if name not in COLOURS)
+    return _OTHERS[others.index(system) % len(_OTHERS)]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points that no other point beats in both, by rising x.
+
+    Args:
+        points: (speed, quality), more is better for both.
+    """
+    order = sorted(range(len(points)), key=lambda index: (-points[index][0], -points[index][1]))
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front[::-1]
+
+
+def quality_speed(rows: Sequence[Row]) -> Figure | None:
+    """Plot quality over throughput, a panel a score; None if no row has both.
+
+    Args:
+        rows: of one task and machine.
+    """
+    rows = [row for row in rows if row.tokens_per_s("fixed") is not None]
+    names = [name for name in PLOTTED if any(_value(row, name) is not None for row in rows)]
+    if not names:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(3.5 * len(names), 3.1), layout="constrained")
+        for name, axes in zip(names, np.atleast_1d(figure.subplots(1, len(names))), strict=True):
+            _panel(axes, [row for row in rows if _value(row, name) is not None], name)
+        figure.supxlabel(f"tokens per second (fixed length, batch {_batch(rows)})", fontsize=9, color=_INK)
+    return figure
+
+
+def break_even(rows: Sequence[Row], longest: int = 1024) -> Figure | None:
+    """Plot the speed-up over the llm against the length of the prediction; None without an llm.
+
+    The times are those of the fixed-length mode: first token, and so much for each further one.
+    """
+    timed = [row for row in rows if _line(row) is not None]
+    llm = next((row for row in timed if row.system == LLM), None)
+    if llm is None or len(timed) < 2:
+        return None
+    lengths = np.unique(np.geomspace(1, longest, 80).round())
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        axes = figure.subplots()
+        for row in timed:
+            shade = colour(row.system, [each.system for each in rows])
+            axes.plot(lengths, _total(llm, lengths) / _total(row, lengths), color=shade, label=row.system)
+        axes.axhline(1, color=_INK, linewidth=0.6, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set(xlabel="tokens produced", ylabel="times as fast as the llm", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """Draw a figure as an SVG element, the same bytes for the same figure."""
+    text = io.StringIO()
+    with mpl.rc_context(_STYLE):
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    drawn = text.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def png(figure: Figure) -> bytes:
+    """Draw a figure as PNG on white."""
+    data = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        figure.set_facecolor("white")
+        figure.set_dpi(160)
+        FigureCanvasAgg(figure).print_png(data)
+    return data.getvalue()
+
+
+def _panel(axes: "Axes", rows: Sequence[Row], name: str) -> None:
+    systems = [row.system for row in rows]
+    points = [(row.tokens_per_s("fixed") or 0.0, _value(row, name) or 0.0) for row in rows]
+    sign = -1 if is_lower_better(name) else 1
+    front = pareto_front([(x, sign * y) for x, y in points])
+    steps = [(0.0, points[front[0]][1]), *(points[index] for index in front)]
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-pre", color=_INK, alpha=0.4, linewidth=1, zorder=1)
+    fastest = max(x for x, _ in points)
+    for row, (x, y) in zip(rows, points, strict=True):
+        shade = colour(row.system, systems)
+        axes.errorbar(x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2)
+        offset, side = ((-7, 5), "right") if x > fastest / 2 else ((7, 5), "left")
+        axes.annotate(
+            row.system, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade
+        )
+    axes.set_title(SCORES[name], fontsize=9)
+    axes.set_xlim(0, 1.15 * fastest)
+    axes.margins(y=0.25)
+
+
+def _bars(cell: Cell, value: float) -> list[list[float]]:
+    """Return the interval around a value as lengths down and up."""
+    if cell.low is not None and cell.high is not None:
+        return [[max(0.0, value - cell.low)], [max(0.0, cell.high - value)]]
+    return [[cell.spread or 0.0], [cell.spread or 0.0]]
+
+
+def _value(row: Row, name: str) -> float | None:
+    return row.scores[name].value if name in row.scores else None
+
+
+def _batch(rows: Sequence[Row]) -> int:
+    entry = rows[0].speed("fixed")
+    return int(entry["batch_size"]) if entry else 1
+
+
+def _line(row: Row) -> tuple[float, float] | None:
+    """Return time to the first token and time per further token."""
+    entry = row.speed("fixed")
+    if entry is None or entry["tpot_s"]["p50"] is None:
+        return None
+    return entry["ttft_s"]["p50"], entry["tpot_s"]["p50"]
+
+
+def _total(row: Row, lengths: np.ndarray) -> np.ndarray:
+    first, further = _line(row) or (np.nan, np.nan)
+    return np.asarray(first + further * (lengths - 1))

@@ -1,0 +1,143 @@
+"""The leaderboard as text: Markdown for people, CSV for spreadsheets."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from evaluation.leaderboard.rows import Row, best
+
+SCORES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "chrf_plus_plus": "chrF++",
+    "ter": "TER",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "rouge_lsum": "ROUGE-Lsum",
+    "exact_match": "exact match",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits/byte",
+}
+"""Scores in the order and the words in which they are shown."""
+MAIN = ("bleu", "chrf", "rouge_l", "perplexity")
+SIGNIFICANT = 0.05
+LEGEND = (
+    "± half the 95 % bootstrap interval (with several seeds: standard deviation over them); "
+    f"* differs from the llm with p < {SIGNIFICANT} (paired bootstrap); % of llm: BLEU / chrF / ROUGE-L. "
+    "First token and further tokens: natural length, smallest batch, median. "
+    "Speed-up: the llm's median time for a prediction over this system's, at fixed and at natural length "
+    "(the latter only if both produce at least 0.9 of the reference's length)."
+)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Write one table a task."""
+    parts = []
+    for task in dict.fromkeys(row.task for row in rows):
+        chosen = [row for row in rows if row.task == task]
+        parts += [f"### {task}", "", *_markdown(chosen), ""]
+    return "\n".join([*parts, LEGEND])
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """Write one line a row, with every score, its interval and its test."""
+    lines = [_flat(row) for row in rows]
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def number(value: float | None, digits: int = 1, scale: float = 1.0, unit: str = "") -> str:
+    """Format a number with its unit, or a dash for none."""
+    return "–" if value is None else f"{value * scale:,.{digits}f}{unit}"
+
+
+def parameter_count(row: Row, name: str = "total") -> float | None:
+    """Return a parameter count of the row."""
+    return row.mean(lambda record: record["parameters"].get(name))
+
+
+def _markdown(rows: Sequence[Row]) -> list[str]:
+    scores = [name for name in MAIN if any(name in row.scores for row in rows)]
+    hardware = len({row.hardware for row in rows}) > 1
+    columns: dict[str, Callable[[Row], str]] = {"system": _name}
+    for name in scores:
+        columns[SCORES[name]] = partial(_score, name=name, top=best(rows, name))
+    columns |= {
+        "% of llm": _percents,
+        "first token": lambda row: number(row.mean(lambda record: record["ttft_s"]), 1, 1e3, " ms"),
+        "further tokens": lambda row: number(row.mean(lambda record: record["tpot_s"]), 2, 1e3, " ms"),
+        "tokens/s": lambda row: number(row.mean(lambda record: record["tokens_per_s"])),
+        "speed-up fixed": lambda row: _times(row.speedup["fixed"]),
+        "speed-up natural": lambda row: _times(row.speedup["natural"]),
+        "memory": lambda row: number(row.mean(lambda record: record["peak_memory_bytes"]), 0, 2**-20, " MiB"),
+        "parameters": lambda row: number(parameter_count(row), 1, 1e-6, " M"),
+        "length": lambda row: number(row.mean(lambda record: record["length"]["ratio"]), 2),
+    }
+    if hardware:
+        columns["hardware"] = lambda row: row.hardware
+    if any(row.marks for row in rows):
+        columns["marks"] = lambda row: ", ".join(row.marks)
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return lines + ["| " + " | ".join(write(row) for write in columns.values()) + " |" for row in rows]
+
+
+def _name(row: Row) -> str:
+    return row.system if len(row.records) == 1 else f"{row.system} ({len(row.records)} seeds)"
+
+
+def _score(row: Row, name: str, top: float | None) -> str:
+    cell = row.scores.get(name)
+    if cell is None:
+        return "–"
+    if cell.value is None:
+        return "not a number"
+    around = cell.spread
+    if around is None and cell.low is not None and cell.high is not None:
+        around = (cell.high - cell.low) / 2
+    star = "*" if cell.p_value is not None and cell.p_value < SIGNIFICANT else ""
+    text = f"**{number(cell.value)}**" if cell.value == top else number(cell.value)
+    return f"{text} ± {number(around)}{star}"
+
+
+def _percents(row: Row) -> str:
+    cells = [row.scores.get(name) for name in ("bleu", "chrf", "rouge_l")]
+    return " / ".join(number(cell.percent if cell else None) for cell in cells)
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x"
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    record = row.record
+    line: dict[str, Any] = {
+        "task": row.task,
+        "task_version": record["task"]["version"],
+        "system": row.system,
+        "seeds": len(row.records),
+        "recipe": record["training"].get("recipe"),
+        "examples": record["examples"]["effective"],
+    }
+    for name, cell in row.scores.items():
+        fields = ("value", "low", "high", "spread", "percent", "p_value")
+        line |= {name if key == "value" else f"{name}_{key}": getattr(cell, key) for key in fields}
+    for key in ("ttft_s", "tpot_s", "tokens_per_s", "peak_memory_bytes"):
+        line[key] = row.mean(lambda record, key=key: record[key])  # type: ignore[misc]
+    for mode, value in row.speedup.items():
+        line |= {f"time_s_{mode}": row.time_s(mode), f"speedup_{mode}": value}
+    line |= {f"parameters_{name}": parameter_count(row, name) for name in record["parameters"]}
+    return line | {
+        "length_ratio": row.mean(lambda record: record["length"]["ratio"]),
+        "hardware": row.hardware,
+        "dtype": record["settings"]["dtype"],
+        "commit": record["provenance"]["commit"],
+        "date": record["provenance"]["date"],
+        "marks": "; ".join(row.marks),
+    }

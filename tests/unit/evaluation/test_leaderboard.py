@@ -1,0 +1,181 @@
+"""The leaderboard: who wins, what is marked, and that a page and a table say the same."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from evaluation.compare import Arm, Settings, compare
+from evaluation.leaderboard import build
+from evaluation.leaderboard.plot import pareto_front
+from evaluation.leaderboard.rows import leaderboard_rows
+from evaluation.leaderboard.table import markdown_table
+from evaluation.records import read_record
+
+FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 2, "resamples": 50}
+
+
+@pytest.fixture
+def folder(dummy, examples, tmp_path):
+    arms = [Arm(dummy("llm", 0.95), "a"), Arm(dummy("slm", 0.4), "b"), Arm(dummy("llm_to_slm", 0.9), "c")]
+    compare(arms, examples, Settings(out=tmp_path / "records", controls=True, **FAST))
+    return tmp_path / "records"
+
+
+def edit(folder, system, change, name=None):
+    path = folder / f"copying.{system}.record.json"
+    record = json.loads(path.read_text())
+    change(record)
+    (folder / f"{name or path.name}").write_text(json.dumps(record))
+    return record
+
+
+def rows_of(folder):
+    return {
+        row.system: row for row in leaderboard_rows(map(read_record, sorted(folder.glob("*.record.json"))))
+    }
+
+
+def clean(record):
+    record["provenance"]["dirty"] = False
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and the cells of its table."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.best, self.scripts = [], 0, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [attrs[key] for key in ("src", "href") if key in attrs]
+        self.best += "best" in attrs.get("class", "").split()
+        self.scripts += tag == "script"
+
+
+def test_rows_are_ordered_and_compared_with_the_llm(folder):
+    rows = rows_of(folder)
+    assert list(rows)[:3] == ["llm", "slm", "llm_to_slm"]
+    assert rows["llm"].scores["chrf"].percent == pytest.approx(100)
+    assert rows["slm"].scores["chrf"].percent < rows["llm_to_slm"].scores["chrf"].percent < 100
+    llm, ours = (rows[name].record["speed"][0]["total_s"]["p50"] for name in ("llm", "llm_to_slm"))
+    assert rows["llm_to_slm"].speedup["fixed"] == pytest.approx(llm / ours)
+
+
+def test_what_does_not_compare_is_marked(folder):
+    for system in ("llm", "slm", "llm_to_slm"):
+        edit(folder, system, clean)
+    edit(folder, "slm", lambda record: record["provenance"]["hardware"].update(gpus=["NVIDIA H200"]))
+    edit(folder, "llm_to_slm", lambda record: record["task"].update(version=2))
+    rows = rows_of(folder)
+    assert rows["llm"].marks == []
+    assert rows["slm"].marks == ["other hardware"]
+    assert rows["slm"].speedup == {"fixed": None, "natural": None}
+    assert rows["llm_to_slm"].marks == ["task version 2"]
+    edit(folder, "llm_to_slm", lambda record: record["hashes"].update(references="0" * 64))
+    edit(folder, "llm", lambda record: record["provenance"].update(dirty=True))
+    rows = rows_of(folder)
+    assert "other examples" in rows["llm_to_slm"].marks
+    assert rows["llm_to_slm"].scores["bleu"].percent is None
+    assert rows["llm"].marks == ["dirty tree"]
+
+
+def test_a_system_that_stops_early_gets_no_natural_speedup(folder):
+    edit(folder, "llm_to_slm", lambda record: record["length"].update(ratio=0.5, met=False))
+    row = rows_of(folder)["llm_to_slm"]
+    assert "short" in row.marks
+    assert row.speedup["natural"] is None
+    assert row.speedup["fixed"] is not None
+
+
+def test_seeds_are_averaged_and_old_records_of_a_checkpoint_left_out(folder):
+    def reseed(value, checkpoint, date):
+        def change(record):
+            record["training"] = {"seed": value}
+            record["hashes"]["checkpoint"] = checkpoint
+            record["scores"]["bleu"]["value"] = 50.0 + value
+            record["provenance"]["date"] = date
+
+        return change
+
+    for seed, checkpoint, date in ((1, "x", "2026-01-01"), (3, "y", "2026-01-01"), (5, "y", "2026-01-02")):
+        edit(folder, "llm_to_slm", reseed(seed, checkpoint, date), f"seed{seed}.record.json")
+    (folder / "copying.llm_to_slm.record.json").unlink()
+    row = rows_of(folder)["llm_to_slm"]
+    cell = row.scores["bleu"]
+    assert (len(row.records), cell.value, cell.low) == (2, 53.0, None)
+    assert cell.spread == pytest.approx(8**0.5)
+    assert "llm_to_slm (2 seeds)" in markdown_table([row])
+
+
+def test_a_score_that_is_not_a_number_is_marked(folder):
+    broken = {"value": None, "low": None, "high": None, "problem": "the score is nan", "signature": ""}
+    edit(folder, "llm", lambda record: record["scores"].update(bleu=broken))
+    rows = rows_of(folder)
+    assert "score is not a number" in rows["llm"].marks
+    assert rows["slm"].scores["bleu"].percent is None
+    assert "not a number" in markdown_table(list(rows.values()))
+
+
+def test_builds_table_csv_page_and_plots(folder, tmp_path):
+    built = build([folder], tmp_path / "board")
+    assert set(built.files) == {"markdown", "csv", "page", "quality-speed", "break-even"}
+    assert all(path.stat().st_size > 1000 for path in built.files.values())
+    assert re.search(r"\| llm \| \*\*\d+\.\d\*\* ±", built.markdown)
+    lines = list(csv.DictReader(built.files["csv"].read_text().splitlines()))
+    assert [line["system"] for line in lines] == [row.system for row in built.rows]
+    assert (
+        float(lines[1]["bleu"]) == read_record(folder / "copying.slm.record.json")["scores"]["bleu"]["value"]
+    )
+
+
+def test_the_page_needs_no_network_and_shows_the_winner(folder, tmp_path):
+    text = build([folder], tmp_path).files["page"].read_text()
+    page = Page(text)
+    assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
+    assert "@import" not in text
+    assert page.scripts == 1
+    assert page.best == len(rows_of(folder)["llm"].scores)
+    assert text.count("<svg") == 2
+    assert text.count('class="card sample"') == 12
+
+
+def test_text_of_predictions_is_escaped(dummy, examples, tmp_path):
+    evil = [f"<script>alert({index})</script> & co" for index in range(len(examples))]
+    system = dummy("llm", 1.0)
+    compare([Arm(system)], replace(examples, prompts=evil, references=evil), Settings(out=tmp_path, **FAST))
+    text = build([tmp_path], tmp_path / "board").files["page"].read_text()
+    assert Page(text).scripts == 1
+    assert "&lt;script&gt;alert(" in text
+
+
+def test_changed_and_cut_predictions_are_marked_and_not_shown(folder, tmp_path):
+    slm, llm = (read_record(folder / f"copying.{name}.record.json")["predictions"] for name in ("slm", "llm"))
+    path = folder / slm
+    path.write_text(path.read_text().replace("spoilt", "improved"))
+    path = folder / llm
+    path.write_text(path.read_text()[:-30])
+    built = build([folder], tmp_path)
+    rows = {row.system: row for row in built.rows}
+    assert "predictions differ from the record" in rows["slm"].marks
+    assert "predictions unreadable" in rows["llm"].marks
+    assert "improved" not in built.files["page"].read_text()
+    assert "predictions differ from the record" in built.markdown
+
+
+def test_records_without_predictions_are_enough(folder, tmp_path):
+    for path in (folder / "predictions").iterdir():
+        path.unlink()
+    text = build([folder], tmp_path).files["page"].read_text()
+    assert "Sample predictions" not in text
+    assert "predictions unreadable" not in text
+
+
+def test_pareto_front():
+    assert pareto_front([(1, 9), (2, 8), (2, 7), (3, 8), (4, 1)]) == [0, 3, 4]
+    assert pareto_front([(1, 1)]) == [0]
