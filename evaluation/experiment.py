@@ -3,66 +3,73 @@
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llmslm import provenance
-from llmslm.checkpoint import SYSTEM_FOLDER, written_aside_file
+from llmslm.checkpoint import SYSTEM_FOLDER, write_text
 from llmslm.recipe import find_recipe, load_source
 
 SYSTEMS = ("llm", "slm", "llm_to_slm")
-STAMP = "trained.json"
+TRAINED = "trained.json"
+EXPERIMENT = "llmslm"
 
 
-def run(config: str, out: str = "runs", *, limit: int | None = None, overrides: tuple[str, ...] = ()) -> None:
+def run(config: str, out: str = "runs", limit: int | None = None, overrides: Sequence[str] = ()) -> None:
     """Train what is not trained yet, compare the three systems on the test split and build the leaderboard.
 
-    A system is trained again only if its recipe, its data, the overrides or the llm beneath it have changed.
+    A system is trained again only where its recipe, its data, the overrides or the llm beneath it changed.
 
     Args:
         config: recipe, by name or path.
-        out: folder of runs; results go to `<out>/<recipe>/`.
-        limit: number of test examples; None takes all.
-        overrides: further arguments for `llmslm fit`, for example ("--trainer.max_steps", "10").
+        out: folder of runs; everything goes to `<out>/<recipe>/`.
+        limit: test examples; None takes all.
+        overrides: further arguments for `llmslm fit`, for example ("--trainer.max_steps=10",).
 
     Raises:
         UserError: for mistakes in the recipe or its data.
     """
     path = find_recipe(config)
     folder = Path(out) / path.stem
-    source = load_source(config)
+    source = load_source(str(path))
     source.prepare()
     parent = parent_run(folder, path.stem)
-    stamp = _hash(path.read_text(encoding="utf-8"), source.fingerprint(), repr(overrides))
+    stamp = _hash(path.read_text(encoding="utf-8"), source.fingerprint(), *overrides)
     for system in SYSTEMS:
+        if system == "llm_to_slm":
+            stamp = _hash(stamp, (folder / "llm" / TRAINED).read_text(encoding="utf-8"))
         train(path, folder / system, system, stamp, parent, overrides)
-        if system == "llm":
-            stamp_of_llm = (folder / "llm" / STAMP).read_text(encoding="utf-8")
-        if system == "slm":
-            stamp = _hash(stamp, stamp_of_llm)
-    _evaluate(path, folder, parent, limit)
+    evaluate(path, folder, parent, limit)
 
 
-def train(path: Path, folder: Path, system: str, stamp: str, parent: str, overrides: tuple[str, ...]) -> None:
+def train(path: Path, folder: Path, system: str, stamp: str, parent: str, overrides: Sequence[str]) -> None:
     """Fit one system unless its folder already holds the result of the same work."""
-    done = folder / STAMP
+    done = folder / TRAINED
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["stamp"] == stamp:
         sys.stdout.write(f"{system}: trained already ({folder / SYSTEM_FOLDER})\n")
         return
     from llmslm import training
 
-    sys.stdout.write(f"{system}: training\n")
-    arguments = [
-        "fit",
-        "--config",
-        str(path),
-        "--model.system",
-        system,
-        "--trainer.default_root_dir",
-        str(folder),
-    ]
+    sys.stdout.write(f"{system}: training, into {folder}\n")
+    sys.stdout.flush()
+    done.unlink(missing_ok=True)
+    arguments = ["fit", "--config", str(path), "--model.system", system, "--trainer.default_root_dir", str(folder)]
     training.run([*arguments, "--trainer.logger.init_args.parent_run", parent, *overrides])
-    written_aside_file(done, json.dumps({"stamp": stamp, "commit": provenance.commit()[0]}))
+    write_text(done, json.dumps({"stamp": stamp}) + "\n")
+
+
+def evaluate(path: Path, folder: Path, parent: str, limit: int | None) -> None:
+    """Compare the trained systems, print the leaderboard and where its parts are."""
+    from evaluation.compare import Settings, compare_folders
+    from evaluation.leaderboard import build
+    from evaluation.tracking import log_comparison
+
+    settings = Settings(out=folder / "records", controls=True)
+    records = compare_folders({s: str(folder / s) for s in SYSTEMS}, str(path), settings, limit=limit)
+    built = build([str(record) for record in records], folder / "leaderboard")
+    logged = log_comparison(built, parent)
+    lines = [f"{name}: {file}" for name, file in built.files.items()]
+    lines.append(f"mlflow: run {logged.parent_run_id} in {logged.tracking_uri}")
+    sys.stdout.write("\n".join(["", built.markdown, "", *lines, ""]))
 
 
 def parent_run(folder: Path, name: str) -> str:
@@ -78,21 +85,13 @@ def parent_run(folder: Path, name: str) -> str:
         try:
             return str(client.get_run(remembered.read_text(encoding="utf-8").strip()).info.run_id)
         except MlflowException:
-            pass  # another store, or a deleted run: start a new parent
-    experiment = client.get_experiment_by_name("llmslm")
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment("llmslm")
+            sys.stdout.write("the MLflow run of this comparison is not in this store: starting another\n")
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
     run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
-    written_aside_file(remembered, run_id)
+    write_text(remembered, run_id + "\n")
     return run_id
-
-
-def _evaluate(path: Path, folder: Path, parent: str, limit: int | None) -> None:
-    raise NotImplementedError
 
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _unused() -> Any:
-    return None

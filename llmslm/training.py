@@ -55,6 +55,10 @@ class Cli(LightningCLI):
         if init is not None and "run_name" in init and init.run_name is None:
             init.run_name = f"{self.recipe_name}/{system}"
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments; Lightning would warn that they are not those of the process."""
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
 
@@ -69,6 +73,8 @@ def run(args: list[str]) -> None:
     args, Cli.recipe_name = resolve_recipes(args)
     # Lightning's own use of a torch helper that torch is about to rename; nothing a user could act on.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    # The frozen encoder stays in eval mode while the rest is trained: that is the method.
+    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")
     strict = {"exit_on_error": False, "allow_abbrev": False}
     Cli(
         SystemModule,

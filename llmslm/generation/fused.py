@@ -42,38 +42,14 @@ class FusedStep(TorchStep):
     Args:
         decoder: what to compute.
         state: what it reads and advances.
-        rules: how tokens follow from logits.
         early: launch each kernel before its predecessor has ended.
     """
 
-    def __init__(self, decoder: Decoder, state: DecodeState, rules: TokenRules, *, early: bool = True) -> None:
+    def __init__(self, decoder: Decoder, state: DecodeState, *, early: bool = True) -> None:
         super().__init__(decoder, state)
-        self.rules = rules
         self.options: dict[str, Any] = {"EARLY": early}
         if early:
             self.options["launch_pdl"] = True
-
-    def __call__(self) -> None:
-        """Decode one token of each row."""
-        logits = self.logits(0)
-        if self.state.mode == "plain":
-            self.take_largest(logits)
-        else:
-            self.rules.choose(logits, self.state)
-            self.state.slot += 1
-            self.state.position += 1
-
-    def logits(self, filled: int) -> Tensor:
-        """Logits of the next token; the positions are left to who takes the token."""
-        x = self.embedded()
-        for sublayer in self.decoder.sublayers:
-            y = self.linear(x, sublayer.into, sublayer.before)
-            if isinstance(sublayer.inner, SelfAttention):
-                y = self.attended(y, sublayer.inner, filled)
-            elif isinstance(sublayer.inner, CrossAttention):
-                y = self.cross_attended(y, sublayer.inner)
-            x = normalised(self.linear(y, sublayer.out, residual=x), sublayer.after)
-        return self.linear(x, self.decoder.head, self.decoder.final_norm, exact=True)
 
     def embedded(self) -> Tensor:
         """See `TorchStep.embedded`."""
@@ -102,15 +78,14 @@ class FusedStep(TorchStep):
         linear: Linear,
         norm: Norm | None = None,
         residual: Tensor | None = None,
-        exact: bool = False,
     ) -> Tensor:
-        """See `TorchStep.linear`; `exact` keeps the result in float32."""
+        """See `TorchStep.linear`."""
         if x.shape[0] > WIDEST_BATCH:
             return super().linear(x, linear, norm, residual)
         batch, columns = x.shape
         rows = linear.weight.shape[0] // (2 if linear.gated else 1)
         tile = tile_for(rows, columns, batch, linear.gated)
-        y = torch.empty(batch, rows, device=x.device, dtype=torch.float32 if exact else x.dtype)
+        y = torch.empty(batch, rows, device=x.device, dtype=x.dtype)
         weight = linear.weight
         kernels.linear_kernel[(triton.cdiv(rows, tile.rows),)](
             x,
@@ -151,7 +126,7 @@ class FusedStep(TorchStep):
             y,
             keys,
             values,
-            state.valid,
+            state.valid.view(torch.int8),
             state.slot,
             state.position,
             qkv if decoder.cos is None else decoder.cos,
@@ -186,7 +161,7 @@ class FusedStep(TorchStep):
             y,
             keys,
             values,
-            state.encoder_valid,
+            state.encoder_valid.view(torch.int8),
             state.encoder_capacity,
             inner.scale,
             HEADS=inner.heads,
@@ -198,9 +173,9 @@ class FusedStep(TorchStep):
         )
         return y
 
-    def take_largest(self, logits: Tensor) -> None:
-        """Take each row's most probable token and move the state on."""
-        state, eos = self.state, self.rules.eos
+    def take_largest(self, logits: Tensor, rules: TokenRules) -> None:
+        """See `TorchStep.take_largest`."""
+        state, eos = self.state, rules.eos
         vocabulary = logits.shape[1]
         chunks = triton.cdiv(vocabulary, _CHUNK)
         value = torch.empty(state.batch, chunks, device=logits.device)
@@ -232,7 +207,7 @@ class FusedStep(TorchStep):
             chunks,
             state.capacity,
             vocabulary,
-            self.rules.pad,
+            rules.pad,
             BLOCK=triton.next_power_of_2(chunks),
             ENDS=eos.numel(),
             num_warps=4,

@@ -1,17 +1,22 @@
-"""From the prompt to the last token: on the CPU step by step, on CUDA by a graph that feeds itself."""
+"""From the prompt to the last token: on the CPU step by step, on CUDA by graphs that feed themselves."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmslm.generation.graphs import Captured
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
-from llmslm.generation.step import TorchStep
+from llmslm.generation.steps import step_for
+
+_BLOCK = 8  # tokens between two looks at the ends of sequence
+_AHEAD = 2  # blocks that the host launches before it must know how an earlier one ended
 
 OnFirstToken = Callable[[], None] | None
 OnTokens = Callable[[Tensor], None] | None
@@ -31,9 +36,18 @@ class DecodeLoop(ABC):
     def __init__(
         self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, rules: TokenRules, start: int | None
     ) -> None:
-        self.decoder, self.state, self.rules = decoder, state, rules
+        self.state, self.rules = state, rules
+        self.step = step_for(decoder, state)
         self.causal = CausalPrefill(model, decoder, state) if start is None else None
         self.encoded = None if start is None else EncodedPrefill(model, decoder, state, start)
+
+    def prefill(self, prompt: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """Fill the caches; the first token's logits if the prompt's pass gives them."""
+        if self.causal is not None:
+            return self.causal(prompt, attention_mask)
+        assert self.encoded is not None
+        self.encoded(prompt, attention_mask)
+        return None
 
     @abstractmethod
     def run(
@@ -70,19 +84,17 @@ class HostLoop(DecodeLoop):
         on_tokens: OnTokens,
     ) -> None:
         """See `DecodeLoop.run`."""
-        state, step = self.state, TorchStep(self.decoder, self.state)
-        filled = 0
+        state, filled = self.state, 0
+        logits = self.prefill(prompt, attention_mask)
         if self.causal is not None:
-            logits, filled = self.causal(prompt, attention_mask), prompt.shape[1]
-        else:
-            assert self.encoded is not None
-            self.encoded(prompt, attention_mask)
-            logits, filled = step.logits(0), 1
+            filled = prompt.shape[1]
         for produced in range(max_new):
-            if produced:
-                logits = step.logits(filled)
+            if logits is None:
+                logits = self.step.logits(filled)
+                state.move_on()
                 filled += 1
             self.rules.choose(logits, state)
+            logits = None
             if on_first_token is not None and not produced:
                 on_first_token()
             if on_tokens is not None:
@@ -91,8 +103,111 @@ class HostLoop(DecodeLoop):
                 break
 
 
-class GraphLoop(DecodeLoop):
-    """Placeholder."""
+class _Watch:
+    """Looks at a running decode from the host without stopping it: copies are asked for now and read later.
 
-    def run(self, *args, **kwargs) -> None:  # type: ignore
-        raise NotImplementedError
+    Args:
+        state: what is decoded.
+        eos: ids that end a row, on the CPU.
+        on_first_token: see `DecodeEngine.generate`.
+        on_tokens: see `DecodeEngine.generate`.
+    """
+
+    def __init__(self, state: DecodeState, eos: Tensor, on_first_token: OnFirstToken, on_tokens: OnTokens) -> None:
+        self.state, self.eos, self.on_first_token, self.on_tokens = state, eos, on_first_token, on_tokens
+        self.listened = on_first_token is not None or on_tokens is not None
+        self.open = torch.ones(state.batch, dtype=torch.bool)
+        self.pending: deque[tuple[torch.cuda.Event, Tensor, Tensor | None]] = deque()
+
+    def record(self, start: int, stop: int) -> None:
+        """Ask for what is known after the kernels launched so far: who has ended, and tokens start to stop."""
+        finished = torch.empty(self.state.batch, dtype=torch.bool, pin_memory=True)
+        finished.copy_(self.state.finished, non_blocking=True)
+        tokens = None
+        if self.on_tokens is not None:
+            tokens = torch.empty(self.state.batch, stop - start, dtype=torch.long, pin_memory=True)
+            tokens.copy_(self.state.out[:, start:stop].contiguous(), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.pending.append((event, finished, tokens))
+
+    def look(self, ahead: int) -> bool:
+        """Read what was asked for, all but the last `ahead` records; whether every row has ended."""
+        while self.pending and (self.on_first_token is not None or len(self.pending) > ahead):
+            event, finished, tokens = self.pending.popleft()
+            event.synchronize()
+            if self.on_first_token is not None:
+                self.on_first_token()
+                self.on_first_token = None
+            if tokens is not None:
+                self._hand_out(tokens, finished)
+            self.open = ~finished
+            if not self.open.any():
+                return True
+        return False
+
+    def finish(self) -> None:
+        """Hand out what is left."""
+        if self.listened and self.open.any():
+            self.look(0)
+
+    def _hand_out(self, tokens: Tensor, finished: Tensor) -> None:
+        if bool(finished.all()):
+            ends = torch.isin(tokens, self.eos) & self.open[:, None]
+            tokens = tokens[:, : int(ends.int().argmax(dim=1).max()) + 1]
+        assert self.on_tokens is not None
+        self.on_tokens(tokens.clone())
+
+
+class GraphLoop(DecodeLoop):
+    """The loop on CUDA: the prompt's pass and the step are graphs; the host runs ahead and looks back from time to time."""
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, rules: TokenRules, start: int | None
+    ) -> None:
+        super().__init__(model, decoder, state, rules, start)
+        pool = torch.cuda.graph_pool_handle()
+        kept = {"pool": pool, "generators": (state.generator,)}
+        self._first = Captured(self._first_token, **kept)
+        self._next = Captured(self._next_token, **kept)
+
+    def run(
+        self,
+        prompt: Tensor,
+        attention_mask: Tensor,
+        max_new: int,
+        may_end: bool,
+        on_first_token: OnFirstToken,
+        on_tokens: OnTokens,
+    ) -> None:
+        """See `DecodeLoop.run`."""
+        self._first(prompt, attention_mask)
+        watch = _Watch(self.state, self.rules.eos.cpu(), on_first_token, on_tokens)
+        watched = may_end or watch.listened
+        if watched:
+            watch.record(0, 1)
+        produced, ended = 1, False
+        while produced < max_new and not ended:
+            count = min(_BLOCK, max_new - produced)
+            for _ in range(count):
+                self._next()
+            produced += count
+            if watched:
+                watch.record(produced - count, produced)
+                ended = watch.look(_AHEAD) and may_end
+        watch.finish()
+
+    def _first_token(self, prompt: Tensor, attention_mask: Tensor) -> None:
+        logits = self.prefill(prompt, attention_mask)
+        if logits is None:
+            self._next_token()
+        else:
+            self.rules.choose(logits, self.state)
+
+    def _next_token(self) -> None:
+        logits = self.step.logits(0)
+        if self.state.mode == "plain":
+            self.step.take_largest(logits, self.rules)
+        else:
+            self.rules.choose(logits, self.state)
+            self.state.move_on()

@@ -117,6 +117,11 @@ class DecodeState:
         self.token.copy_(token)
         self.step += 1
 
+    def move_on(self) -> None:
+        """The last token has been read: the next one has the next place."""
+        self.slot += 1
+        self.position += 1
+
     def tokens(self, eos: Tensor, max_new: int) -> Tensor:
         """The tokens produced, (batch, new_len): up to the last one that any row needed."""
         out = self.out[:, :max_new]

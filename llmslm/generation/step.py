@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmslm.generation.plan import CrossAttention, Decoder, Linear, Norm, SelfAttention
+from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
 
@@ -48,12 +49,12 @@ class TorchStep:
         self.decoder, self.state = decoder, state
 
     def logits(self, filled: int) -> Tensor:
-        """Read each row's last token, give the logits of the next, (batch, vocabulary).
+        """Read each row's last token, give the logits of the next, (batch, vocabulary); the state does not move on.
 
         Args:
             filled: positions of the cache that hold tokens before this one, the same for all rows.
         """
-        decoder, state = self.decoder, self.state
+        decoder = self.decoder
         x = self.embedded()
         for sublayer in decoder.sublayers:
             y = self.linear(x, sublayer.into, sublayer.before)
@@ -62,9 +63,12 @@ class TorchStep:
             elif isinstance(sublayer.inner, CrossAttention):
                 y = self.cross_attended(y, sublayer.inner)
             x = normalised(self.linear(y, sublayer.out, residual=x), sublayer.after)
-        state.position += 1
-        state.slot += 1
         return self.linear(x, decoder.head, decoder.final_norm)
+
+    def take_largest(self, logits: Tensor, rules: TokenRules) -> None:
+        """Take each row's most probable token and move the state on, when the rules are plain."""
+        rules.choose(logits, self.state)
+        self.state.move_on()
 
     def embedded(self) -> Tensor:
         """Embeddings of the last tokens at their positions, (batch, width)."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
 from llmslm.generation.state import DecodeState
-from llmslm.generation.step import TorchStep
+from llmslm.generation.steps import step_for
 
 _BATCH, _PROMPT, _STEPS = 2, 5, 3
 
@@ -37,10 +37,11 @@ def largest_difference(model: PreTrainedModel, decoder: Decoder, start: int) -> 
 
 
 def _stepped(decoder: Decoder, state: DecodeState, tokens: Tensor, filled: int) -> Tensor:
-    step, logits = TorchStep(decoder, state), []
+    step, logits = step_for(decoder, state), []
     for index, token in enumerate(tokens.unbind(dim=1)):
         state.token.copy_(token)
         logits.append(step.logits(filled + index))
+        state.move_on()
     return torch.stack(logits, dim=1)
 
 

@@ -1,0 +1,14 @@
+"""Which decode step serves a device."""
+
+from llmslm.generation.plan import Decoder
+from llmslm.generation.state import DecodeState
+from llmslm.generation.step import TorchStep
+
+
+def step_for(decoder: Decoder, state: DecodeState) -> TorchStep:
+    """The fused step on CUDA, where it alone needs no host; plain torch elsewhere."""
+    if state.device.type != "cuda":
+        return TorchStep(decoder, state)
+    from llmslm.generation.fused import FusedStep  # Triton exists beside CUDA builds of torch alone
+
+    return FusedStep(decoder, state)
