@@ -132,16 +132,33 @@ def _leaderboard(options: argparse.Namespace) -> None:
 def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
     text = "print the project's targets with what was measured; exits 1 if one is unmet or unmeasured"
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--topic", help="only the targets of one topic")
+    topics = "only the targets of one topic: method, decode, evaluation, training, headline or scaling"
+    parser.add_argument("--topic", help=topics)
+    record = parser.add_argument_group("write a measurement into the list")
+    record.add_argument(
+        "--measured", nargs=2, metavar=("ID", "VALUE"), help="the target and what was measured"
+    )
+    record.add_argument("--by", metavar="COMMAND", help="what was run to measure it")
+    record.add_argument("--hardware", help="where (default: this machine)")
     parser.set_defaults(run=_targets)
 
 
 def _targets(options: argparse.Namespace) -> None:
-    from evaluation.targets import check, read_targets, table
+    from evaluation.targets import all_met, read_targets, record_measurement, table
 
+    if options.measured is not None:
+        name, text = options.measured
+        if options.by is None:
+            raise UserError(f"a measurement of {name} needs the command that made it (--by)")
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise UserError(f"{text!r} is no number (--measured ID VALUE)") from error
+        print(table([record_measurement(name, value, options.by, hardware=options.hardware)]))
+        return
     targets = read_targets(topic=options.topic)
     print(table(targets))
-    if not check(targets):
+    if not all_met(targets):
         sys.exit(1)
 
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from evaluation.leaderboard.plot import break_even, colour, png, quality_speed, svg
 from evaluation.leaderboard.rows import Row, best
 from evaluation.leaderboard.samples import Sample, read_samples
-from evaluation.leaderboard.table import LEGEND, MAIN, SCORES, SIGNIFICANT, number, parameter_count
+from evaluation.leaderboard.table import DIGITS, LEGEND, MAIN, SCORES, SIGNIFICANT, number, parameter_count
 from evaluation.scoring import is_lower_better
 
 _FOLDER = Path(__file__).parent
@@ -142,14 +142,14 @@ def _score(row: Row, name: str, top: float | None) -> Field:
         return Field("–", None)
     if cell.value is None:
         return Field("not a number", None, title=cell.problem or "")
-    notes = [f"± {cell.spread:.1f}"] if cell.spread is not None else []
+    digits = DIGITS.get(name, 1)
+    notes = [f"± {number(cell.spread, digits)}"] if cell.spread is not None else []
     if cell.low is not None:
-        notes = [f"{number(cell.low)} – {number(cell.high)}"]
+        notes = [f"{number(cell.low, digits)} – {number(cell.high, digits)}"]
     if cell.percent is not None and row.system != "llm" and not is_lower_better(name):
         notes.append(f"{cell.percent:.0f} %")
     star = "*" if cell.p_value is not None and cell.p_value < SIGNIFICANT else ""
     title = "" if cell.p_value is None else f"p = {cell.p_value:.3g} against the llm"
-    digits = 3 if name == "bits_per_byte" else 1
     return Field(number(cell.value, digits) + star, cell.value, " · ".join(notes), title, cell.value == top)
 
 

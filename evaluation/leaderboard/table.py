@@ -22,6 +22,8 @@ SCORES = {
     "bits_per_byte": "bits/byte",
 }
 """Scores in the order and the words in which they are shown."""
+DIGITS = {"perplexity": 2, "bits_per_byte": 3}
+"""Digits after the point; one for all others."""
 MAIN = ("bleu", "chrf", "rouge_l", "perplexity")
 SIGNIFICANT = 0.05
 LEGEND = (
@@ -102,8 +104,9 @@ def _score(row: Row, name: str, top: float | None) -> str:
     if around is None and cell.low is not None and cell.high is not None:
         around = (cell.high - cell.low) / 2
     star = "*" if cell.p_value is not None and cell.p_value < SIGNIFICANT else ""
-    text = f"**{number(cell.value)}**" if cell.value == top else number(cell.value)
-    return f"{text} ± {number(around)}{star}"
+    digits = DIGITS.get(name, 1)
+    text = number(cell.value, digits)
+    return f"{f'**{text}**' if cell.value == top else text} ± {number(around, digits)}{star}"
 
 
 def _percents(row: Row) -> str:

@@ -56,12 +56,12 @@ class DummySystem:
         return zlib.crc32(f"{prompt}{word}".encode()) % 1000 < 1000 * self.quality
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def dummy():
     return DummySystem
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def examples():
     words = [
         "the",

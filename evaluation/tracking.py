@@ -1,0 +1,167 @@
+"""Evaluations in MLflow: a parent run a comparison with the leaderboard, and a child run a record."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation.predictions import read_predictions
+from evaluation.provenance import hardware_name
+from evaluation.records import Record
+from llmslm.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from evaluation.leaderboard import Leaderboard
+
+DEFAULT_STORE = "sqlite:///mlflow.db"
+EXPERIMENT = "llmslm"
+RECORD_TAG = "llmslm.record"
+LEADERBOARD_TAG = "llmslm.leaderboard"
+PARENT_TAG = "mlflow.parentRunId"
+_SPLITS = {"validation": "val"}  # metric keys are those of training: val/bleu
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Where a comparison lies."""
+
+    tracking_uri: str
+    parent_run_id: str
+    child_run_ids: list[str]
+
+
+def log_comparison(board: "Leaderboard", parent_run_id: str | None = None) -> Logged:
+    """Log records and leaderboard; what is there already is not logged again.
+
+    Args:
+        board: as built.
+        parent_run_id: the run to log under, for example that of the trainings; None makes (or finds) one.
+
+    Raises:
+        UserError: if the store does not answer, or holds no such parent run.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+    try:
+        client = MlflowClient(uri)
+        parent = _parent(client, board, parent_run_id)
+        children = [_child(client, record, parent) for record in board.records]
+        for path in board.files.values():
+            client.log_artifact(parent, str(path), "leaderboard")
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"MLflow at {uri}: {reason} (MLFLOW_TRACKING_URI, --mlflow-parent, --no-mlflow)"
+        ) from error
+    return Logged(uri, parent, children)
+
+
+def _parent(client: "MlflowClient", board: "Leaderboard", run_id: str | None) -> str:
+    if run_id is not None:
+        return str(client.get_run(run_id).info.run_id)
+    key = hashlib.sha256("".join(sorted(map(_key, board.records))).encode()).hexdigest()
+    found = _find(client, _experiment(client), f"tags.`{LEADERBOARD_TAG}` = '{key}'")
+    if found is not None:
+        return found
+    tasks = sorted({record["task"]["name"] for record in board.records})
+    run = client.create_run(
+        _experiment(client), run_name=f"leaderboard {', '.join(tasks)}", tags={LEADERBOARD_TAG: key}
+    )
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _child(client: "MlflowClient", record: Record, parent: str) -> str:
+    key = _key(record)
+    experiment = client.get_run(parent).info.experiment_id
+    found = _find(client, experiment, f"tags.`{RECORD_TAG}` = '{key}' and tags.`{PARENT_TAG}` = '{parent}'")
+    if found is not None:
+        return found
+    name = f"evaluate {record['task']['name']}/{record['system']}"
+    run_id = str(
+        client.create_run(experiment, run_name=name, tags=_tags(record) | {PARENT_TAG: parent}).info.run_id
+    )
+    for parameter, value in _parameters(record).items():
+        client.log_param(run_id, parameter, value)
+    for metric, value in metrics(record).items():
+        client.log_metric(run_id, metric, value)
+    client.log_dict(run_id, record | {"predictions": Path(record["predictions"]).name}, "record.json")
+    _log_predictions(client, run_id, Path(record["predictions"]))
+    client.set_tag(run_id, RECORD_TAG, key)  # last: only a complete run counts as logged
+    client.set_terminated(run_id)
+    return run_id
+
+
+def metrics(record: Record) -> dict[str, float]:
+    """Return a record's numbers by metric key, such as test/bleu, test/bleu_low or test/ttft_s; no nulls."""
+    split = _SPLITS.get(record["task"]["split"], record["task"]["split"])
+    values: dict[str, Any] = {
+        key: record[key] for key in ("ttft_s", "tpot_s", "tokens_per_s", "peak_memory_bytes")
+    }
+    values["length_ratio"] = record["length"]["ratio"]
+    for name, score in record["scores"].items():
+        values |= {name: score["value"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
+        values |= {f"{name}_{key}": value for key, value in score.get("versus_llm", {}).items()}
+    for entry in record["speed"]:
+        prefix = f"{entry['mode']}_batch_{entry['batch_size']}"
+        values |= {
+            f"{prefix}_total_s": entry["total_s"]["p50"],
+            f"{prefix}_tokens_per_s": entry["tokens_per_s"],
+        }
+    return {f"{split}/{name}": float(value) for name, value in values.items() if value is not None}
+
+
+def _tags(record: Record) -> dict[str, str]:
+    provenance = record["provenance"]
+    return {
+        "git.commit": provenance["commit"] or "unknown",
+        "git.dirty": str(provenance["dirty"]).lower(),
+        "data.fingerprint": record["task"]["data"],
+        "system": record["system"],
+        "comparison": record["comparison"],
+    }
+
+
+def _parameters(record: Record) -> dict[str, Any]:
+    return {
+        "system": record["system"],
+        "task": record["task"]["name"],
+        "task_version": record["task"]["version"],
+        "split": record["task"]["split"],
+        "examples": record["examples"]["effective"],
+        "hardware": hardware_name(record["provenance"]["hardware"]),
+        **{f"parameters_{name}": count for name, count in record["parameters"].items()},
+        **record["settings"],
+        **{f"training_{name}": record["training"].get(name) for name in ("recipe", "seed", "commit")},
+    }
+
+
+def _log_predictions(client: "MlflowClient", run_id: str, path: Path) -> None:
+    if not path.is_file():
+        return
+    import pandas  # type: ignore[import-untyped]
+
+    # log_table itself warns of string columns under pandas 3: objects it is
+    client.log_table(run_id, pandas.DataFrame(read_predictions(path), dtype=object), "predictions.json")
+
+
+def _key(record: Record) -> str:
+    """Hash a record wherever it lies."""
+    text = json.dumps(record | {"predictions": Path(record["predictions"]).name}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _find(client: "MlflowClient", experiment: str, condition: str) -> str | None:
+    runs = client.search_runs([experiment], condition, max_results=1)
+    return str(runs[0].info.run_id) if runs else None
+
+
+def _experiment(client: "MlflowClient") -> str:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    return str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT))

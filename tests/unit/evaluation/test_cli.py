@@ -1,0 +1,55 @@
+"""The command line: quick help, no abbreviations, mistakes in one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from evaluation.cli import main
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom evaluation.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'datasets', 'evaluate', 'mlflow', 'matplotlib', 'transformers', 'numpy'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "leaderboard" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ["compare", "--data", "x.jsonl", "--out", "y"],
+            "no system was given; expected at least one of --llm",
+        ),
+        (
+            ["compare", "--llm", "a", "--data", "nowhere.jsonl", "--out", "y"],
+            "there is no file nowhere.jsonl",
+        ),
+        (["compare", "--llm", "a", "--data", "no-such-recipe", "--out", "y"], "no recipe 'no-such-recipe'"),
+        (["leaderboard", "nowhere", "--out", "y"], "there is no record"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, text, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("llmslm-eval: ")
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_abbreviations_and_bad_numbers_are_refused(capsys):
+    for arguments in (
+        ["leaderboard", "x", "--o", "y"],
+        ["compare", "--data", "x", "--out", "y", "--limit", "0"],
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+    assert "0 is not a positive number" in capsys.readouterr().err
