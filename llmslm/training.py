@@ -11,6 +11,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCL
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from llmslm.callbacks.predictions import WritePredictions
 from llmslm.callbacks.save_system import SaveSystem
 from llmslm.callbacks.tracking import MlflowLogger, RecordRun
 from llmslm.data.datamodule import TextDataModule
@@ -19,6 +20,12 @@ from llmslm.recipe import find_recipe
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 RUNS = Path("runs")
+# Advice of Lightning that does not fit: nothing that a user of a recipe could or should act on.
+QUIET = (
+    r".*LeafSpec.*",  # its own use of a helper that torch renames
+    r"Found .* module\(s\) in eval mode",  # the frozen encoder, on purpose
+    r"You are using a custom batch sampler",  # ours returns every index in evaluation
+)
 
 
 class Cli(LightningCLI):
@@ -27,9 +34,10 @@ class Cli(LightningCLI):
     recipe_name = "run"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the two callbacks that every run has."""
+        """Add the callbacks that every run has."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SaveSystem, "save_system")
+        parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -71,10 +79,8 @@ def run(args: list[str]) -> None:
         jsonargparse.ArgumentError: for unknown keys and values of the wrong type.
     """
     args, Cli.recipe_name = resolve_recipes(args)
-    # Lightning's own use of a torch helper that torch is about to rename; nothing a user could act on.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    # The frozen encoder stays in eval mode while the rest is trained: that is the method.
-    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode")
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
     strict = {"exit_on_error": False, "allow_abbrev": False}
     Cli(
         SystemModule,

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -21,6 +21,29 @@ from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
 from llmslm.errors import UserError
 
 TEXT_COLUMNS = ("id", "prompt", "target")
+
+
+class ResumableLoader(DataLoader):
+    """A loader whose state is the trainer's progress: a resumed run goes on with the next batch of the epoch.
+
+    Args:
+        progress: returns (epoch, batches trained in it).
+        args: see torch's DataLoader.
+        kwargs: see torch's DataLoader; batch_sampler must be a LengthBatchSampler.
+    """
+
+    def __init__(self, progress: Callable[[], tuple[int, int]], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._progress = progress
+
+    def state_dict(self) -> dict[str, int]:
+        """Called by Lightning when it writes a checkpoint."""
+        epoch, batches = self._progress()
+        return {"epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Called by Lightning before the first batch of a resumed run."""
+        cast(LengthBatchSampler, self.batch_sampler).start = (state["epoch"], state["batches"])
 
 
 class TextDataModule(L.LightningDataModule):
@@ -69,7 +92,6 @@ class TextDataModule(L.LightningDataModule):
         self.encoder_tokenizer: PreTrainedTokenizerBase | None = None
         self.codec: Codec
         self._tokenised: dict[Split, Dataset | IterableDataset] = {}
-        self._resume = (0, 0)
 
     def prepare_data(self) -> None:
         """Build the data and train the tokenizer, on one process of each node."""
@@ -113,15 +135,6 @@ class TextDataModule(L.LightningDataModule):
         if not self.codec.is_encoder_decoder:
             batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
         return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Note how many batches of the epoch were trained, so that a resumed run goes on with the next."""
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current  # type: ignore[union-attr]
-        return {"epoch": self.trainer.current_epoch, "batches": progress.completed}  # type: ignore[union-attr]
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Begin where the checkpoint was written."""
-        self._resume = (state_dict["epoch"], state_dict["batches"])
 
     @property
     def _module(self) -> Any:
@@ -193,8 +206,12 @@ class TextDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world,
         )
-        sampler.start = self._resume
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin, **workers)  # type: ignore[arg-type]
+        return ResumableLoader(self._progress, dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin, **workers)
+
+    def _progress(self) -> tuple[int, int]:
+        """Return the epoch and how many of its batches were trained, not how many a worker has fetched ahead."""
+        done = self._module.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return self._module.trainer.current_epoch, done
 
     def _seed(self) -> int:
         return torch.initial_seed() % 2**32

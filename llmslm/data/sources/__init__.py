@@ -6,4 +6,13 @@ from llmslm.data.sources.docstrings import Docstrings
 from llmslm.data.sources.files import TextFiles
 from llmslm.data.sources.huggingface import HubDataset
 
-__all__ = ["DebianSummary", "DebianTranslation", "Docstrings", "Example", "HubDataset", "Source", "Split", "TextFiles"]
+__all__ = [
+    "DebianSummary",
+    "DebianTranslation",
+    "Docstrings",
+    "Example",
+    "HubDataset",
+    "Source",
+    "Split",
+    "TextFiles",
+]

@@ -6,15 +6,17 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from datasets import Dataset, IterableDataset, load_from_disk
+from datasets import Dataset, Features, IterableDataset, Value, load_from_disk
 
 from llmslm.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+FEATURES = Features({"id": Value("string"), "prompt": Value("string"), "target": Value("string")})
 
 
 class Example(TypedDict):
@@ -64,9 +66,9 @@ class BuiltSource(Source):
 
     @abstractmethod
     def build(self) -> dict[Split, list[Example]]:
-        """Compute all splits."""
+        """Compute the splits that there are."""
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The folder of this source with these settings."""
         text = json.dumps(self.key(), sort_keys=True)
@@ -80,21 +82,34 @@ class BuiltSource(Source):
         aside = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.part")
         shutil.rmtree(aside, ignore_errors=True)
         try:
-            for split, examples in splits.items():
-                columns = {key: [example[key] for example in examples] for key in ("id", "prompt", "target")}
-                Dataset.from_dict(columns).save_to_disk(aside / split)
-            described = self.key() | {"fingerprint": content_hash(splits), "rows": {s: len(e) for s, e in splits.items()}}
-            (aside / "source.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-            aside.rename(self.folder)
+            self._write(splits, aside)
+            if not self.folder.is_dir():  # another process may have been quicker
+                aside.rename(self.folder)
         except OSError as error:
-            raise UserError(f"{self.name} data cannot be written to {self.cache_dir}: {error} (cache_dir)") from error
+            if not self.folder.is_dir():
+                raise UserError(
+                    f"{self.name} data cannot be written to {self.cache_dir}: {error} (data.source.init_args.cache_dir)"
+                ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
+    def _write(self, splits: dict[Split, list[Example]], folder: Path) -> None:
+        for split, examples in splits.items():
+            columns = {key: [example[key] for example in examples] for key in ("id", "prompt", "target")}  # type: ignore[literal-required]
+            Dataset.from_dict(columns, features=FEATURES).save_to_disk(folder / split)
+        rows = {split: len(examples) for split, examples in splits.items()}
+        described = self.key() | {"fingerprint": content_hash(splits), "rows": rows}
+        (folder / "source.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
     def load(self, split: Split) -> Dataset:
-        """Return a split of the built data, memory-mapped."""
-        if not self.folder.is_dir():
-            self.prepare()
+        """Return a split of the built data, memory-mapped.
+
+        Raises:
+            UserError: if the source has no such split.
+        """
+        self.prepare()
+        if not (self.folder / split).is_dir():
+            raise UserError(f"{self.name} has no {split} split (data.source)")
         loaded = load_from_disk(self.folder / split)
         assert isinstance(loaded, Dataset)
         return loaded

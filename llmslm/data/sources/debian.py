@@ -73,7 +73,9 @@ class DebianTranslation(_Debian):
         cache_dir: see `BuiltSource`.
     """
 
-    def __init__(self, target_language: str = "it", max_eval: int | None = None, cache_dir: str | None = None) -> None:
+    def __init__(
+        self, target_language: str = "it", max_eval: int | None = None, cache_dir: str | None = None
+    ) -> None:
         super().__init__(max_eval, cache_dir)
         self.target_language = target_language
         self.languages = ("en", target_language)
@@ -108,7 +110,11 @@ class DebianSummary(_Debian):
         sources = read_sources(lists)
         for english in read_descriptions(lists, "en").values():
             if english.paragraphs and english.synopsis:
-                yield sources.get(english.package, english.package), "\n".join(english.paragraphs), english.synopsis
+                yield (
+                    sources.get(english.package, english.package),
+                    "\n".join(english.paragraphs),
+                    english.synopsis,
+                )
 
 
 def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
@@ -118,7 +124,9 @@ def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
         UserError: if there is no apt on this machine, or the update fails.
     """
     if shutil.which("apt-get") is None or not _APT_HELPER.exists():
-        raise UserError("the Debian sources need apt-get, which this machine does not have; use another data.source")
+        raise UserError(
+            "the Debian sources need apt-get, which this machine does not have; use another data.source"
+        )
     if all(_files(folder, language) for language in languages) and _package_files(folder):
         return
     (folder / "partial").mkdir(parents=True, exist_ok=True)
@@ -182,7 +190,9 @@ def _clean(text: str) -> str:
 
 def _stanzas(path: Path) -> Iterator[dict[str, str]]:
     """Read an apt list (compressed or not) as dicts of fields; continuation lines keep their first space."""
-    process = subprocess.Popen([str(_APT_HELPER), "cat-file", str(path)], stdout=subprocess.PIPE, encoding="utf-8")
+    process = subprocess.Popen(
+        [str(_APT_HELPER), "cat-file", str(path)], stdout=subprocess.PIPE, encoding="utf-8"
+    )
     assert process.stdout is not None
     fields: dict[str, str] = {}
     name = ""

@@ -1,11 +1,15 @@
 """Code to text from the installed packages: a function without its docstring is the prompt, its first paragraph the target."""
 
 import ast
+import gc
 import hashlib
 import inspect
+import multiprocessing
 import re
+import sys
 import textwrap
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -16,13 +20,23 @@ from tqdm import tqdm
 from llmslm.data.sources.base import BuiltSource, Example, Split, drop_seen, split_by_group, take
 
 _WORDS = re.compile(r"[A-Za-z]{2,}")
-_NOT_PROSE = re.compile(r"^(:|>>>|@|todo|fixme|args?:|parameters?\b|returns?:|see |deprecated|\.\. )", re.IGNORECASE)
-_VERSION = 1  # raise it when the extraction changes: cached data is then built again
+_NOT_PROSE = re.compile(
+    r"^(:|>>>|@|todo|fixme|args?:|parameters?\b|returns?:|see |deprecated|\.\. )", re.IGNORECASE
+)
+_FIELD = re.compile(
+    r"^\s*(:\w+[^:]*:|@\w+|>>>|\.\. |(args|arguments|parameters|returns?|raises)\s*:?\s*$)", re.IGNORECASE
+)
+_TESTS = re.compile(r"(tests?|testing|test_.*|.*_tests?\.py|conftest\.py)")
+_VERSION = 2  # raise it when the extraction changes: cached data is then built again
+_WORKERS = 2
+_WORTH_WORKERS = 1000  # files; below, starting processes takes longer than it saves
 
 
-class _Package(NamedTuple):
-    name: str
-    files: list[str]
+class _Job(NamedTuple):
+    package: str
+    path: str
+    max_prompt_chars: int
+    max_target_chars: int
 
 
 class Docstrings(BuiltSource):
@@ -55,84 +69,112 @@ class Docstrings(BuiltSource):
         self.max_eval = max_eval
 
     def key(self) -> dict[str, Any]:
-        """Limits and installed versions."""
-        installed = sorted(f"{package.name}" for package in _packages(with_files=False))
+        """Limits, installed versions, and the version of Python, whose grammar decides what can be read."""
+        installed = "\n".join(sorted({f"{d.name} {d.version}" for d in _distributions()}))
         return {
             "version": _VERSION,
+            "python": list(sys.version_info[:2]),
             "max_prompt_chars": self.max_prompt_chars,
             "max_target_chars": self.max_target_chars,
             "max_train": self.max_train,
             "max_eval": self.max_eval,
-            "packages": hashlib.sha256("\n".join(installed).encode()).hexdigest(),
+            "packages": hashlib.sha256(installed.encode()).hexdigest(),
         }
 
     def build(self) -> dict[Split, list[Example]]:
         """Read every function of every package."""
-        packages = _packages(with_files=True)
         splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
-        seen: set[tuple[str, str]] = set()
-        limits = (self.max_prompt_chars, self.max_target_chars)
-        jobs = [(package.name, file, *limits) for package in packages for file in package.files]
-        with ProcessPoolExecutor(max_workers=2) as pool:
-            found = pool.map(_read_file, jobs, chunksize=64)
-            for job, pairs in zip(jobs, tqdm(found, "reading packages", len(jobs), unit="file"), strict=True):
-                for prompt, target in pairs:
-                    if (prompt, target) not in seen:
-                        seen.add((prompt, target))
-                        name = hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:16]
-                        split = split_by_group(job[0].partition(" ")[0])
-                        splits[split].append({"id": name, "prompt": prompt, "target": target})
-        splits["train"] = take(splits["train"], self.max_train)
+        seen: set[str] = set()
+        jobs = [
+            _Job(package, path, self.max_prompt_chars, self.max_target_chars) for package, path in _files()
+        ]
+        for job, pairs in zip(jobs, _read_files(jobs), strict=True):
+            for prompt, target in pairs:
+                name = hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:16]
+                if name not in seen:
+                    seen.add(name)
+                    splits[split_by_group(job.package)].append(
+                        {"id": name, "prompt": prompt, "target": target}
+                    )
         for split in ("validation", "test"):
             splits[split] = take(drop_seen(splits[split], splits["train"]), self.max_eval)
+        splits["train"] = take(splits["train"], self.max_train)
         return splits
 
 
-def _packages(with_files: bool) -> list[_Package]:
-    """List installed distributions as "name version", in the order of their names, once each; this project is left out."""
-    packages: dict[str, _Package] = {}
-    for distribution in metadata.distributions():
-        name = f"{distribution.name} {distribution.version}"
-        if distribution.name == "llmslm" or name in packages:
-            continue
-        files = [str(file.locate()) for file in distribution.files or [] if _wanted(file)] if with_files else []
-        packages[name] = _Package(name, sorted(files))
-    return [packages[name] for name in sorted(packages)]
+def _distributions() -> list[metadata.Distribution]:
+    """List what is installed, this project left out."""
+    return [d for d in metadata.distributions() if d.name != "llmslm"]
 
 
-def _wanted(file: Any) -> bool:
-    parts = file.parts
-    is_test = any(part in ("tests", "test", "testing") or part.startswith("test_") for part in parts)
-    return str(file).endswith(".py") and not is_test and ".." not in parts
+def _files() -> list[tuple[str, str]]:
+    """List (top-level package, path) of all Python files, in their order, each once.
+
+    Distributions may share a top-level package, and then share its side of the split too.
+    """
+    found = {
+        str(file.locate()): file.parts[0]
+        for distribution in _distributions()
+        for file in distribution.files or []
+        if file.suffix == ".py" and ".." not in file.parts and not any(map(_TESTS.fullmatch, file.parts))
+    }
+    return sorted((package.removesuffix(".py"), path) for path, package in found.items())
 
 
-def _read_file(job: tuple[str, str, int, int]) -> list[tuple[str, str]]:
+def _read_files(jobs: list[_Job]) -> Iterator[list[tuple[str, str]]]:
+    """Read files in their order, in several processes where that pays."""
+    if len(jobs) < _WORTH_WORKERS:
+        yield from map(_read_file, jobs)
+        return
+    # New processes, not forks: the one that calls us may have threads. Without the garbage collector, which finds
+    # nothing in syntax trees, parsing takes half the time.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(_WORKERS, mp_context=context, initializer=gc.disable) as pool:
+        read = pool.map(_read_file, jobs, chunksize=32)
+        yield from tqdm(read, "reading packages", len(jobs), unit=" files", mininterval=1.0)
+
+
+def _read_file(job: _Job) -> list[tuple[str, str]]:
     """Return the (prompt, target) pairs of a file; one that cannot be read or parsed has none."""
-    _, path, max_prompt_chars, max_target_chars = job
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(job.path).read_text(encoding="utf-8")
+        if '"""' not in source and "'''" not in source:
+            return []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # foreign code: its invalid escapes are not ours to report
             tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError, RecursionError):
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    lines = source.splitlines()
+    lines = source.split("\n")  # as the parser counts; splitlines() would also split at form feeds
     pairs = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            target = first_paragraph(ast.get_docstring(node, clean=False))
-            if target and len(target) <= max_target_chars:
-                prompt = code_without_docstring(node, lines)
-                if prompt and len(prompt) <= max_prompt_chars:
-                    pairs.append((prompt, target))
+    for node in _functions(tree.body):
+        target = first_paragraph(ast.get_docstring(node, clean=False))
+        if target and len(target) <= job.max_target_chars:
+            prompt = code_without_docstring(node, lines)
+            if prompt and len(prompt) <= job.max_prompt_chars:
+                pairs.append((prompt, target))
     return pairs
+
+
+def _functions(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield functions at any depth, in their order. Only statements hold functions: expressions are not visited."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            yield from _functions(getattr(node, block, ()))  # type: ignore[arg-type]
 
 
 def first_paragraph(docstring: str | None) -> str | None:
     """Collapse a docstring's first paragraph to one line; None where it is no sentence about the function."""
     if not docstring:
         return None
-    text = " ".join(inspect.cleandoc(docstring).split("\n\n")[0].split())
+    lines: list[str] = []
+    for line in inspect.cleandoc(docstring).split("\n"):
+        if not line.strip() or _FIELD.match(line):
+            break
+        lines.append(line)
+    text = " ".join(" ".join(lines).split())
     if len(_WORDS.findall(text)) < 3 or _NOT_PROSE.match(text) or not text.isascii():
         return None
     return text
@@ -143,8 +185,8 @@ def code_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: 
     docstring, *rest = node.body
     if all(isinstance(s, ast.Pass) or _is_ellipsis(s) or _raises_not_implemented(s) for s in rest):
         return None
-    if docstring.lineno == node.lineno or docstring.end_lineno == rest[0].lineno:
-        return None  # one-liners: the docstring shares a line with code
+    if lines[docstring.lineno - 1][: docstring.col_offset].strip() or docstring.end_lineno == rest[0].lineno:
+        return None  # the docstring shares a line with code
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
     kept = lines[first : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
     return textwrap.dedent("\n".join(kept)).strip() or None
@@ -156,5 +198,3 @@ def _is_ellipsis(statement: ast.stmt) -> bool:
 
 def _raises_not_implemented(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Raise) and "NotImplemented" in ast.dump(statement)
-
-

@@ -84,9 +84,13 @@ class TextFiles(Source):
                 try:
                     record = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})") from error
+                    raise UserError(
+                        f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})"
+                    ) from error
                 if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: expected an object, found {type(record).__name__}")
+                    raise UserError(
+                        f"{path}, line {number}: expected an object, found {type(record).__name__}"
+                    )
                 rows.append(self._row(path, f"line {number}", str(record.get("id", number)), record))
         return rows
 
@@ -96,7 +100,9 @@ class TextFiles(Source):
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
         rows = enumerate(records, start=1)
-        return [self._row(path, f"row {number}", str(record.get("id", number)), record) for number, record in rows]
+        return [
+            self._row(path, f"row {number}", str(record.get("id", number)), record) for number, record in rows
+        ]
 
     def _row(self, path: Path, place: str, name: str, record: dict[str, Any]) -> tuple[str, str, str]:
         texts = []

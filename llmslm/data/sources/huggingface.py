@@ -69,7 +69,14 @@ class HubDataset(Source):
 
     def fingerprint(self) -> str:
         """Hash what names the data; of a downloaded dataset also the fingerprint that `datasets` computed."""
-        parts = [self.path, self.config_name, self.revision, self.prompt_column, self.target_column, str(self.splits)]
+        parts = [
+            self.path,
+            self.config_name,
+            self.revision,
+            self.prompt_column,
+            self.target_column,
+            str(self.splits),
+        ]
         if not self.streaming:
             parts += [self._raw(split)._fingerprint for split in ("train",)]
         return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:16]
@@ -102,7 +109,11 @@ class HubDataset(Source):
         prompt = _value(row, self.prompt_column)
         extra = _value(row, self.extra_prompt_column) if self.extra_prompt_column else ""
         target = _value(row, self.target_column)
-        return {"id": str(row.get("id", index)), "prompt": f"{prompt}\n{extra}" if extra else prompt, "target": target}
+        return {
+            "id": str(row.get("id", index)),
+            "prompt": f"{prompt}\n{extra}" if extra else prompt,
+            "target": target,
+        }
 
 
 def _value(row: dict[str, Any], column: str) -> str:

@@ -1,0 +1,191 @@
+"""The command line: whole runs, resumption, and mistakes that end in one line."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from llmslm.cli import main
+from llmslm.system import System
+from tests import tiny
+from tests.unit import toy
+
+
+def fit(recipe, system, *args):
+    main(["fit", "--config", recipe, "--model.system", system, *args])
+
+
+def fails(capsys, *args, code=1):
+    """Run, expect an exit code and one line on standard error; return that line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(args))
+    assert stopped.value.code == code
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("llmslm: error: ")
+    return line
+
+
+def test_three_systems_train_and_generate(workdir, capsys, monkeypatch):
+    recipe = toy.write_recipe(workdir)
+    for system in ("llm", "slm", "llm_to_slm"):
+        fit(recipe, system)
+    capsys.readouterr()
+    main(["generate", "--checkpoint", "runs/toy/llm_to_slm", "--max-new-tokens", "3", "say alpha", "say beta"])
+    from_arguments = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("say alpha\nsay beta\n"))
+    main(["generate", "--checkpoint", "runs/toy/llm_to_slm/system", "--max-new-tokens", "3"])
+    assert capsys.readouterr().out == from_arguments
+    assert len(from_arguments.splitlines()) == 2
+    card = json.loads(Path("runs/toy/llm_to_slm/system/system.json").read_text())
+    assert (card["system"], card["recipe"], card["steps"], card["seed"]) == ("llm_to_slm", "toy", 4, 1)
+
+
+def test_checkpoints_hold_what_was_trained(workdir):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "llm")
+    fit(recipe, "llm_to_slm")
+    state = torch.load("runs/toy/llm_to_slm/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 4
+    assert not any("encoder" in name and name.startswith("model.encoder") for name in state["state_dict"])
+    optimizer = state["optimizer_states"][0]["state"]
+    trained = System.load("runs/toy/llm_to_slm").model
+    assert len(optimizer) == len([p for p in trained.parameters() if p.requires_grad])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(workdir):
+    """Stop in the middle of an epoch, resume: the same weights, bit for bit."""
+    recipe = toy.write_recipe(workdir)
+    constant = "--model.schedule=constant"
+    fit(recipe, "slm", constant, "--trainer.default_root_dir=whole")
+    fit(recipe, "slm", constant, "--trainer.default_root_dir=halves", "--trainer.max_steps=2")
+    fit(recipe, "slm", constant, "--trainer.default_root_dir=halves", "--ckpt_path=halves/checkpoints/last.ckpt")
+    whole, halves = (
+        torch.load(f"{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("whole", "halves")
+    )
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_the_command_line_beats_the_checkpoint(workdir):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "slm")
+    fit(recipe, "slm", "--ckpt_path=runs/toy/slm/checkpoints/last.ckpt", "--trainer.max_steps=6", "--model.warmup_steps=3")
+    config = yaml.safe_load(Path("runs/toy/slm/config.yaml").read_text())
+    assert (config["trainer"]["max_steps"], config["model"]["warmup_steps"]) == (6, 3)
+    assert torch.load("runs/toy/slm/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_other_stages_read_a_checkpoint(workdir, command):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "slm")
+    main([command, "--config", recipe, "--model.system", "slm", "--ckpt_path", "runs/toy/slm/checkpoints/last.ckpt"])
+    if command == "predict":
+        lines = Path("runs/toy/slm/predictions.jsonl").read_text().splitlines()
+        assert {json.loads(line)["id"] for line in lines} == {f"test-{i}" for i in range(9)}
+
+
+def test_mlflow_gets_parameters_config_commit_and_data(workdir):
+    from mlflow import MlflowClient
+
+    recipe = toy.write_recipe(workdir, logger={"class_path": "llmslm.callbacks.tracking.MlflowLogger"}, log_every_n_steps=1)
+    fit(recipe, "slm", "--trainer.logger.init_args.parent_run=parent")
+    fit(recipe, "slm")  # a second run in the same folder is no error
+    client = MlflowClient("sqlite:///mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("llmslm").experiment_id], order_by=["start_time"])
+    assert len(runs) == 2
+    run = runs[0]
+    assert run.info.run_name == "toy/slm"
+    assert run.data.params["model/warmup_steps"] == "2"
+    assert {"train/loss", "val/loss", "val/perplexity", "val/bleu"} <= set(run.data.metrics)
+    assert run.data.tags["mlflow.parentRunId"] == "parent"
+    assert len(run.data.tags["data.fingerprint"]) == 16
+    assert "git.commit" in run.data.tags
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+
+
+def test_help_is_quick():
+    for module in ("llmslm.cli", "evaluation.cli"):
+        code = f"import sys; from {module} import main; main(['--help'])"
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "usage" in done.stdout
+        loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert not loaded & {"torch", "transformers", "lightning", "mlflow", "datasets", "evaluate"}
+        assert time.perf_counter() - start < 30  # a hang, not a speed: what counts is that nothing heavy is loaded
+
+
+def test_unknown_names_are_refused(workdir, capsys):
+    assert "no recipe 'nothing'" in fails(capsys, "fit", "--config", "nothing")
+    assert "unknown command 'train'" in fails(capsys, "train", code=2)
+    recipe = toy.write_recipe(workdir)
+    assert "model.slmm" in fails(capsys, "fit", "--config", recipe, "--model.slmm=3", code=2)
+    assert "hiden" in fails(
+        capsys, "fit", "--config", recipe, "--model.projector=MlpProjector", "--model.projector.hiden=3", code=2
+    )
+    assert "max_step" in fails(capsys, "fit", "--config", recipe, "--trainer.max_step=3", code=2)
+
+
+def test_models_that_are_not_there_are_named(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    assert "train it first with --model.system llm" in fails(capsys, "fit", "--config", recipe)
+    line = fails(capsys, "fit", "--config", recipe, "--model.encoder.source=/nowhere")
+    assert "encoder source '/nowhere' cannot be loaded" in line
+    line = fails(capsys, "fit", "--config", recipe, "--model.slm.source=x")
+    assert "model.slm has both of source and config" in line
+    tiny.CONFIGS["t5"].save_pretrained("empty")
+    line = fails(capsys, "fit", "--config", recipe, "--model.encoder.source=empty")
+    assert "expected a hub name or a folder with config.json and weights" in line
+    assert "holds no system" in fails(capsys, "generate", "--checkpoint", "nowhere", "x")
+
+
+def test_data_mistakes_are_named_and_nothing_is_written(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    train = Path("train.jsonl")
+    good = train.read_text()
+    for content, message in (
+        ('{"prompt": "a"}\n', "line 1: no column 'target'; found prompt"),
+        ('{"prompt": "a", "target": "b"}\n{"prompt": \n', "line 2: not valid JSON"),
+        ('{"prompt": "a", "target": " "}\n', "line 1: target is empty"),
+        ("", "has no rows"),
+    ):
+        train.write_text(content)
+        assert message in fails(capsys, "fit", "--config", recipe, "--model.system", "slm")
+    train.write_text(good)
+    line = fails(capsys, "fit", "--config", recipe, "--model.system", "slm", "--data.max_prompt_tokens=4")
+    assert "the limit is 4" in line
+    assert "data.truncate_prompt" in line
+    assert not Path("runs/toy/slm/system").exists()
+
+
+def test_truncation_is_counted(workdir):
+    recipe = toy.write_recipe(workdir)
+    cut = r"prompts were cut to 4 tokens \(left\)"
+    with pytest.warns(UserWarning, match="train: 48 of 48 " + cut), pytest.warns(UserWarning, match="validation: 9 of 9 " + cut):
+        fit(recipe, "slm", "--data.max_prompt_tokens=4", "--data.truncate_prompt=left")
+
+
+def test_a_checkpoint_of_another_composition_is_refused(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "llm")
+    fit(recipe, "slm")
+    line = fails(capsys, "fit", "--config", recipe, "--ckpt_path=runs/toy/slm/checkpoints/last.ckpt")
+    assert "the checkpoint is of another composition: its system is 'slm', the recipe's is 'llm_to_slm'" in line
+
+
+def test_the_encoder_is_the_same_after_training(workdir):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "llm")
+    before = Path("runs/toy/llm/system/model.safetensors").read_bytes()
+    fit(recipe, "llm_to_slm")
+    assert Path("runs/toy/llm/system/model.safetensors").read_bytes() == before
+    system = System.load("runs/toy/llm_to_slm")
+    assert system.model.encoder.content_hash() == system.model.config.encoder_hash
+    names = {name.partition(".")[0] for name, p in system.model.named_parameters() if p.requires_grad}
+    assert names == {"projector", "slm"}
