@@ -17,6 +17,7 @@ from llmslm.errors import UserError
 RESAMPLES = 1000
 SEED = 12345
 """The seed of sacrebleu."""
+_AT_ONCE = 50  # draws in one product: far quicker than one by one, and 10,000 examples take 4 MB
 
 Floats = NDArray[np.float64]
 
@@ -62,9 +63,11 @@ def resample(statistics: Mapping[str, Statistics], resamples: int, seed: int) ->
     rows = np.concatenate([each.rows for each in statistics.values()], axis=1)
     rng = np.random.default_rng(seed)
     sums = np.empty((resamples, rows.shape[1]))
-    for index in range(resamples):
-        drawn = rng.choice(examples, size=examples, replace=True)
-        sums[index] = np.bincount(drawn, minlength=examples).astype(np.float64) @ rows
+    for start in range(0, resamples, _AT_ONCE):
+        counts = np.zeros((min(_AT_ONCE, resamples - start), examples))
+        for row in counts:
+            row += np.bincount(rng.choice(examples, size=examples, replace=True), minlength=examples)
+        sums[start : start + len(counts)] = counts @ rows
     scores, start = {}, 0
     for name, each in statistics.items():
         end = start + each.rows.shape[1]

@@ -1,6 +1,7 @@
 """The metrics give the reference packages' numbers, by class, by path and combined."""
 
 import math
+import random
 from pathlib import Path
 
 import evaluate
@@ -14,7 +15,7 @@ from evaluation.metrics.bleu import Bleu
 from evaluation.metrics.chrf import Chrf, chrf_statistics
 from evaluation.metrics.exact_match import ExactMatch
 from evaluation.metrics.perplexity import Perplexity, perplexity_statistics
-from evaluation.metrics.rouge import Rouge
+from evaluation.metrics.rouge import Rouge, rouge_statistics
 from evaluation.metrics.ter import Ter
 from evaluation.metrics.texts import reference_lists
 from llmslm.errors import UserError
@@ -75,6 +76,15 @@ def test_rouge_is_rouge_scores():
         assert found[name] == pytest.approx(100 * np.mean([each[key].fmeasure for each in scores]), abs=1e-9)
     assert found["rouge_l"] != found["rouge_lsum"]
     assert "stemmer:porter" in found["rouge_signature"]
+
+
+def test_rouge_lsum_of_single_lines_is_rouge_scores():
+    rng = random.Random(0)
+    texts = [[" ".join(rng.choices("abcdé ", k=rng.randint(0, 25))) for _ in range(300)] for _ in range(2)]
+    scorer = rouge_scorer.RougeScorer(["rougeLsum"])
+    expected = [scorer.score(gold, text)["rougeLsum"].fmeasure for text, gold in zip(*texts, strict=True)]
+    found = {each.name: each for each in rouge_statistics(*texts)}["rouge_lsum"]
+    assert found.rows[:, 0].tolist() == expected
 
 
 def test_exact_match_ignores_outer_space_only():
