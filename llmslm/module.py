@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -91,7 +90,9 @@ class SystemModule(L.LightningModule):
         self.llm_source = llm
         self.slm_source = slm
         self.encoder_options = encoder
-        self.parts = (projector, alignment, fusion)
+        self.projector_factory = projector
+        self.alignment_factory = alignment
+        self.fusion_factory = fusion
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.warmup_steps = warmup_steps
@@ -140,13 +141,12 @@ class SystemModule(L.LightningModule):
         source, options = self.encoder_source(), self.encoder_options
         encoder = Encoder.from_source(source, revision=options.revision, layer=options.layer, dtype=options.dtype)
         widths = (encoder.hidden_size, slm.config.hidden_size)
-        projector, alignment, fusion = (make(*widths) for make in self.parts)
         return LlmToSlm.compose(
             encoder,
             slm,
-            projector=projector,
-            alignment=alignment,
-            fusion=fusion,
+            projector=self.projector_factory(*widths),
+            alignment=self.alignment_factory(*widths),
+            fusion=self.fusion_factory(*widths),
             encoder_source=source,
             encoder_revision=options.revision,
         ).train()
@@ -247,7 +247,7 @@ class SystemModule(L.LightningModule):
         """Generate for a list of examples as the evaluation does, through `System`."""
         model = self._built
         was_training = model.training
-        system = System(self.system, model, self._built_codec, card={})
+        system = System(self.system, model, self._built_codec, card={}, decoder="generate")
         limit = self._built_codec.text_format.max_target_tokens
         generations = system.generate([example["prompt"] for example in examples], max_new_tokens=limit)
         model.train(was_training)
@@ -279,7 +279,8 @@ class SystemModule(L.LightningModule):
             theirs = theirs or {}
             key = next((k for k in ours if theirs.get(k) != ours[k]), "system")
             raise UserError(
-                f"the checkpoint is of another composition: its {key} is {theirs.get(key)!r}, the recipe's is {ours[key]!r}; "
+                f"the checkpoint is of another composition: its {key} is {theirs.get(key)!r}, "
+                f"the recipe's is {ours[key]!r}; "
                 "give the recipe that it was trained with (--ckpt_path)"
             )
         frozen = {k: v for k, v in self.state_dict().items() if k.startswith(ENCODER_KEY)}

@@ -14,8 +14,10 @@ def recipe_folder() -> Path:
     """Return the folder of the recipes that come with the package."""
     spec = importlib.util.find_spec("recipes")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("the recipes folder is not installed beside llmslm; install the wheel, or give a path (--config)")
-    return Path(list(spec.submodule_search_locations)[0])
+        raise UserError(
+            "the recipes folder is not installed beside llmslm; install the wheel, or give a path (--config)"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def recipe_names() -> list[str]:
@@ -35,9 +37,7 @@ def find_recipe(name_or_path: str) -> Path:
     shipped = recipe_folder() / f"{name_or_path.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
-    raise UserError(
-        f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())} (--config)"
-    )
+    raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())} (--config)")
 
 
 def load_source(name_or_path: str) -> "Source":

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from llmslm.checkpoint import load_parts
 from llmslm.data.codec import IGNORED, Codec
+from llmslm.generation.engine import DecodeEngine
 from llmslm.models.modeling import LlmToSlm
 
 Control = Literal["zero", "shuffled"]
@@ -45,13 +46,25 @@ class System:
         model: the language model or the composition, in eval mode.
         codec: text to ids and back.
         card: what is known of its training (recipe, commit, data fingerprint, seed ...).
+        decoder: "engine" decodes with llmslm.generation, whose weights are read once; "generate" with transformers.
     """
 
-    def __init__(self, name: str, model: PreTrainedModel, codec: Codec, card: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        codec: Codec,
+        card: dict[str, Any],
+        decoder: Literal["engine", "generate"] = "engine",
+    ) -> None:
         self.name = name
         self.model = model.eval()
         self.codec = codec
         self.card = card
+        self.decoder = decoder
+        self._engine: DecodeEngine | None = None
+        if self.language_model.generation_config.pad_token_id is None:
+            self.language_model.generation_config.pad_token_id = codec.pad_id
 
     @classmethod
     def load(
@@ -99,6 +112,32 @@ class System:
             on_first_token: called when the batch's first new token is known.
         """
         inputs = self.prefill(prompts)
+        decode = self._by_engine if self.decoder == "engine" else self._by_generate
+        new_ids = decode(inputs, max_new_tokens, min_new_tokens, on_first_token)
+        counts = count_until(new_ids, self._eos_ids())
+        texts = self.codec.decode([row[:count].tolist() for row, count in zip(new_ids, counts, strict=True)])
+        return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
+
+    def _by_engine(
+        self,
+        inputs: dict[str, Any],
+        max_new_tokens: int,
+        min_new_tokens: int,
+        on_first_token: Callable[[], None] | None,
+    ) -> Tensor:
+        if self._engine is None:
+            self._engine = DecodeEngine(self.language_model)
+        return self._engine.generate(
+            **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, on_first_token=on_first_token
+        )
+
+    def _by_generate(
+        self,
+        inputs: dict[str, Any],
+        max_new_tokens: int,
+        min_new_tokens: int,
+        on_first_token: Callable[[], None] | None,
+    ) -> Tensor:
         stopping = StoppingCriteriaList([_FirstToken(on_first_token)] if on_first_token else [])
         config = GenerationConfig.from_dict(
             self.language_model.generation_config.to_dict()
@@ -107,10 +146,7 @@ class System:
             | {"pad_token_id": self.codec.pad_id, "eos_token_id": self._eos_ids()}
         )
         ids = self.language_model.generate(**inputs, generation_config=config, stopping_criteria=stopping)
-        new_ids = self._new_ids(ids, inputs)
-        counts = count_until(new_ids, self._eos_ids())
-        texts = self.codec.decode([row[:count].tolist() for row, count in zip(new_ids, counts, strict=True)])
-        return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
+        return self._new_ids(ids, inputs)
 
     def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Tokenise prompts and, for a composition, encode, project and fuse: what the language model starts from."""
@@ -171,7 +207,8 @@ class _ControlSystem(System):
     """A llm_to_slm system whose projected states are replaced; everything else is shared with the original."""
 
     def __init__(self, system: System, control: Control) -> None:
-        super().__init__(f"{system.name}/{control}_features", system.model, system.codec, system.card)
+        name = f"{system.name}/{control}_features"
+        super().__init__(name, system.model, system.codec, system.card, system.decoder)
         self._control = control
         self._previous: Tensor | None = None
 
@@ -211,7 +248,7 @@ class _FirstToken(StoppingCriteria):
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback: Callable[[], None] | None = callback
 
-    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
         if self._callback is not None:
             self._callback()
             self._callback = None

@@ -39,9 +39,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 FAMILIES = list(CONFIGS)
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str, **changes) -> PreTrainedModel:
     """A random model whose predictions are far from ties, so that rounding cannot flip a token."""
-    config = CONFIGS[family].__class__.from_dict(CONFIGS[family].to_dict())
+    config = CONFIGS[family].__class__.from_dict(CONFIGS[family].to_dict() | changes)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = auto.from_config(config).eval()
     with torch.no_grad():

@@ -49,7 +49,7 @@ class ResumableLoader(DataLoader):
 class TextDataModule(L.LightningDataModule):
     """Batches of one source for the module's system.
 
-    Validation, test and predict batches carry `examples` beside the tensors: a list of dicts with id, prompt and target.
+    Validation, test and predict batches carry `examples` beside the tensors: dicts with id, prompt and target.
     Batches are dealt out here, so the Trainer's own distributed sampler stays off (the command line sees to it).
 
     Args:
@@ -131,7 +131,7 @@ class TextDataModule(L.LightningDataModule):
         return self.test_dataloader()
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Note, while the labels are still on the CPU, the first column that holds a target (for the logits to keep)."""
+        """Note the first column that holds a target (for the logits to keep) while the labels are still on the CPU."""
         if not self.codec.is_encoder_decoder:
             batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
         return batch
@@ -190,14 +190,16 @@ class TextDataModule(L.LightningDataModule):
 
     def _loader(self, split: Split, batch_size: int, collate: Callable) -> DataLoader:
         dataset = self._tokenised[split]
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         pin = self._module.device.type == "cuda"
         rank, world = self._module.trainer.global_rank, self._module.trainer.world_size
         if isinstance(dataset, IterableDataset):
             dataset = split_dataset_by_node(dataset, rank, world)
             if split == "train":
                 dataset = dataset.shuffle(seed=self._seed(), buffer_size=self.shuffle_buffer)
-            return DataLoader(dataset, batch_size, collate_fn=collate, pin_memory=pin, drop_last=split == "train", **workers)  # type: ignore[arg-type]
+            return DataLoader(
+                dataset, batch_size, collate_fn=collate, pin_memory=pin, drop_last=split == "train", **workers
+            )
         sampler = LengthBatchSampler(
             token_counts(dataset, ("input_prompt_ids", "target_ids")),
             batch_size,
@@ -206,7 +208,9 @@ class TextDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world,
         )
-        return ResumableLoader(self._progress, dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin, **workers)
+        return ResumableLoader(
+            self._progress, dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin, **workers
+        )
 
     def _progress(self) -> tuple[int, int]:
         """Return the epoch and how many of its batches were trained, not how many a worker has fetched ahead."""

@@ -1,4 +1,4 @@
-"""Length-bucketed batches, dealt out over ranks: each rank gets the same number of batches, each example goes to one."""
+"""Length-bucketed batches, dealt out over ranks: equally many batches a rank, each example in one of them."""
 
 from collections.abc import Iterator, Sequence
 
@@ -27,7 +27,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         *,
         shuffle: bool,

@@ -1,8 +1,8 @@
 """Alignments: which encoder positions feed which slm positions.
 
 Every alignment states the layout of the slm's prompt (what the codec writes into `input_ids` on prompt positions) and
-places the projected states on those positions. Ranks are counted on attended positions only, so the side and the amount of
-padding change nothing.
+places the projected states on those positions. Ranks are counted on attended positions only, so the side and the
+amount of padding change nothing.
 """
 
 from typing import ClassVar, Literal, NamedTuple
@@ -62,7 +62,7 @@ class Alignment(Component):
         prompt_attention_mask: Tensor,
         token_embeds: Tensor | None,
     ) -> AlignedPrompt:
-        """Align prompt_embeds (batch, prompt_len, slm_hidden_size) with inputs_embeds (batch, input_len, slm_hidden_size).
+        """Align prompt_embeds (batch, prompt_len, slm width) with inputs_embeds (batch, input_len, slm width).
 
         `token_embeds` (batch, prompt_len, encoder_hidden_size) are the encoder's own token embeddings; only
         alignments with `needs_token_embeds` receive them.

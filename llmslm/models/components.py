@@ -25,7 +25,9 @@ class Component(nn.Module):
 
     def spec(self) -> Spec:
         """Return `{"class_path": ..., "init_args": {...}}`, plain types only."""
-        names = [n for n in inspect.signature(type(self)).parameters if n not in ("encoder_hidden_size", "slm_hidden_size")]
+        names = [
+            n for n in inspect.signature(type(self)).parameters if n not in ("encoder_hidden_size", "slm_hidden_size")
+        ]
         return {
             "class_path": f"{type(self).__module__}.{type(self).__qualname__}",
             "init_args": {name: getattr(self, name) for name in names},

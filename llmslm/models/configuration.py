@@ -1,4 +1,4 @@
-"""LlmToSlmConfig: the sub-configs of the two models, the specs of the parts between them, and where the encoder comes from."""
+"""LlmToSlmConfig: sub-configs of the two models, specs of the parts between them, source of the encoder."""
 
 from typing import Any
 

@@ -32,8 +32,8 @@ class Encoder(nn.Module):
 
     Args:
         model: an encoder stack or a decoder-only base model (no language-model head).
-        layer: whose output is used: "last" (after the final norm), an index into hidden_states (0 = embeddings, negative
-            from the end), or a fraction of the depth in (0, 1]. Layers above it are removed. The states of inner layers
+        layer: whose output is used: "last" (after the final norm), an index into hidden_states (0 = embeddings,
+            negative from the end), or a fraction of the depth in (0, 1]. Layers above it are removed. The states of inner layers
             are taken before the final norm.
         full_depth: layers of the whole model, where `model` was already shortened at load.
     """
@@ -182,7 +182,7 @@ def layer_index(layer: Layer, depth: int) -> int:
     if isinstance(layer, int) and -depth - 1 <= layer <= depth:
         return layer if layer >= 0 else depth + 1 + layer
     raise UserError(
-        f"encoder layer {layer!r} does not exist in a model of {depth} layers: give \"last\", an index from "
+        f'encoder layer {layer!r} does not exist in a model of {depth} layers: give "last", an index from '
         f"{-depth - 1} to {depth}, or a fraction in (0, 1] (model.encoder.layer)"
     )
 

@@ -32,7 +32,9 @@ class ModelSource:
         """Raise a UserError that names `key` unless exactly one of source and config is given."""
         if (self.source is None) == (self.config is None):
             given = "neither" if self.source is None else "both"
-            raise UserError(f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config")
+            raise UserError(
+                f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config"
+            )
 
 
 def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, key: str) -> PreTrainedConfig:

@@ -106,7 +106,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         self.encoder = encoder
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *args: Any,
@@ -211,10 +211,10 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             if prompt_ids is None:
                 raise UserError("give prompt_ids, or hidden_states that were encoded before")
             hidden_states, prompt_attention_mask = self.encode(prompt_ids, prompt_attention_mask)
-        width_dtype = self.get_input_embeddings().weight.dtype
-        prompt_embeds = self.projector(hidden_states.to(width_dtype))
+        dtype: torch.dtype = self.slm.dtype
+        prompt_embeds = self.projector(hidden_states.to(dtype))
         if token_embeds is not None:
-            token_embeds = token_embeds.to(width_dtype)
+            token_embeds = token_embeds.to(dtype)
         embeds = self.get_input_embeddings()(input_ids)
         return self.fusion(self.alignment(embeds, attention_mask, prompt_embeds, prompt_attention_mask, token_embeds))
 
@@ -254,7 +254,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         """Run the slm on a prompt that the encoder has read.
 
         Args:
-            input_ids: (batch, input_len): prompt and target of a decoder-only slm, the prompt of an encoder-decoder slm.
+            input_ids: (batch, input_len): prompt and target of a decoder-only slm, the prompt of an encoder-decoder.
             attention_mask: (batch, input_len), 1 = attend; padding on either side.
             prompt_ids: (batch, prompt_len), the prompt in the encoder's tokenizer.
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
@@ -294,7 +294,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         )
         return output
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         *args: Any,
@@ -317,8 +317,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         Args:
             inputs: (batch, input_len) the slm's side of the prompt; same as the keyword `input_ids`. May be left out
                 where both sides share a tokenizer.
-            kwargs: prompt_ids and prompt_attention_mask (batch, prompt_len; taken from input_ids and attention_mask where
-                left out), hidden_states, and whatever `GenerationMixin.generate` takes.
+            kwargs: prompt_ids and prompt_attention_mask (batch, prompt_len; taken from input_ids and attention_mask
+                where left out), hidden_states, and whatever `GenerationMixin.generate` takes.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         mask = kwargs.pop("attention_mask", None)
@@ -329,9 +329,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         ready = self.slm_inputs(input_ids, mask, prompt_ids, prompt_mask, hidden_states)
         if self.config.is_encoder_decoder:
             return super().generate(encoder_outputs=ready["encoder_outputs"], attention_mask=mask, **kwargs)
-        return super().generate(
-            input_ids, attention_mask=mask, prompt_inputs_embeds=ready["inputs_embeds"], **kwargs
-        )
+        return super().generate(input_ids, attention_mask=mask, prompt_inputs_embeds=ready["inputs_embeds"], **kwargs)
 
     def _complete_sides(
         self, input_ids: Tensor | None, mask: Tensor | None, prompt_ids: Tensor | None, prompt_mask: Tensor | None
@@ -343,7 +341,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             prompt_mask = torch.ones_like(prompt_ids)
         if input_ids is not None and mask is None:
             mask = torch.ones_like(input_ids)
-        if input_ids is None:
+        if input_ids is None and prompt_ids is not None:
             input_ids, mask = prompt_ids, prompt_mask
             if self.alignment.prompt_layout == "placeholders":
                 input_ids = torch.full_like(prompt_ids, self.config.pad_token_id or 0)

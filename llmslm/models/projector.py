@@ -7,7 +7,7 @@ from llmslm.models.components import Component
 
 
 class Projector(Component):
-    """Maps hidden_states (batch, prompt_len, encoder_hidden_size) to prompt_embeds (batch, prompt_len, slm_hidden_size).
+    """Maps hidden_states (batch, prompt_len, encoder width) to prompt_embeds (batch, prompt_len, slm width).
 
     Args:
         encoder_hidden_size: width of the encoder's states.
@@ -84,9 +84,7 @@ class MlpProjector(Projector):
         super().__init__(encoder_hidden_size, slm_hidden_size, input_norm, output_norm)
         self.hidden_size = hidden_size
         width = hidden_size or slm_hidden_size
-        self.layers = nn.Sequential(
-            nn.Linear(encoder_hidden_size, width), nn.ReLU(), nn.Linear(width, slm_hidden_size)
-        )
+        self.layers = nn.Sequential(nn.Linear(encoder_hidden_size, width), nn.ReLU(), nn.Linear(width, slm_hidden_size))
 
     def project(self, hidden_states: Tensor) -> Tensor:
         """Apply the two layers."""

@@ -74,7 +74,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(workdir):
 def test_the_command_line_beats_the_checkpoint(workdir):
     recipe = toy.write_recipe(workdir)
     fit(recipe, "slm")
-    fit(recipe, "slm", "--ckpt_path=runs/toy/slm/checkpoints/last.ckpt", "--trainer.max_steps=6", "--model.warmup_steps=3")
+    fit(
+        recipe,
+        "slm",
+        "--ckpt_path=runs/toy/slm/checkpoints/last.ckpt",
+        "--trainer.max_steps=6",
+        "--model.warmup_steps=3",
+    )
     config = yaml.safe_load(Path("runs/toy/slm/config.yaml").read_text())
     assert (config["trainer"]["max_steps"], config["model"]["warmup_steps"]) == (6, 3)
     assert torch.load("runs/toy/slm/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
@@ -93,7 +99,9 @@ def test_other_stages_read_a_checkpoint(workdir, command):
 def test_mlflow_gets_parameters_config_commit_and_data(workdir):
     from mlflow import MlflowClient
 
-    recipe = toy.write_recipe(workdir, logger={"class_path": "llmslm.callbacks.tracking.MlflowLogger"}, log_every_n_steps=1)
+    recipe = toy.write_recipe(
+        workdir, logger={"class_path": "llmslm.callbacks.tracking.MlflowLogger"}, log_every_n_steps=1
+    )
     fit(recipe, "slm", "--trainer.logger.init_args.parent_run=parent")
     fit(recipe, "slm")  # a second run in the same folder is no error
     client = MlflowClient("sqlite:///mlflow.db")
@@ -167,7 +175,10 @@ def test_data_mistakes_are_named_and_nothing_is_written(workdir, capsys):
 def test_truncation_is_counted(workdir):
     recipe = toy.write_recipe(workdir)
     cut = r"prompts were cut to 4 tokens \(left\)"
-    with pytest.warns(UserWarning, match="train: 48 of 48 " + cut), pytest.warns(UserWarning, match="validation: 9 of 9 " + cut):
+    with (
+        pytest.warns(UserWarning, match="train: 48 of 48 " + cut),
+        pytest.warns(UserWarning, match="validation: 9 of 9 " + cut),
+    ):
         fit(recipe, "slm", "--data.max_prompt_tokens=4", "--data.truncate_prompt=left")
 
 

@@ -1,0 +1,112 @@
+"""A system as it is used: engine and generate() agree, batches do not matter, controls destroy the message."""
+
+import pytest
+import torch
+
+from llmslm.data.codec import Codec, TextFormat
+from llmslm.models.alignment import SameTokenizer
+from llmslm.models.encoder import Encoder
+from llmslm.models.fusion import Add
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.projector import MlpProjector
+from llmslm.system import System, count_until
+from tests import tiny
+from tests.unit.data.test_codec import byte_tokenizer
+
+PROMPTS = ["def f(x):", "a", "some longer prompt than that", "x y z"]
+
+
+def make(family, decoder="engine", encoder_family="t5", tmp_path=None):
+    """A random llm_to_slm system over a byte tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    encoder = Encoder(_base(tiny.build(encoder_family, **vocabulary)))
+    slm = tiny.build(family, **vocabulary)
+    model = LlmToSlm.compose(
+        encoder,
+        slm,
+        projector=MlpProjector(32, 32),
+        alignment=SameTokenizer(32, 32),
+        fusion=Add(32, 32),
+    )
+    codec = Codec(
+        tokenizer,
+        text_format=TextFormat(max_prompt_tokens=40, max_target_tokens=12),
+        is_encoder_decoder=slm.config.is_encoder_decoder,
+        decoder_start_token_id=getattr(slm.config, "decoder_start_token_id", None),
+        has_encoder=True,
+    )
+    return System("llm_to_slm", model, codec, {}, decoder)
+
+
+def _base(model):
+    return model.get_encoder() if model.config.is_encoder_decoder else model.model
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_engine_and_generate_agree(family):
+    engine, generate = make(family), make(family, "generate")
+    for limits in ({"max_new_tokens": 12}, {"max_new_tokens": 6, "min_new_tokens": 6}):
+        assert engine.generate(PROMPTS, **limits) == generate.generate(PROMPTS, **limits)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_batch_predicts_what_single_prompts_do(family):
+    system = make(family)
+    batched = system.generate(PROMPTS, max_new_tokens=10)
+    assert [system.generate([prompt], max_new_tokens=10)[0] for prompt in PROMPTS] == batched
+    targets = ["one", "two words", "three", ""]
+    scores = system.log_likelihood(PROMPTS, targets)
+    for prompt, target, score in zip(PROMPTS, targets, scores, strict=True):
+        alone = system.log_likelihood([prompt], [target])[0]
+        assert alone.nats == pytest.approx(score.nats, rel=1e-4)
+        assert alone.tokens == score.tokens
+
+
+def test_fixed_length_is_fixed_and_the_callback_comes_once():
+    calls = []
+    generations = make("llama").generate(
+        PROMPTS, max_new_tokens=9, min_new_tokens=9, on_first_token=lambda: calls.append(1)
+    )
+    assert [generation.tokens for generation in generations] == [9] * 4
+    assert calls == [1]
+
+
+def test_likelihood_is_that_of_the_model():
+    system = make("llama")
+    rows = system.codec.encode(["ab"], ["xyz"])
+    batch = system.codec.collate(rows)
+    logits = system.model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0].double().log_softmax(-1)
+    prompt = len(rows[0]["input_prompt_ids"])
+    ids = batch["input_ids"][0]
+    expected = -sum(logits[i - 1, ids[i]].item() for i in range(prompt, len(ids)))
+    assert system.log_likelihood(["ab"], ["xyz"])[0].nats == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_controls_change_the_message_and_leave_the_system_alone(family):
+    system = make(family)
+    before = system.log_likelihood(PROMPTS, PROMPTS)
+    for control in ("zero", "shuffled"):
+        other = system.with_features(control)
+        assert other.name == f"llm_to_slm/{control}_features"
+        scores = other.log_likelihood(PROMPTS, PROMPTS)
+        assert all(abs(a.nats - b.nats) > 1e-3 for a, b in zip(scores, before, strict=True))
+    assert system.log_likelihood(PROMPTS, PROMPTS) == before
+
+
+def test_shuffled_features_are_another_prompts_also_one_by_one():
+    shuffled = make("t5").with_features("shuffled")
+    shuffled.generate(["first"], max_new_tokens=2)
+    states = shuffled._previous.clone()
+    assert not torch.equal(shuffled._replace(torch.randn(1, *states.shape))[0], shuffled._previous)
+
+
+def test_tokens_are_counted_to_the_end_of_sequence():
+    assert count_until(torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 0, 0, 0]]), [2]) == [2, 4, 1]
+
+
+def test_parameters_that_decode_leave_the_encoders_out():
+    parameters = make("t5").parameters()
+    assert parameters["decoding"] < parameters["trained"] < parameters["total"]
