@@ -95,7 +95,7 @@ class BuiltSource(Source):
 
     def _write(self, splits: dict[Split, list[Example]], folder: Path) -> None:
         for split, examples in splits.items():
-            columns = {key: [example[key] for example in examples] for key in ("id", "prompt", "target")}  # type: ignore[literal-required]
+            columns = {key: [example[key] for example in examples] for key in ("id", "prompt", "target")}
             Dataset.from_dict(columns, features=FEATURES).save_to_disk(folder / split)
         rows = {split: len(examples) for split, examples in splits.items()}
         described = self.key() | {"fingerprint": content_hash(splits), "rows": rows}
@@ -154,7 +154,7 @@ def drop_seen(examples: Iterable[Example], seen: Iterable[Example]) -> list[Exam
 
 
 def take(examples: list[Example], limit: int | None) -> list[Example]:
-    """Take at most `limit` examples, the same ones wherever the list came from: by the hash of their ids, order kept."""
+    """Take at most `limit` examples, chosen by the hash of their ids, in the order that they had."""
     if limit is None or len(examples) <= limit:
         return examples
     chosen = sorted(examples, key=lambda example: hashlib.sha256(example["id"].encode()).digest())[:limit]

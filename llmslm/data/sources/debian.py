@@ -1,26 +1,29 @@
 """Debian's package descriptions: translation pairs in any language that Debian has, and summaries.
 
-`apt-get` delivers the lists into a folder of our own; nothing of the system's own lists is touched, and no root is needed.
+`apt-get` delivers the lists into a folder of our own: nothing of the system's own lists is touched, and no root is
+needed. The release is the running system's.
 """
 
 import hashlib
+import platform
 import re
 import shutil
 import subprocess
-import sys
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from llmslm.data.sources.base import BuiltSource, Example, Split, drop_seen, split_by_group, take
 from llmslm.errors import UserError
 
 _APT_HELPER = Path("/usr/lib/apt/apt-helper")
-_VERSION = 1  # raise it when the extraction changes: cached data is then built again
+_VERSION = 2  # raise it when the extraction changes: cached data is then built again
 
 
 class _Description(NamedTuple):
-    source: str
     package: str
     synopsis: str
     paragraphs: list[str]
@@ -41,16 +44,21 @@ class _Debian(BuiltSource):
         self.max_eval = max_eval
 
     def key(self) -> dict[str, Any]:
-        """Release, languages and limits; Debian's stable lists change with point releases only."""
-        return {"version": _VERSION, "languages": self.languages, "max_eval": self.max_eval}
+        """Release, languages and limits; a stable release's lists change with its point releases only."""
+        return {
+            "version": _VERSION,
+            "release": release(),
+            "languages": self.languages,
+            "max_eval": self.max_eval,
+        }
 
+    @abstractmethod
     def pairs(self, lists: Path) -> Iterator[tuple[str, str, str]]:
         """Yield (source package, prompt, target)."""
-        raise NotImplementedError
 
     def build(self) -> dict[Split, list[Example]]:
-        """Fetch the lists, make pairs, split them by source package; no English text of train is in validation or test."""
-        lists = self.cache_dir / "debian-lists"
+        """Fetch the lists, make pairs, split them by source package; no text of train is in validation or test."""
+        lists = self.cache_dir / f"debian-lists-{release()}"
         fetch_lists(lists, self.languages)
         splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
         seen: set[str] = set()
@@ -73,9 +81,7 @@ class DebianTranslation(_Debian):
         cache_dir: see `BuiltSource`.
     """
 
-    def __init__(
-        self, target_language: str = "it", max_eval: int | None = None, cache_dir: str | None = None
-    ) -> None:
+    def __init__(self, target_language: str = "it", max_eval: int | None = None, cache_dir: str | None = None) -> None:
         super().__init__(max_eval, cache_dir)
         self.target_language = target_language
         self.languages = ("en", target_language)
@@ -124,9 +130,7 @@ def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
         UserError: if there is no apt on this machine, or the update fails.
     """
     if shutil.which("apt-get") is None or not _APT_HELPER.exists():
-        raise UserError(
-            "the Debian sources need apt-get, which this machine does not have; use another data.source"
-        )
+        raise UserError("the Debian sources need apt-get, which this machine does not have; use another data.source")
     if all(_files(folder, language) for language in languages) and _package_files(folder):
         return
     (folder / "partial").mkdir(parents=True, exist_ok=True)
@@ -135,10 +139,15 @@ def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
     options += [f"Acquire::Languages::={language}" for language in wanted]
     options += [f"Dir::Cache::{name}=" for name in ("pkgcache", "srcpkgcache")]
     command = ["apt-get", "update", "-q", *(f"-o{option}" for option in options)]
-    sys.stderr.write("fetching Debian's package lists\n")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"apt-get update failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as apt:
+        assert apt.stdout is not None
+        output = list(tqdm(apt.stdout, "fetching Debian's package lists", unit=" lines"))
+    if apt.returncode or not (_files(folder, "en") and _package_files(folder)):
+        complaints = [line.strip() for line in output if line.startswith(("E:", "W:"))]
+        raise UserError(
+            f"apt-get update brought no package lists: {(complaints or ['no reason given'])[0]}; "
+            "the Debian sources need the network once, and Debian's repositories in apt's sources"
+        )
     for language in languages:
         if not _files(folder, language):
             raise UserError(
@@ -157,7 +166,7 @@ def read_descriptions(folder: Path, language: str) -> dict[str, _Description]:
                 continue
             synopsis, _, rest = text.partition("\n")
             found[fields["Description-md5"]] = _Description(
-                "", fields.get("Package", ""), _clean(synopsis), list(_paragraphs(rest))
+                fields.get("Package", ""), _clean(synopsis), list(_paragraphs(rest))
             )
     return found
 
@@ -173,7 +182,7 @@ def read_sources(folder: Path) -> dict[str, str]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """Join the lines of each paragraph; " ." lines separate them, lines with two spaces are verbatim and end one."""
+    """Join the lines of each paragraph; " ." separates them, lines with two spaces are verbatim and end one."""
     lines: list[str] = []
     for line in [*text.split("\n"), " ."]:
         if line.strip() == "." or line.startswith("  "):
@@ -184,20 +193,26 @@ def _paragraphs(text: str) -> Iterator[str]:
             lines.append(line)
 
 
+def release() -> str:
+    """Return the code name of the running system, for example bookworm."""
+    try:
+        return platform.freedesktop_os_release().get("VERSION_CODENAME", "unknown")
+    except OSError:
+        return "unknown"
+
+
 def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
 def _stanzas(path: Path) -> Iterator[dict[str, str]]:
     """Read an apt list (compressed or not) as dicts of fields; continuation lines keep their first space."""
-    process = subprocess.Popen(
-        [str(_APT_HELPER), "cat-file", str(path)], stdout=subprocess.PIPE, encoding="utf-8"
-    )
+    process = subprocess.Popen([str(_APT_HELPER), "cat-file", str(path)], stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     fields: dict[str, str] = {}
     name = ""
     with process.stdout as lines:
-        for raw in lines:
+        for raw in tqdm(lines, f"reading {path.name.rpartition('_')[2]}", unit=" lines", mininterval=1.0, leave=False):
             line = raw.rstrip("\n")
             if not line:
                 yield fields
@@ -209,7 +224,8 @@ def _stanzas(path: Path) -> Iterator[dict[str, str]]:
                 fields[name] = value.strip()
     if fields:
         yield fields
-    process.wait()
+    if process.wait():
+        raise UserError(f"{path} cannot be read; remove the folder {path.parent}, and it is fetched again")
 
 
 def _files(folder: Path, language: str) -> list[Path]:

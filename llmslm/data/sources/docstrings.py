@@ -1,4 +1,4 @@
-"""Code to text from the installed packages: a function without its docstring is the prompt, its first paragraph the target."""
+"""Code to text from the installed packages: a function is the prompt, its docstring's first paragraph the target."""
 
 import ast
 import gc
@@ -21,7 +21,7 @@ from llmslm.data.sources.base import BuiltSource, Example, Split, drop_seen, spl
 
 _WORDS = re.compile(r"[A-Za-z]{2,}")
 _NOT_PROSE = re.compile(
-    r"^(:|>>>|@|todo|fixme|args?:|parameters?\b|returns?:|see |deprecated|\.\. )", re.IGNORECASE
+    r"^(:|>>>|@|todo|fixme|args?:|parameters?\b|returns?:|see |deprecated|\.\. |\W*\w+\W* \([^)]*\)\s*:)", re.IGNORECASE
 )
 _FIELD = re.compile(
     r"^\s*(:\w+[^:]*:|@\w+|>>>|\.\. |(args|arguments|parameters|returns?|raises)\s*:?\s*$)", re.IGNORECASE
@@ -85,17 +85,13 @@ class Docstrings(BuiltSource):
         """Read every function of every package."""
         splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
         seen: set[str] = set()
-        jobs = [
-            _Job(package, path, self.max_prompt_chars, self.max_target_chars) for package, path in _files()
-        ]
+        jobs = [_Job(package, path, self.max_prompt_chars, self.max_target_chars) for package, path in _files()]
         for job, pairs in zip(jobs, _read_files(jobs), strict=True):
             for prompt, target in pairs:
                 name = hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:16]
                 if name not in seen:
                     seen.add(name)
-                    splits[split_by_group(job.package)].append(
-                        {"id": name, "prompt": prompt, "target": target}
-                    )
+                    splits[split_by_group(job.package)].append({"id": name, "prompt": prompt, "target": target})
         for split in ("validation", "test"):
             splits[split] = take(drop_seen(splits[split], splits["train"]), self.max_eval)
         splits["train"] = take(splits["train"], self.max_train)
@@ -181,7 +177,7 @@ def first_paragraph(docstring: str | None) -> str | None:
 
 
 def code_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str | None:
-    """Return a function's own lines, dedented, without its docstring; None for stubs, which have nothing to describe."""
+    """Return a function's own lines, dedented, without its docstring; None for stubs, which do nothing."""
     docstring, *rest = node.body
     if all(isinstance(s, ast.Pass) or _is_ellipsis(s) or _raises_not_implemented(s) for s in rest):
         return None

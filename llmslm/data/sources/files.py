@@ -2,19 +2,25 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 
-from llmslm.data.sources.base import Source, Split
+from llmslm.data.sources.base import SPLITS, BuiltSource, Example, Split
 from llmslm.errors import UserError
 
+_VERSION = 1  # raise it when the reading changes: cached data is then built again
+_Record = tuple[str, dict[str, Any]]
+"""Where a record stands ("line 3"), and its fields."""
 
-class TextFiles(Source):
+
+class TextFiles(BuiltSource):
     """Examples in local files, one file a split.
+
+    An example's id is its `id` field, or else the number of its line or row.
 
     Args:
         train: path of a .jsonl or .parquet file.
@@ -22,6 +28,7 @@ class TextFiles(Source):
         test: the same.
         prompt_column: column of the given text.
         target_column: column of the text to produce.
+        cache_dir: see `BuiltSource`.
     """
 
     name = "files"
@@ -33,86 +40,102 @@ class TextFiles(Source):
         test: str | None = None,
         prompt_column: str = "prompt",
         target_column: str = "target",
+        cache_dir: str | None = None,
     ) -> None:
-        self.paths: dict[str, str | None] = {"train": train, "validation": validation, "test": test}
+        super().__init__(cache_dir)
+        paths: dict[Split, str | None] = {"train": train, "validation": validation, "test": test}
+        self.paths: dict[Split, Path] = {split: Path(path) for split, path in paths.items() if path is not None}
         self.prompt_column = prompt_column
         self.target_column = target_column
 
-    def prepare(self) -> None:
-        """Read all files once, so that a mistake in the last one shows before the training starts."""
-        for split in ("train", "validation", "test"):
-            if self.paths[split] is not None:
-                self.load(split)  # type: ignore[arg-type]
+    def key(self) -> dict[str, Any]:
+        """The files' bytes and the columns."""
+        files = {split: self._digest(split) for split in SPLITS if split in self.paths}
+        return {"version": _VERSION, "files": files, "columns": [self.prompt_column, self.target_column]}
 
-    def load(self, split: Split) -> Dataset:
-        """Read a split; ids are line or row numbers, from 1.
+    def build(self) -> dict[Split, list[Example]]:
+        """Read all files, so that a mistake in the last one shows before the training starts.
 
         Raises:
-            UserError: for a missing file or column, a broken line, an empty text or a file without rows.
+            UserError: for a missing column, a broken line, an empty text, an id given twice or a file without rows.
         """
-        given = self.paths[split]
-        if given is None:
+        return {split: self._read(split) for split in SPLITS if split in self.paths}
+
+    def load(self, split: Split) -> Any:
+        """Return a split.
+
+        Raises:
+            UserError: if there is no file for it, or its file is at fault.
+        """
+        if split not in self.paths:
             raise UserError(f"there is no {split} file; set data.source.init_args.{split}")
-        path = Path(given)
-        if not path.is_file():
-            raise UserError(f"{path} does not exist (data.source.init_args.{split})")
-        if path.suffix == ".jsonl":
-            rows = self._read_jsonl(path)
-        elif path.suffix == ".parquet":
-            rows = self._read_parquet(path)
-        else:
+        return super().load(split)
+
+    def _digest(self, split: Split) -> str:
+        path = self.paths[split]
+        if path.suffix not in (".jsonl", ".parquet"):
             raise UserError(f"{path} is neither .jsonl nor .parquet (data.source.init_args.{split})")
-        if not rows:
-            raise UserError(f"{path} has no rows (data.source.init_args.{split})")
-        ids, prompts, targets = zip(*rows, strict=True)
-        return Dataset.from_dict({"id": list(ids), "prompt": list(prompts), "target": list(targets)})
-
-    def fingerprint(self) -> str:
-        """Hash the files' bytes."""
-        digest = hashlib.sha256()
-        for split, path in sorted(self.paths.items()):
-            if path is not None and Path(path).is_file():
-                digest.update(split.encode() + hashlib.sha256(Path(path).read_bytes()).digest())
-        return digest.hexdigest()[:16]
-
-    def _read_jsonl(self, path: Path) -> list[tuple[str, str, str]]:
-        rows = []
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not valid JSON ({error.msg}, column {error.colno})"
-                    ) from error
-                if not isinstance(record, dict):
-                    raise UserError(
-                        f"{path}, line {number}: expected an object, found {type(record).__name__}"
-                    )
-                rows.append(self._row(path, f"line {number}", str(record.get("id", number)), record))
-        return rows
-
-    def _read_parquet(self, path: Path) -> list[tuple[str, str, str]]:
         try:
-            records = pq.read_table(path).to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
-        rows = enumerate(records, start=1)
-        return [
-            self._row(path, f"row {number}", str(record.get("id", number)), record) for number, record in rows
-        ]
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror} (data.source.init_args.{split})") from error
 
-    def _row(self, path: Path, place: str, name: str, record: dict[str, Any]) -> tuple[str, str, str]:
-        texts = []
-        for key, column in (("prompt_column", self.prompt_column), ("target_column", self.target_column)):
-            if column not in record:
+    def _read(self, split: Split) -> list[Example]:
+        path = self.paths[split]
+        records = _jsonl(path) if path.suffix == ".jsonl" else self._parquet(path)
+        examples = list(self._examples(path, records))
+        if not examples:
+            raise UserError(f"{path} has no rows (data.source.init_args.{split})")
+        return examples
+
+    def _examples(self, path: Path, records: Iterable[_Record]) -> Iterator[Example]:
+        places: dict[str, str] = {}
+        for place, record in records:
+            self._check_columns(f"{path}, {place}", record)
+            prompt, target = record[self.prompt_column], record[self.target_column]
+            for column, text in ((self.prompt_column, prompt), (self.target_column, target)):
+                if not isinstance(text, str) or not text.strip():
+                    raise UserError(f"{path}, {place}: {column} is empty or no text; every example needs one")
+            name = str(record["id"]) if record.get("id") is not None else place.rpartition(" ")[2]
+            if name in places:
+                raise UserError(f"{path}, {place}: id {name!r} is also that of {places[name]}; expected unique ids")
+            places[name] = place
+            yield {"id": name, "prompt": prompt, "target": target}
+
+    def _check_columns(self, place: str, found: Iterable[str]) -> None:
+        for key in ("prompt_column", "target_column"):
+            if getattr(self, key) not in found:
                 raise UserError(
-                    f"{path}, {place}: no column {column!r}; found {', '.join(record) or 'none'} "
+                    f"{place}: no column {getattr(self, key)!r}; found {', '.join(found) or 'none'} "
                     f"(data.source.init_args.{key})"
                 )
-            if not isinstance(record[column], str) or not record[column].strip():
-                raise UserError(f"{path}, {place}: {column} is empty or no text; every example needs one")
-            texts.append(record[column])
-        return name, texts[0], texts[1]
+
+    def _parquet(self, path: Path) -> Iterator[_Record]:
+        try:
+            with pq.ParquetFile(path) as file:
+                names = file.schema_arrow.names
+                self._check_columns(str(path), names)
+                columns = [name for name in ("id", self.prompt_column, self.target_column) if name in names]
+                batches = file.iter_batches(columns=columns)
+                records = (record for batch in batches for record in batch.to_pylist())
+                yield from ((f"row {number}", record) for number, record in enumerate(records, start=1))
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _jsonl(path: Path) -> Iterator[_Record]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: not UTF-8 ({error.reason}, byte {error.start + 1})") from error
+            except json.JSONDecodeError as error:
+                raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno})") from error
+            if not isinstance(record, dict):
+                raise UserError(f"{place}: expected an object, found {type(record).__name__}")
+            yield f"line {number}", record
