@@ -119,8 +119,9 @@ class DecodeEngine:
         rules = self._rules()
         loop = self._loop(prompt, max_new_tokens, rules, sampling)
         penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
-        loop.state.start(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
         padded = self._padded(prompt)
+        loop.prepare(padded.values, padded.attention_mask)
+        loop.state.start(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
         may_end = rules.eos.numel() > 0 and min_new < max_new_tokens
         loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
         return loop.state.tokens(rules.eos, max_new_tokens)

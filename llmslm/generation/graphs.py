@@ -15,6 +15,7 @@ class Captured:
 
     Args:
         function: takes and returns tensors; must not look at their values from the host.
+        device: where the tensors lie.
         pool: memory shared with other graphs that never run at the same time, from `torch.cuda.graph_pool_handle()`.
         generators: of random numbers that the function draws.
         keep: number of graphs kept; the oldest goes first.
@@ -23,29 +24,36 @@ class Captured:
     def __init__(
         self,
         function: Callable[..., Any],
+        device: torch.device,
         *,
         pool: Any = None,
         generators: tuple[torch.Generator, ...] = (),
         keep: int = 8,
     ) -> None:
+        self.device = device
         self.function, self.pool, self.generators, self.keep = function, pool, generators, keep
         self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         """Run on these inputs."""
-        if inputs and inputs[0].device.type != "cuda":
+        if self.device.type != "cuda":
             return self.function(*inputs)
+        graph, buffers, output = self.prepare(*inputs)
+        for buffer, value in zip(buffers, inputs, strict=True):
+            buffer.copy_(value)
+        graph.replay()
+        return output
+
+    @torch.no_grad()
+    def prepare(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
+        """Capture for inputs of these shapes, if that has not been done; this runs the function."""
         key = tuple((tuple(value.shape), value.dtype) for value in inputs)
         if key not in self._graphs:
             while len(self._graphs) >= self.keep:
                 self._graphs.pop(next(iter(self._graphs)))
             self._graphs[key] = self._capture(inputs)
-        graph, buffers, output = self._graphs[key]
-        for buffer, value in zip(buffers, inputs, strict=True):
-            buffer.copy_(value)
-        graph.replay()
-        return output
+        return self._graphs[key]
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
         buffers = tuple(value.clone() for value in inputs)

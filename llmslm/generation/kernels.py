@@ -29,14 +29,20 @@ def _activated(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normed(x, at, inside, mean, rstd, norm_weight, norm_bias, scale, NORM: tl.constexpr, NORM_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normed(x, inside, weight, bias, K, eps, scale, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+    if NORM == 2:
+        mean = tl.sum(x, axis=1) / K
+        x = tl.where(inside, x - mean[:, None], 0.0)
     if NORM > 0:
-        x = (x - mean[:, None]) * rstd[:, None] if NORM == 2 else x * rstd[:, None]
-        x = x * tl.load(norm_weight + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if NORM_BIAS:
-            x = x + tl.load(norm_bias + at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        x = x * scale
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / K + eps)
+        x = (x * rstd[:, None] * weight[None, :] + bias[None, :]) * scale
     return x
+
+
+@triton.jit
+def _dots(w, x):  # type: ignore[no-untyped-def]
+    """(rows, outputs) from w (outputs, inputs) and x (rows, inputs)."""
+    return tl.sum(w.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
 
 
 @triton.jit
@@ -46,8 +52,8 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     y_ptr,
     norm_weight,
     norm_bias,
-    bias,
-    residual,
+    bias_ptr,
+    residual_ptr,
     N,
     K,
     eps,
@@ -56,7 +62,6 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WIDE_K: tl.constexpr,
     NORM: tl.constexpr,
     NORM_BIAS: tl.constexpr,
     BIAS: tl.constexpr,
@@ -65,60 +70,107 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     GATED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y (batch, N) = activation(norm(x (batch, K)) w^T + bias) + residual; w (N, K), or (2N, K) if gated."""
+    """y (batch, N) = activation(norm(x (batch, K)) w^T + bias) + residual; w (N, K), or (2N, K) if gated.
+
+    A program normalises x once, BLOCK_K >= K, and takes tile after tile of w, each fetched while the last is used.
+    """
+    rows, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    k_in, row_in = k < K, rows < BATCH
+    stride = tl.num_programs(0) * BLOCK_N
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)
-    n_in, row_in = n < N, rows < BATCH
-    w_at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
-    w = tl.load(w_at, mask=n_in[:, None] & (k < K)[None, :], other=0.0)
+    plain_ptr = w_ptr + tl.cast(N, tl.int64) * K
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    inside = (n < N)[:, None] & k_in[None, :]
+    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+    v = w
     if GATED:
-        v_at = w_at + tl.cast(N, tl.int64) * K
-        v = tl.load(v_at, mask=n_in[:, None] & (k < K)[None, :], other=0.0)
+        v = tl.load(plain_ptr + at, mask=inside, other=0.0)
+    gain = tl.zeros([BLOCK_K], tl.float32)
+    shift = tl.zeros([BLOCK_K], tl.float32)
+    if NORM > 0:
+        gain = tl.load(norm_weight + k, mask=k_in, other=0.0).to(tl.float32)
+    if NORM_BIAS:
+        shift = tl.load(norm_bias + k, mask=k_in, other=0.0).to(tl.float32)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    mean = tl.zeros([ROWS], tl.float32)
-    rstd = tl.zeros([ROWS], tl.float32)
-    if NORM > 0:
-        wide = tl.arange(0, WIDE_K)
-        all_in = row_in[:, None] & (wide < K)[None, :]
-        whole = tl.load(x_ptr + rows[:, None] * K + wide[None, :], mask=all_in, other=0.0).to(tl.float32)
-        if NORM == 2:
-            mean = tl.sum(whole, axis=1) / K
-            whole = tl.where(all_in, whole - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(whole * whole, axis=1) / K + eps)
+    x_in = row_in[:, None] & k_in[None, :]
+    x = tl.load(x_ptr + rows[:, None] * K + k[None, :], mask=x_in, other=0.0).to(tl.float32)
+    x = _normed(x, x_in, gain, shift, K, eps, scale, NORM)
+    for start in range(tl.program_id(0) * BLOCK_N, N, stride):
+        n = start + tl.arange(0, BLOCK_N)
+        n_in = n < N
+        y_at = rows[:, None] * N + n[None, :]
+        y_in = row_in[:, None] & n_in[None, :]
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + y_at, mask=y_in, other=0.0).to(tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)
+        next_n = n + stride
+        at = next_n.to(tl.int64)[:, None] * K + k[None, :]
+        inside = (next_n < N)[:, None] & k_in[None, :]
+        w_next = tl.load(w_ptr + at, mask=inside, other=0.0)
+        v_next = w_next
+        if GATED:
+            v_next = tl.load(plain_ptr + at, mask=inside, other=0.0)
+        y = _dots(w, x)
+        if BIAS:
+            y += bias[None, :]
+        y = _activated(y, ACTIVATION)
+        if GATED:
+            plain = _dots(v, x)
+            if BIAS:
+                plain += tl.load(bias_ptr + N + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
+            y = y * plain
+        if RESIDUAL:
+            y += residual
+        tl.store(y_ptr + y_at, y, mask=y_in)
+        w, v = w_next, v_next
+
+
+@triton.jit
+def long_linear_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    w_ptr,
+    y_ptr,
+    bias_ptr,
+    residual_ptr,
+    N,
+    K,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """y (batch, N) = x (batch, K) w^T + bias + residual, for a K that is read in several passes of BLOCK_K."""
+    rows, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in, n_in = rows < BATCH, n < N
+    w_at = w_ptr + n.to(tl.int64)[:, None] * K + k[None, :]
+    w = tl.load(w_at, mask=n_in[:, None] & (k < K)[None, :], other=0.0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    y_at = rows[:, None] * N + n[None, :]
+    y_in = row_in[:, None] & n_in[None, :]
+    y = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    if RESIDUAL:
+        y += tl.load(residual_ptr + y_at, mask=y_in, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
-    if GATED:
-        plain = tl.zeros([ROWS, BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, K, BLOCK_K):
         at = start + k
-        x = tl.load(
-            x_ptr + rows[:, None] * K + at[None, :], mask=row_in[:, None] & (at < K)[None, :], other=0.0
-        ).to(tl.float32)
-        x = _normed(x, at, at < K, mean, rstd, norm_weight, norm_bias, scale, NORM, NORM_BIAS)
+        x_in = row_in[:, None] & (at < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * K + at[None, :], mask=x_in, other=0.0).to(tl.float32)
         following = n_in[:, None] & (at + BLOCK_K < K)[None, :]
         w_next = tl.load(w_at + start + BLOCK_K, mask=following, other=0.0)
         total += w.to(tl.float32)[None, :, :] * x[:, None, :]
         w = w_next
-        if GATED:
-            v_next = tl.load(v_at + start + BLOCK_K, mask=following, other=0.0)
-            plain += v.to(tl.float32)[None, :, :] * x[:, None, :]
-            v = v_next
-    y = tl.sum(total, axis=2)
-    if BIAS:
-        y += tl.load(bias + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
-    y = _activated(y, ACTIVATION)
-    if GATED:
-        z = tl.sum(plain, axis=2)
-        if BIAS:
-            z += tl.load(bias + N + n, mask=n_in, other=0.0).to(tl.float32)[None, :]
-        y = y * z
-    out = rows[:, None] * N + n[None, :]
-    out_in = row_in[:, None] & n_in[None, :]
-    if RESIDUAL:
-        y += tl.load(residual + out, mask=out_in, other=0.0).to(tl.float32)
-    tl.store(y_ptr + out, y, mask=out_in)
+    tl.store(y_ptr + y_at, y + tl.sum(total, axis=2), mask=y_in)
 
 
 @triton.jit
@@ -171,18 +223,24 @@ def self_attention_kernel(  # type: ignore[no-untyped-def]
     row, head = tl.program_id(0), tl.program_id(1)
     group: tl.constexpr = HEADS // KV_HEADS
     kv_head = head // group
-    d = tl.arange(0, WIDTH)
+    d, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK_L)
+    slot = tl.load(slot_ptr + row)
+    position = tl.load(position_ptr + row)
+    base = (row * KV_HEADS + kv_head).to(tl.int64) * capacity * D
+    at = base + n[:, None] * D + d[None, :]
+    inside = (n < slot)[:, None] & (d < D)[None, :]
+    # Earlier tokens' keys and values are complete before this step's graph starts: they need not be waited for.
+    keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+    values = tl.load(values_ptr + at, mask=inside, other=0.0)
+    kept = tl.load(valid_ptr + row * capacity + n, mask=n < slot, other=0)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    slot = tl.load(slot_ptr + row)
-    position = tl.load(position_ptr + row)
     qkv = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * D
     cos, sin = cos_ptr + position * D, sin_ptr + position * D
     q = _head(qkv + head * D, d, q_norm, cos, sin, eps, D, WIDTH, NORM, ROTARY)
     k = _head(qkv + (HEADS + kv_head) * D, d, k_norm, cos, sin, eps, D, WIDTH, NORM, ROTARY)
     v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * D + d, mask=d < D, other=0.0)
-    base = (row * KV_HEADS + kv_head).to(tl.int64) * capacity * D
     k = k.to(keys_ptr.dtype.element_ty)
     if head % group == 0:
         tl.store(keys_ptr + base + slot * D + d, k, mask=d < D)
@@ -194,23 +252,25 @@ def self_attention_kernel(  # type: ignore[no-untyped-def]
     total = largest * 0.0 + 1.0
     y = v.to(tl.float32)
     for start in range(0, slot, BLOCK_L):
-        n = start + tl.arange(0, BLOCK_L)
-        kept = (tl.load(valid_ptr + row * capacity + n, mask=n < slot, other=0) != 0) & (n < slot)
-        at = base + n[:, None] * D + d[None, :]
-        inside = kept[:, None] & (d < D)[None, :]
-        keys = tl.load(keys_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        score = tl.sum(keys * q[None, :], axis=1)
+        here = start + n
+        following = here + BLOCK_L
+        at += BLOCK_L * D
+        inside = (following < slot)[:, None] & (d < D)[None, :]
+        next_keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+        next_values = tl.load(values_ptr + at, mask=inside, other=0.0)
+        next_kept = tl.load(valid_ptr + row * capacity + following, mask=following < slot, other=0)
+        score = tl.sum(keys.to(tl.float32) * q[None, :], axis=1)
         if BIASED:
-            away = tl.minimum(slot - n, distances - 1)
-            score += tl.load(bias_ptr + head * distances + away, mask=kept, other=0.0)
-        score = tl.where(kept, score, -float("inf"))
+            away = tl.minimum(slot - here, distances - 1)
+            score += tl.load(bias_ptr + head * distances + away, mask=here < slot, other=0.0)
+        score = tl.where(kept != 0, score, -float("inf"))
         new = tl.maximum(largest, tl.max(score, axis=0))
         weight = tl.exp(score - new)
         shrink = tl.exp(largest - new)
         total = total * shrink + tl.sum(weight, axis=0)
-        y = y * shrink + tl.sum(values * weight[:, None], axis=0)
+        y = y * shrink + tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
         largest = new
+        keys, values, kept = next_keys, next_values, next_kept
     tl.store(y_ptr + (row * HEADS + head) * D + d, y / total, mask=d < D)
 
 
@@ -231,29 +291,34 @@ def cross_attention_kernel(  # type: ignore[no-untyped-def]
 ):
     """Attention of one token over the encoder's states, whose keys and values are given."""
     row, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, WIDTH)
+    d, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK_L)
+    base = (row * HEADS + head).to(tl.int64) * capacity * D
+    at = base + n[:, None] * D + d[None, :]
+    inside = (n < capacity)[:, None] & (d < D)[None, :]
+    keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+    values = tl.load(values_ptr + at, mask=inside, other=0.0)
+    kept = tl.load(valid_ptr + row * capacity + n, mask=n < capacity, other=0)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     q = tl.load(q_ptr + (row * HEADS + head) * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
-    base = (row * HEADS + head).to(tl.int64) * capacity * D
     largest = tl.sum(q, axis=0) * 0.0 - 1.0e30
     total = largest * 0.0
     y = tl.zeros([WIDTH], tl.float32)
     for start in range(0, capacity, BLOCK_L):
-        n = start + tl.arange(0, BLOCK_L)
-        kept = (tl.load(valid_ptr + row * capacity + n, mask=n < capacity, other=0) != 0) & (n < capacity)
-        at = base + n[:, None] * D + d[None, :]
-        inside = kept[:, None] & (d < D)[None, :]
-        keys = tl.load(keys_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(values_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        score = tl.where(kept, tl.sum(keys * q[None, :], axis=1), -float("inf"))
+        score = tl.where(kept != 0, tl.sum(keys.to(tl.float32) * q[None, :], axis=1), -float("inf"))
         new = tl.maximum(largest, tl.max(score, axis=0))
         weight = tl.exp(score - new)
         shrink = tl.exp(largest - new)
         total = total * shrink + tl.sum(weight, axis=0)
-        y = y * shrink + tl.sum(values * weight[:, None], axis=0)
+        y = y * shrink + tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
         largest = new
+        here = start + BLOCK_L + n
+        at += BLOCK_L * D
+        inside = (here < capacity)[:, None] & (d < D)[None, :]
+        keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+        values = tl.load(values_ptr + at, mask=inside, other=0.0)
+        kept = tl.load(valid_ptr + row * capacity + here, mask=here < capacity, other=0)
     tl.store(y_ptr + (row * HEADS + head) * D + d, y / total, mask=d < D)
 
 

@@ -49,6 +49,9 @@ class DecodeLoop(ABC):
         self.encoded(prompt, attention_mask)
         return None
 
+    def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:  # noqa: B027
+        """Do what is done once for prompts of this shape; this disturbs the state."""
+
     @abstractmethod
     def run(
         self,
@@ -168,8 +171,13 @@ class GraphLoop(DecodeLoop):
         super().__init__(model, decoder, state, rules, start)
         pool = torch.cuda.graph_pool_handle()
         kept = {"pool": pool, "generators": (state.generator,)}
-        self._first = Captured(self._first_token, **kept)
-        self._next = Captured(self._next_token, **kept)
+        self._first = Captured(self._first_token, state.device, **kept)
+        self._next = Captured(self._next_token, state.device, **kept)
+
+    def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:
+        """See `DecodeLoop.prepare`."""
+        self._next.prepare()
+        self._first.prepare(prompt, attention_mask)
 
     def run(
         self,
@@ -182,6 +190,8 @@ class GraphLoop(DecodeLoop):
     ) -> None:
         """See `DecodeLoop.run`."""
         self._first(prompt, attention_mask)
+        if self.encoded is not None:
+            self._next()  # in a graph of its own, since a step counts on complete caches at its start
         watch = _Watch(self.state, self.rules.eos.cpu(), on_first_token, on_tokens)
         watched = may_end or watch.listened
         if watched:
@@ -199,9 +209,7 @@ class GraphLoop(DecodeLoop):
 
     def _first_token(self, prompt: Tensor, attention_mask: Tensor) -> None:
         logits = self.prefill(prompt, attention_mask)
-        if logits is None:
-            self._next_token()
-        else:
+        if logits is not None:
             self.rules.choose(logits, self.state)
 
     def _next_token(self) -> None:
