@@ -95,6 +95,8 @@ class BuiltSource(Source):
 
     def _write(self, splits: dict[Split, list[Example]], folder: Path) -> None:
         for split, examples in splits.items():
+            if not examples:
+                continue  # `datasets` cannot load an empty one
             columns = {key: [example[key] for example in examples] for key in ("id", "prompt", "target")}
             Dataset.from_dict(columns, features=FEATURES).save_to_disk(folder / split)
         rows = {split: len(examples) for split, examples in splits.items()}
@@ -105,11 +107,11 @@ class BuiltSource(Source):
         """Return a split of the built data, memory-mapped.
 
         Raises:
-            UserError: if the source has no such split.
+            UserError: if the split is empty.
         """
         self.prepare()
         if not (self.folder / split).is_dir():
-            raise UserError(f"{self.name} has no {split} split (data.source)")
+            raise UserError(f"the {split} split of {self.name} has no rows (data.source)")
         loaded = load_from_disk(self.folder / split)
         assert isinstance(loaded, Dataset)
         return loaded
