@@ -15,6 +15,9 @@ def main(args: list[str] | None = None) -> None:
     except UserError as error:
         print(f"llmslm-eval: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("llmslm-eval: interrupted; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,41 +40,25 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for system in ("llm", "slm", "llm_to_slm"):
         flag = f"--{system.replace('_', '-')}"
         systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
-    parser.add_argument(
-        "--data", required=True, help="recipe (name or YAML), or JSONL/Parquet with prompt and target"
-    )
-    parser.add_argument(
-        "--split", default="test", choices=("train", "validation", "test"), help="default: test"
-    )
-    parser.add_argument(
-        "--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed"
-    )
+    parser.add_argument("--data", required=True, help="recipe (name or YAML), or JSONL/Parquet with prompt and target")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
+    parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="of bleu, chrf, ter, rouge, exact_match")
-    parser.add_argument(
-        "--controls", action="store_true", help="also llm_to_slm with zero and with shuffled features"
-    )
+    metrics = "of bleu, chrf, ter, rouge, exact_match (default: all but ter)"
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help=metrics)
+    parser.add_argument("--controls", action="store_true", help="also llm_to_slm with zero and with shuffled features")
     numbers = parser.add_argument_group("settings")
-    numbers.add_argument(
-        "--max-new-tokens", type=_positive, help="token budget of a prediction (default: 128)"
-    )
-    numbers.add_argument(
-        "--batch-size", type=_positive, help="examples in a batch of predictions (default: 16)"
-    )
-    numbers.add_argument(
-        "--seed", type=int, help="of the draw of examples and the bootstrap (default: 12345)"
-    )
+    budget = "token budget of a prediction (default: the longest target that the systems were trained on)"
+    numbers.add_argument("--max-new-tokens", type=_positive, help=budget)
+    numbers.add_argument("--batch-size", type=_positive, help="examples in a batch of predictions (default: 16)")
+    numbers.add_argument("--seed", type=int, help="of the draw of examples and the bootstrap (default: 12345)")
     numbers.add_argument("--resamples", type=_positive, help="draws of the bootstrap (default: 1000)")
     speed = "batch sizes of the speed measurement (default: 1)"
     numbers.add_argument("--speed-batch-sizes", type=_positive, nargs="+", metavar="N", help=speed)
-    numbers.add_argument(
-        "--warmups", type=_natural, help="uncounted rounds of each measurement (default: 10)"
-    )
+    numbers.add_argument("--warmups", type=_natural, help="uncounted rounds of each measurement (default: 10)")
     numbers.add_argument("--runs", type=_natural, help="counted rounds; 0 measures no speed (default: 10)")
     numbers.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    numbers.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32"
-    )
+    numbers.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32")
     parser.set_defaults(run=_compare)
 
 
@@ -135,9 +122,7 @@ def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     topics = "only the targets of one topic: method, decode, evaluation, training, headline or scaling"
     parser.add_argument("--topic", help=topics)
     record = parser.add_argument_group("write a measurement into the list")
-    record.add_argument(
-        "--measured", nargs=2, metavar=("ID", "VALUE"), help="the target and what was measured"
-    )
+    record.add_argument("--measured", nargs=2, metavar=("ID", "VALUE"), help="the target and what was measured")
     record.add_argument("--by", metavar="COMMAND", help="what was run to measure it")
     record.add_argument("--hardware", help="where (default: this machine)")
     parser.set_defaults(run=_targets)

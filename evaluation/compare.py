@@ -14,7 +14,7 @@ from evaluation.memory import NOT_MEASURED, peak_memory
 from evaluation.predictions import Prediction, predict
 from evaluation.provenance import folder_hash, provenance
 from evaluation.records import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
-from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, score, statistics_of
+from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
 from evaluation.speed import RUNS, WARMUPS, measure_speed
 from evaluation.systems import CONTROLS, LLM, LLM_TO_SLM, ControllableSystem, EvaluatedSystem, file_stem
 from llmslm.errors import UserError
@@ -22,6 +22,7 @@ from llmslm.errors import UserError
 if TYPE_CHECKING:
     from llmslm.data.sources import Split
 
+DEFAULT_BUDGET = 128
 LENGTH_GATE = 0.9
 """Produced over reference tokens that natural-length speed needs (MLPerf's rule)."""
 
@@ -32,8 +33,9 @@ class Settings:
 
     out: Path
     """Folder of the records."""
-    max_new_tokens: int = 128
-    """Token budget of a prediction, and the length of the fixed-length mode."""
+    max_new_tokens: int | None = None
+    """Token budget of a prediction, and the length of the fixed-length mode; None takes the longest target that the
+    systems were trained on."""
     batch_size: int = 16
     """Examples in a batch of predictions; does not concern speed."""
     metrics: Sequence[str] = DEFAULT_METRICS
@@ -54,7 +56,7 @@ class Arm:
 
     system: EvaluatedSystem
     checkpoint: str | None = None
-    """Content hash of the folder it was loaded from."""
+    """Content hash of the folder it was loaded from; without one, earlier predictions are not taken over."""
     card: Mapping[str, Any] = field(default_factory=dict)
     """What is known of its training."""
     device: str = "cpu"
@@ -105,12 +107,12 @@ def load_arm(name: str, folder: str, device: str | None, dtype: str) -> Arm:
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device} was asked for, but PyTorch sees no GPU here (--device)")
     path = find_system(folder)
     system = System.load(path, device=device, dtype=getattr(torch, dtype))
     if system.name != name:
-        raise UserError(
-            f"{folder} holds a {system.name} system; expected {name} (--{name.replace('_', '-')})"
-        )
+        raise UserError(f"{folder} holds a {system.name} system; expected {name} (--{name.replace('_', '-')})")
     limit = system.codec.text_format.max_target_tokens
     return Arm(system, folder_hash(path), system.card, device, dtype, limit)
 
@@ -125,11 +127,14 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list
     Returns:
         The records written, in the order of the arms, controls last.
     """
+    check_metrics(settings.metrics)
     arms = [*arms, *(_control_arms(arms) if settings.controls else ())]
+    settings = replace(settings, max_new_tokens=_budget(arms, settings))
     origin = provenance()
     comparison = _comparison_hash(arms, examples, settings, origin)
     paths = [settings.out / (file_stem(examples.task, arm.system.name) + SUFFIX) for arm in arms]
-    if not origin["dirty"] and all(_is_of(path, comparison) for path in paths):
+    identified = all(arm.checkpoint for arm in arms)
+    if identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths):
         return paths
     predictions = [_predict(arm, examples, settings) for arm in arms]
     scored = _score_all(arms, predictions, examples, settings)
@@ -141,6 +146,11 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list
         record = head | _identity(arm, examples, settings, rows) | quality | measured | {"provenance": origin}
         write_record(path, record)
     return paths
+
+
+def _budget(arms: Sequence[Arm], settings: Settings) -> int:
+    limits = [arm.target_limit for arm in arms if arm.target_limit is not None]
+    return settings.max_new_tokens or max(limits, default=DEFAULT_BUDGET)
 
 
 def _control_arms(arms: Sequence[Arm]) -> list[Arm]:
@@ -157,9 +167,7 @@ def _is_control(arm: Arm) -> bool:
     return "/" in arm.system.name
 
 
-def _comparison_hash(
-    arms: Sequence[Arm], examples: Examples, settings: Settings, origin: Mapping[str, Any]
-) -> str:
+def _comparison_hash(arms: Sequence[Arm], examples: Examples, settings: Settings, origin: Mapping[str, Any]) -> str:
     chosen = {name: value for name, value in asdict(settings).items() if name != "out"}
     code = [origin["commit"], origin["versions"], origin["hardware"]]
     return _hash([[_prediction_key(arm, examples, settings) for arm in arms], chosen, code])
@@ -198,11 +206,14 @@ def _predictions_path(arm: Arm, examples: Examples, settings: Settings) -> Path:
 
 
 def _predict(arm: Arm, examples: Examples, settings: Settings) -> list[Prediction]:
+    path = _predictions_path(arm, examples, settings)
+    if arm.checkpoint is None:
+        path.unlink(missing_ok=True)
     return predict(
         arm.system,
         examples,
-        _predictions_path(arm, examples, settings),
-        max_new_tokens=settings.max_new_tokens,
+        path,
+        max_new_tokens=_budget([arm], settings),
         batch_size=settings.batch_size,
     )
 
@@ -248,15 +259,13 @@ def _quality(arm: Arm, examples: Examples, settings: Settings, scored: Mapping[s
     }
 
 
-def _measure_speed(
-    arms: Sequence[Arm], examples: Examples, settings: Settings
-) -> dict[str, list[dict[str, Any]]]:
+def _measure_speed(arms: Sequence[Arm], examples: Examples, settings: Settings) -> dict[str, list[dict[str, Any]]]:
     if not settings.runs:
         return {}
     return measure_speed(
         {arm.system.name: arm.system for arm in arms if not _is_control(arm)},
         examples.prompts,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=_budget(arms, settings),
         batch_sizes=settings.speed_batch_sizes,
         warmups=settings.warmups,
         runs=settings.runs,
@@ -266,9 +275,11 @@ def _measure_speed(
 def _memory(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
     if not settings.runs or _is_control(arm):
         return dict(NOT_MEASURED)
-    batch_size = min(settings.speed_batch_sizes)
     return peak_memory(
-        arm.system, examples.prompts, max_new_tokens=settings.max_new_tokens, batch_size=batch_size
+        arm.system,
+        examples.prompts,
+        max_new_tokens=_budget([arm], settings),
+        batch_size=min(settings.speed_batch_sizes),
     )
 
 

@@ -60,6 +60,8 @@ def load_examples(data: str, split: "Split", limit: int | None, seed: int) -> Ex
     Raises:
         UserError: if the data cannot be read, is empty, or two examples share an id.
     """
+    from llmslm.data.sources.files import TextFiles
+
     source = _file_source(data, split) if data.endswith(FILES) else _recipe_source(data)
     source.prepare()
     rows, original = _take(source.load(split), limit, seed)
@@ -69,7 +71,7 @@ def load_examples(data: str, split: "Split", limit: int | None, seed: int) -> Ex
     if len(set(ids)) < len(ids):
         twice = next(name for index, name in enumerate(ids) if name in ids[:index])
         raise UserError(f"{data}: id {twice!r} appears twice in the {split} split; expected unique ids")
-    task = Path(data).stem if data.endswith(FILES) else source.name
+    task = Path(data).stem if isinstance(source, TextFiles) else source.name
     return Examples(task, split, source.fingerprint(), original, ids, prompts, references)
 
 
@@ -79,15 +81,12 @@ def _recipe_source(data: str) -> "Source":
     return load_source(data)
 
 
-def _file_source(data: str, split: str) -> "Source":
+def _file_source(data: str, split: "Split") -> "Source":
     from llmslm.data.sources.files import TextFiles
 
     if not Path(data).is_file():
-        raise UserError(
-            f"there is no file {data}; expected a JSONL or Parquet file with prompt and target (--data)"
-        )
-    source: Source = TextFiles(**{split: data})
-    return source
+        raise UserError(f"there is no file {data}; expected a JSONL or Parquet file with prompt and target (--data)")
+    return TextFiles(**{split: data})
 
 
 def _take(dataset: Any, limit: int | None, seed: int) -> tuple[list[dict[str, Any]], int | None]:

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from evaluation.examples import Examples
+from evaluation.records import raise_if_full, write_text
 from evaluation.systems import EvaluatedSystem
 from llmslm.errors import UserError
 
@@ -58,9 +59,7 @@ def predict(
             if examples.ids[batch[0]] in done:
                 continue
             rows = _predict_batch(system, examples, batch, max_new_tokens)
-            lines.write("".join(_line(row) for row in rows))
-            lines.flush()
-            os.fsync(lines.fileno())
+            _append(lines, rows)
             done |= {row.id: row for row in rows}
             bar.update(len(rows))
     return [done[name] for name in examples.ids]
@@ -77,9 +76,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}); run the evaluation again"
-            ) from error
+            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); run the evaluation again") from error
     return rows
 
 
@@ -96,21 +93,28 @@ def read_partial(path: Path) -> list[Prediction]:
     return rows
 
 
+def _append(lines: TextIO, rows: Sequence[Prediction]) -> None:
+    """Write a batch through to the disk."""
+    try:
+        lines.write("".join(_line(row) for row in rows))
+        lines.flush()
+        os.fsync(lines.fileno())
+    except OSError as error:
+        raise_if_full(error, f"free some space, and the same command goes on with {lines.name}")
+        raise
+
+
 def _line(row: Prediction) -> str:
     return json.dumps(asdict(row), ensure_ascii=False) + "\n"
 
 
 def _batches(examples: Examples, batch_size: int) -> list[list[int]]:
     """Deal indices into batches of like length, longest first: what does not fit fails at once."""
-    order = sorted(
-        range(len(examples)), key=lambda index: (-len(examples.prompts[index]), examples.ids[index])
-    )
+    order = sorted(range(len(examples)), key=lambda index: (-len(examples.prompts[index]), examples.ids[index]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _complete(
-    rows: Sequence[Prediction], batches: list[list[int]], examples: Examples
-) -> Iterator[Prediction]:
+def _complete(rows: Sequence[Prediction], batches: list[list[int]], examples: Examples) -> Iterator[Prediction]:
     by_id = {row.id: row for row in rows}
     for batch in batches:
         names = [examples.ids[index] for index in batch]
@@ -119,10 +123,7 @@ def _complete(
 
 
 def _rewrite(path: Path, rows: list[Prediction]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".aside")
-    aside.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "".join(_line(row) for row in rows))
 
 
 def _predict_batch(

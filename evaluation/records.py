@@ -1,5 +1,6 @@
 """Evaluation records: one JSON file a system and task, under the schema in record.schema.json."""
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -7,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmslm.checkpoint import is_disk_full
 from llmslm.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -50,11 +50,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise UserError(
-                f"the disk is full: {path} was not written; free some space and run again"
-            ) from error
+        raise_if_full(error, f"{path} was not written; free some space and run again")
         raise
+
+
+def raise_if_full(error: OSError, advice: str) -> None:
+    """Turn the error of a full disk into a line for the user; any other passes."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(f"the disk is full: {advice}") from error
 
 
 def read_record(path: Path) -> Record:
@@ -66,16 +69,13 @@ def read_record(path: Path) -> Record:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(
-            f"there is no record {path}; expected a *{SUFFIX} file or a folder of them"
-        ) from error
+        raise UserError(f"there is no record {path}; expected a *{SUFFIX} file or a folder of them") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a record: {error}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise UserError(
-            f"{path} has record schema {version}; this llmslm-eval reads up to {SCHEMA_VERSION}: "
-            "install a newer llmslm"
+            f"{path} has record schema {version}; this llmslm-eval reads up to {SCHEMA_VERSION}: install a newer llmslm"
         )
     problem = next(iter(_validator().iter_errors(record)), None)
     if problem is not None:
@@ -93,9 +93,7 @@ def find_records(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         inside = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
         if not inside:
-            raise UserError(
-                f"{path} holds no *{SUFFIX} file; expected the --out folder of llmslm-eval compare"
-            )
+            raise UserError(f"{path} holds no *{SUFFIX} file; expected the --out folder of llmslm-eval compare")
         found |= dict.fromkeys(each.resolve() for each in inside)
     return list(found)
 

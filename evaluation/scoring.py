@@ -8,6 +8,7 @@ from typing import Any
 from evaluation.bootstrap import RESAMPLES, SEED, Floats, Statistics, interval, paired, resample
 from llmslm.errors import UserError
 
+METRICS = ("bleu", "chrf", "ter", "rouge", "exact_match")
 DEFAULT_METRICS = ("bleu", "chrf", "rouge", "exact_match")
 LOWER_IS_BETTER = frozenset({"ter", "perplexity", "bits_per_byte"})
 """Every other score grows with quality."""
@@ -19,6 +20,17 @@ class Scored:
 
     statistics: dict[str, Statistics]
     drawn: dict[str, Floats]
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuse unknown names before hours are spent on predictions.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UserError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(METRICS)} (--metrics)")
 
 
 def text_statistics(
@@ -34,6 +46,7 @@ def text_statistics(
     Raises:
         UserError: if a metric is unknown or the counts differ.
     """
+    check_metrics(metrics)
     from evaluation.metrics.bleu import bleu_statistics
     from evaluation.metrics.chrf import chrf_statistics
     from evaluation.metrics.exact_match import exact_match_statistics
@@ -47,9 +60,6 @@ def text_statistics(
         "rouge": rouge_statistics,
         "exact_match": exact_match_statistics,
     }
-    unknown = [name for name in metrics if name not in known]
-    if unknown:
-        raise UserError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(known)} (--metrics)")
     return [statistics for name in metrics for statistics in known[name](predictions, references)]
 
 
@@ -59,9 +69,7 @@ def score(statistics: Sequence[Statistics], resamples: int = RESAMPLES, seed: in
     return Scored(by_name, resample(by_name, resamples, seed))
 
 
-def as_record(
-    scored: Scored, baseline: Scored | None, resamples: int, seed: int
-) -> dict[str, dict[str, Any]]:
+def as_record(scored: Scored, baseline: Scored | None, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Write scores as the record holds them.
 
     A score that is not a number becomes null with a `problem`; it is never a wrong number.
@@ -76,10 +84,17 @@ def as_record(
     for name, statistics in scored.statistics.items():
         entry = _entry(statistics, scored.drawn[name])
         entry["signature"] = f"{statistics.signature}|bs:{resamples}|seed:{seed}"
-        if baseline is not None and name in baseline.statistics:
+        if baseline is not None and _comparable(statistics, baseline.statistics.get(name)):
             entry["versus_llm"] = _versus(scored, baseline, name)
         entries[name] = entry
     return entries
+
+
+def _comparable(statistics: Statistics, baseline: Statistics | None) -> bool:
+    """Perplexity counts per token: it compares only systems that cut the references into the same tokens."""
+    if baseline is None or statistics.name != "perplexity":
+        return baseline is not None
+    return bool((statistics.rows[:, 1] == baseline.rows[:, 1]).all())
 
 
 def _entry(statistics: Statistics, drawn: Floats) -> dict[str, Any]:
@@ -91,9 +106,7 @@ def _entry(statistics: Statistics, drawn: Floats) -> dict[str, Any]:
 
 
 def _versus(scored: Scored, baseline: Scored, name: str) -> dict[str, Any]:
-    test = paired(
-        scored.statistics[name], baseline.statistics[name], scored.drawn[name], baseline.drawn[name]
-    )
+    test = paired(scored.statistics[name], baseline.statistics[name], scored.drawn[name], baseline.drawn[name])
     reference = baseline.statistics[name].value()
     percent = 100 * scored.statistics[name].value() / reference if reference else math.nan
     usable = math.isfinite(test.difference)

@@ -56,9 +56,7 @@ def log_comparison(board: "Leaderboard", parent_run_id: str | None = None) -> Lo
             client.log_artifact(parent, str(path), "leaderboard")
     except MlflowException as error:
         reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"MLflow at {uri}: {reason} (MLFLOW_TRACKING_URI, --mlflow-parent, --no-mlflow)"
-        ) from error
+        raise UserError(f"MLflow at {uri}: {reason} (MLFLOW_TRACKING_URI, --mlflow-parent, --no-mlflow)") from error
     return Logged(uri, parent, children)
 
 
@@ -84,9 +82,7 @@ def _child(client: "MlflowClient", record: Record, parent: str) -> str:
     if found is not None:
         return found
     name = f"evaluate {record['task']['name']}/{record['system']}"
-    run_id = str(
-        client.create_run(experiment, run_name=name, tags=_tags(record) | {PARENT_TAG: parent}).info.run_id
-    )
+    run_id = str(client.create_run(experiment, run_name=name, tags=_tags(record) | {PARENT_TAG: parent}).info.run_id)
     for parameter, value in _parameters(record).items():
         client.log_param(run_id, parameter, value)
     for metric, value in metrics(record).items():
@@ -101,9 +97,7 @@ def _child(client: "MlflowClient", record: Record, parent: str) -> str:
 def metrics(record: Record) -> dict[str, float]:
     """Return a record's numbers by metric key, such as test/bleu, test/bleu_low or test/ttft_s; no nulls."""
     split = _SPLITS.get(record["task"]["split"], record["task"]["split"])
-    values: dict[str, Any] = {
-        key: record[key] for key in ("ttft_s", "tpot_s", "tokens_per_s", "peak_memory_bytes")
-    }
+    values: dict[str, Any] = {key: record[key] for key in ("ttft_s", "tpot_s", "tokens_per_s", "peak_memory_bytes")}
     values["length_ratio"] = record["length"]["ratio"]
     for name, score in record["scores"].items():
         values |= {name: score["value"], f"{name}_low": score["low"], f"{name}_high": score["high"]}

@@ -159,7 +159,4 @@ def _number(value: float | None, digits: int, scale: float = 1.0, unit: str = ""
 
 def _signatures(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
     """Return the settings of each score; several if rows differ."""
-    return {
-        SCORES[name]: sorted({row.scores[name].signature for row in rows if name in row.scores})
-        for name in names
-    }
+    return {SCORES[name]: sorted({row.scores[name].signature for row in rows if name in row.scores}) for name in names}

@@ -133,9 +133,7 @@ def _panel(axes: "Axes", rows: Sequence[Row], name: str) -> None:
         shade = colour(row.system, systems)
         axes.errorbar(x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2)
         offset, side = ((-7, 5), "right") if x > fastest / 2 else ((7, 5), "left")
-        axes.annotate(
-            row.system, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade
-        )
+        axes.annotate(row.system, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade)
     axes.set_title(SCORES[name], fontsize=9)
     axes.set_xlim(0, 1.15 * fastest)
     axes.margins(y=0.25)

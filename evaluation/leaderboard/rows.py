@@ -41,6 +41,8 @@ class Row:
     scores: dict[str, Cell]
     speedup: dict[str, float | None] = field(default_factory=dict)
     """By mode, the llm's median time for a prediction over this system's."""
+    same_tokens: bool = True
+    """Whether the references are cut into as many tokens as by the llm; if not, perplexity does not compare."""
     marks: list[str] = field(default_factory=list)
     """Why the row does not compare with the others of its task."""
 
@@ -97,7 +99,7 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
 
 def best(rows: Sequence[Row], name: str) -> float | None:
     """Return the best value of a score among rows that were scored on the same examples as the llm."""
-    alike = [row for row in rows if OTHER_EXAMPLES not in row.marks]
+    alike = [row for row in rows if OTHER_EXAMPLES not in row.marks and (row.same_tokens or name != "perplexity")]
     values = [cell.value for row in alike if (cell := row.scores.get(name)) and cell.value is not None]
     return (min if is_lower_better(name) else max)(values) if values else None
 
@@ -146,6 +148,7 @@ def _relate(rows: Sequence[Row]) -> None:
     llm = next((row for row in rows if row.system == LLM), rows[0])
     for row in rows:
         row.marks = [*_differences(row, llm), *_flaws(row)]
+        row.same_tokens = row.record["length"]["reference_tokens"] == llm.record["length"]["reference_tokens"]
         if llm.system == LLM and row.record["hashes"]["references"] == llm.record["hashes"]["references"]:
             row.scores = {name: _with_percent(name, cell, llm) for name, cell in row.scores.items()}
         row.speedup = {mode: _speedup(row, llm, mode) for mode in ("fixed", "natural")}

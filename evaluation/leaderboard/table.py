@@ -24,7 +24,7 @@ SCORES = {
 """Scores in the order and the words in which they are shown."""
 DIGITS = {"perplexity": 2, "bits_per_byte": 3}
 """Digits after the point; one for all others."""
-MAIN = ("bleu", "chrf", "rouge_l", "perplexity")
+MAIN = ("bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte")
 SIGNIFICANT = 0.05
 LEGEND = (
     "± half the 95 % bootstrap interval (with several seeds: standard deviation over them); "
@@ -66,7 +66,8 @@ def parameter_count(row: Row, name: str = "total") -> float | None:
 
 
 def _markdown(rows: Sequence[Row]) -> list[str]:
-    scores = [name for name in MAIN if any(name in row.scores for row in rows)]
+    left_out = "bits_per_byte" if all(row.same_tokens for row in rows) else "perplexity"
+    scores = [name for name in MAIN if name != left_out and any(name in row.scores for row in rows)]
     hardware = len({row.hardware for row in rows}) > 1
     columns: dict[str, Callable[[Row], str]] = {"system": _name}
     for name in scores:

@@ -10,9 +10,7 @@ from evaluation.bootstrap import Statistics
 from evaluation.metrics.texts import References, corpus_rows, text_features
 
 
-def bleu_statistics(
-    predictions: Sequence[str], references: References, tokenize: str = "13a"
-) -> list[Statistics]:
+def bleu_statistics(predictions: Sequence[str], references: References, tokenize: str = "13a") -> list[Statistics]:
     """Return what each example adds to corpus BLEU (lengths, matched and possible n-grams).
 
     Args:
@@ -23,11 +21,7 @@ def bleu_statistics(
     metric = BLEU(tokenize=tokenize)
     rows = corpus_rows(metric, predictions, references)
     signature = str(metric.get_signature())
-    return [
-        Statistics(
-            "bleu", rows, lambda sums: metric._compute_score_from_stats(sums.tolist()).score, signature
-        )
-    ]
+    return [Statistics("bleu", rows, lambda sums: metric._compute_score_from_stats(sums.tolist()).score, signature)]
 
 
 class Bleu(evaluate.Metric):

@@ -29,9 +29,7 @@ def chrf_statistics(predictions: Sequence[str], references: References) -> list[
 
 def _statistics(name: str, metric: CHRF, rows: Floats) -> Statistics:
     signature = str(metric.get_signature())
-    return Statistics(
-        name, rows, lambda sums: metric._compute_score_from_stats(sums.tolist()).score, signature
-    )
+    return Statistics(name, rows, lambda sums: metric._compute_score_from_stats(sums.tolist()).score, signature)
 
 
 class Chrf(evaluate.Metric):
@@ -45,9 +43,7 @@ class Chrf(evaluate.Metric):
             features=text_features(),
         )
 
-    def _compute(
-        self, predictions: datasets.Sequence, references: datasets.Sequence
-    ) -> dict[str, float | str]:
+    def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         statistics = chrf_statistics(predictions, references)
         values: dict[str, float | str] = {each.name: each.value() for each in statistics}
         return values | {f"{each.name}_signature": each.signature for each in statistics}

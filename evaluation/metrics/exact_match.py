@@ -13,8 +13,7 @@ def exact_match_statistics(predictions: Sequence[str], references: References) -
     """Return of each example whether it matches; white space at the ends is not compared."""
     lists = reference_lists(predictions, references)
     matches = [
-        float(text.strip() in {each.strip() for each in gold})
-        for text, gold in zip(predictions, lists, strict=True)
+        float(text.strip() in {each.strip() for each in gold}) for text, gold in zip(predictions, lists, strict=True)
     ]
     return [mean_statistics("exact_match", matches, "case:mixed|space:stripped")]
 

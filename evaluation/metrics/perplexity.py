@@ -11,9 +11,7 @@ from evaluation.bootstrap import Floats, Statistics
 from llmslm.errors import UserError
 
 
-def perplexity_statistics(
-    nats: Sequence[float], tokens: Sequence[int], references: Sequence[str]
-) -> list[Statistics]:
+def perplexity_statistics(nats: Sequence[float], tokens: Sequence[int], references: Sequence[str]) -> list[Statistics]:
     """Return what each example adds: nats and tokens, nats and bytes.
 
     Perplexity compares systems that share the target's tokenizer; bits per byte compares any. An example with
@@ -25,9 +23,7 @@ def perplexity_statistics(
         references: the gold texts, whose UTF-8 bytes are counted.
     """
     if not len(nats) == len(tokens) == len(references):
-        raise UserError(
-            f"{len(nats)} nats, {len(tokens)} tokens, {len(references)} references; expected one for one"
-        )
+        raise UserError(f"{len(nats)} nats, {len(tokens)} tokens, {len(references)} references; expected one for one")
     scored = np.asarray(tokens, dtype=np.float64)
     if not scored.any():
         raise UserError("no reference was scored: every example has 0 tokens; expected at least one")
@@ -36,9 +32,7 @@ def perplexity_statistics(
     lengths = np.where(kept, [float(len(text.encode())) for text in references], 0.0)
     return [
         Statistics("perplexity", np.stack([total, scored], 1), _perplexity, "per:token|eos:yes", False),
-        Statistics(
-            "bits_per_byte", np.stack([total, lengths], 1), _bits_per_byte, "per:utf-8 byte|eos:yes", False
-        ),
+        Statistics("bits_per_byte", np.stack([total, lengths], 1), _bits_per_byte, "per:utf-8 byte|eos:yes", False),
     ]
 
 

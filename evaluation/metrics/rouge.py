@@ -41,9 +41,7 @@ def rouge_statistics(predictions: Sequence[str], references: References) -> list
         scores = plain.score_multi(gold, text)
         several_lines = any("\n" in each for each in (text, *gold))
         # of single lines the two are the same, and the second would take as long again
-        scores["rougeLsum"] = (
-            by_line.score_multi(gold, text)["rougeLsum"] if several_lines else scores["rougeL"]
-        )
+        scores["rougeLsum"] = by_line.score_multi(gold, text)["rougeLsum"] if several_lines else scores["rougeL"]
         scored.append(scores)
     most = max(len(gold) for gold in lists)
     signature = f"rouge_score:{version('rouge_score')}|nrefs:{most}|stemmer:porter|measure:f|aggregate:mean"
@@ -64,9 +62,7 @@ class Rouge(evaluate.Metric):
             features=text_features(),
         )
 
-    def _compute(
-        self, predictions: datasets.Sequence, references: datasets.Sequence
-    ) -> dict[str, float | str]:
+    def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         statistics = rouge_statistics(predictions, references)
         values: dict[str, float | str] = {each.name: each.value() for each in statistics}
         return values | {"rouge_signature": statistics[0].signature.rsplit("|", 1)[0]}

@@ -33,8 +33,6 @@ class Ter(evaluate.Metric):
             features=text_features(),
         )
 
-    def _compute(
-        self, predictions: datasets.Sequence, references: datasets.Sequence
-    ) -> dict[str, float | str]:
+    def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         (statistics,) = ter_statistics(predictions, references)
         return {"ter": statistics.value(), "ter_signature": statistics.signature}

@@ -26,9 +26,7 @@ def reference_lists(predictions: Sequence[str], references: References) -> list[
         UserError: if there is nothing to score, the counts differ, or a prediction has no reference.
     """
     if len(predictions) != len(references):
-        raise UserError(
-            f"{len(predictions)} predictions but {len(references)} references; expected one for one"
-        )
+        raise UserError(f"{len(predictions)} predictions but {len(references)} references; expected one for one")
     if not predictions:
         raise UserError("there is nothing to score: no predictions were given")
     lists = [[each] if isinstance(each, str) else list(each) for each in references]

@@ -42,9 +42,7 @@ def test_draws_and_p_values_are_sacrebleus(texts):
         llm, slm = expected[key]
         assert record[name]["value"] == pytest.approx(slm.score, abs=1e-9)
         assert record[name]["versus_llm"]["difference"] == pytest.approx(slm.score - llm.score, abs=1e-9)
-        assert record[name]["versus_llm"]["p_value"] == pytest.approx(
-            slm.p_value, abs=0.005
-        )  # theirs is float32
+        assert record[name]["versus_llm"]["p_value"] == pytest.approx(slm.p_value, abs=0.005)  # theirs is float32
         assert ours.drawn[name].mean() == pytest.approx(slm.mean, abs=1e-3)
         assert record[name]["low"] < slm.score < record[name]["high"]
         assert (record[name]["high"] - record[name]["low"]) / 2 == pytest.approx(slm.ci, rel=0.1)

@@ -1,7 +1,9 @@
 """The whole pipeline with a dummy system: records, resuming, controls."""
 
+import errno
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
@@ -125,3 +127,44 @@ def test_a_broken_predictions_line_is_named(tmp_path):
     path.write_text('{"id": "a"}\n{"id": \n')
     with pytest.raises(UserError, match="line 2: not JSON"):
         read_predictions(path)
+
+
+def test_systems_without_a_checkpoint_are_predicted_anew(dummy, examples, settings):
+    again = dummy()
+    compare([Arm(dummy())], examples, replace(settings, runs=0))
+    compare([Arm(again)], examples, replace(settings, runs=0))
+    assert again.calls == 5
+
+
+def test_the_token_budget_is_the_longest_target_of_training(dummy, examples, settings):
+    arms = [Arm(dummy("llm"), target_limit=7), Arm(dummy("slm"), target_limit=5)]
+    record = read_record(compare(arms, examples, replace(settings, max_new_tokens=None))[1])
+    assert record["settings"]["max_new_tokens"] == 7
+    assert record["speed"][0]["max_new_tokens"] == 7
+
+
+def test_perplexity_is_compared_between_equal_tokenizers_only(dummy, examples, settings):
+    other = dummy("slm")
+    score = other.log_likelihood
+    other.log_likelihood = lambda prompts, targets: [
+        replace(each, tokens=2 * each.tokens) for each in score(prompts, targets)
+    ]
+    _, slm = map(read_record, compare([Arm(dummy("llm")), Arm(other)], examples, settings))
+    assert "versus_llm" not in slm["scores"]["perplexity"]
+    assert slm["scores"]["bits_per_byte"]["versus_llm"]["p_value"] == 1.0
+
+
+def test_unknown_metrics_are_refused_before_predicting(dummy, examples, settings):
+    system = dummy()
+    with pytest.raises(UserError, match="unknown metric 'blue'"):
+        compare([Arm(system)], examples, replace(settings, metrics=("bleu", "blue")))
+    assert system.calls == 0
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(dummy, examples, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("evaluation.predictions.os.fsync", Mock(side_effect=[None, full]))
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises(UserError, match="the disk is full: free some space, and the same command goes on with"):
+        predict(dummy(), examples, path, max_new_tokens=4, batch_size=4)
+    assert len(read_partial(path)) >= 4

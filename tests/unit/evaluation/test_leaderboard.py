@@ -11,7 +11,7 @@ import pytest
 from evaluation.compare import Arm, Settings, compare
 from evaluation.leaderboard import build
 from evaluation.leaderboard.plot import pareto_front
-from evaluation.leaderboard.rows import leaderboard_rows
+from evaluation.leaderboard.rows import best, leaderboard_rows
 from evaluation.leaderboard.table import markdown_table
 from evaluation.records import read_record
 
@@ -34,9 +34,7 @@ def edit(folder, system, change, name=None):
 
 
 def rows_of(folder):
-    return {
-        row.system: row for row in leaderboard_rows(map(read_record, sorted(folder.glob("*.record.json"))))
-    }
+    return {row.system: row for row in leaderboard_rows(map(read_record, sorted(folder.glob("*.record.json"))))}
 
 
 def clean(record):
@@ -122,6 +120,20 @@ def test_a_score_that_is_not_a_number_is_marked(folder):
     assert "not a number" in markdown_table(list(rows.values()))
 
 
+def test_perplexity_gives_way_where_tokenizers_differ(folder):
+    def retokenise(record):
+        record["length"]["reference_tokens"] += 1
+        record["scores"]["perplexity"]["value"] = 1.0
+
+    assert "| perplexity |" in markdown_table(list(rows_of(folder).values()))
+    edit(folder, "slm", retokenise)
+    rows = list(rows_of(folder).values())
+    text = markdown_table(rows)
+    assert "| bits/byte |" in text
+    assert "perplexity" not in text
+    assert best(rows, "perplexity") == rows[0].scores["perplexity"].value
+
+
 def test_builds_table_csv_page_and_plots(folder, tmp_path):
     built = build([folder], tmp_path / "board")
     assert set(built.files) == {"markdown", "csv", "page", "quality-speed", "break-even"}
@@ -129,9 +141,7 @@ def test_builds_table_csv_page_and_plots(folder, tmp_path):
     assert re.search(r"\| llm \| \*\*\d+\.\d\*\* ±", built.markdown)
     lines = list(csv.DictReader(built.files["csv"].read_text().splitlines()))
     assert [line["system"] for line in lines] == [row.system for row in built.rows]
-    assert (
-        float(lines[1]["bleu"]) == read_record(folder / "copying.slm.record.json")["scores"]["bleu"]["value"]
-    )
+    assert float(lines[1]["bleu"]) == read_record(folder / "copying.slm.record.json")["scores"]["bleu"]["value"]
 
 
 def test_the_page_needs_no_network_and_shows_the_winner(folder, tmp_path):

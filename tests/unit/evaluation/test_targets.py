@@ -49,9 +49,7 @@ def test_the_command_fails_while_a_target_is_open(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(module, "read_targets", lambda topic: [met])
     main(["targets"])
     assert "1 met, 0 missed, 0 not measured" in capsys.readouterr().out
-    monkeypatch.setattr(
-        module, "read_targets", lambda topic: [met, Target("b", "decode", "", 1.0, "<=", "s")]
-    )
+    monkeypatch.setattr(module, "read_targets", lambda topic: [met, Target("b", "decode", "", 1.0, "<=", "s")])
     with pytest.raises(SystemExit, match="1"):
         main(["targets"])
     assert not all_met([Target("b", "decode", "", 1.0, "<=", "s")])

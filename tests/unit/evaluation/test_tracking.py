@@ -18,9 +18,7 @@ FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 1, "resampl
 
 @pytest.fixture
 def records(dummy, examples, tmp_path):
-    compare(
-        [Arm(dummy("llm", 0.95)), Arm(dummy("slm", 0.4))], examples, Settings(out=tmp_path / "out", **FAST)
-    )
+    compare([Arm(dummy("llm", 0.95)), Arm(dummy("slm", 0.4))], examples, Settings(out=tmp_path / "out", **FAST))
     return tmp_path / "out"
 
 
