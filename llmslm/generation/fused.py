@@ -46,6 +46,15 @@ def tile_for(rows: int, columns: int, batch: int, gated: bool) -> Tile:
     return Tile(tall, wide, warps, tiles if passes else min(tiles, 132 * 16 // warps))
 
 
+def _attention_tile(programs: int, head_dim: int) -> dict[str, int]:
+    """Positions at a time, and warps: few programs want wide blocks, many want narrow ones (measured on an H200)."""
+    width = triton.next_power_of_2(head_dim)
+    if programs > 264:
+        return {"BLOCK_L": max(16, 2048 // width), "num_warps": 2}
+    block = 256 if width <= 64 else 8192 // width
+    return {"BLOCK_L": block, "num_warps": max(1, block * width // 2048)}
+
+
 class FusedStep(TorchStep):
     """The step of `TorchStep` with few kernels, nothing that depends on the host, and the argmax at its end.
 
@@ -159,11 +168,10 @@ class FusedStep(TorchStep):
             KV_HEADS=inner.kv_heads,
             D=inner.head_dim,
             WIDTH=triton.next_power_of_2(inner.head_dim),
-            BLOCK_L=128 if inner.head_dim <= 64 else 64,
             NORM=inner.q_norm is not None,
             ROTARY=inner.rotary,
             BIASED=inner.biased,
-            num_warps=8,
+            **_attention_tile(state.batch * inner.heads, inner.head_dim),
             **self.options,
         )
         return y
@@ -184,8 +192,7 @@ class FusedStep(TorchStep):
             HEADS=inner.heads,
             D=inner.head_dim,
             WIDTH=triton.next_power_of_2(inner.head_dim),
-            BLOCK_L=128 if inner.head_dim <= 64 else 64,
-            num_warps=8,
+            **_attention_tile(state.batch * inner.heads, inner.head_dim),
             **self.options,
         )
         return y

@@ -14,8 +14,8 @@ from llmslm.generation.steps import step_for
 _BATCH, _PROMPT, _STEPS = 2, 5, 3
 
 
-def largest_difference(model: PreTrainedModel, decoder: Decoder, start: int) -> float:
-    """Largest difference of logits over a few steps on random tokens, in units of the logits' standard deviation."""
+def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int) -> float:
+    """Norm of the difference of logits over a few steps on random tokens, in units of the norm of their spread."""
     generator = torch.Generator().manual_seed(0)
     shape = (_BATCH, _PROMPT + _STEPS)
     ids = torch.randint(0, decoder.shape.vocabulary, shape, generator=generator).to(model.device)
@@ -33,7 +33,9 @@ def largest_difference(model: PreTrainedModel, decoder: Decoder, start: int) -> 
     state.valid.fill_(True)
     run = _encoder_decoder if encoder_decoder else _causal
     lean, own = run(model, decoder, state, ids, start)
-    return float((lean.float() - own.float()).abs().max() / own.float().std().clamp(min=1e-6))
+    lean, own = lean.double(), own.double()
+    own_spread = (own - own.mean(dim=-1, keepdim=True)).norm()
+    return float((lean - own).norm() / own_spread.clamp(min=1e-9))
 
 
 def _stepped(decoder: Decoder, state: DecodeState, tokens: Tensor, filled: int) -> Tensor:
