@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -14,6 +15,7 @@ from llmslm.data.sources.base import Source, cache_folder
 from llmslm.errors import UserError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+SMALLEST = 256 + 3
 
 
 @dataclass
@@ -23,19 +25,38 @@ class TrainedBpe:
     vocab_size: int = 8192
     """Entries, special tokens and the 256 bytes included."""
     max_examples: int = 50_000
-    """Training examples that the merges are learned from."""
+    """Training examples that the merges are learned from, spread over the split (of a stream: its first ones)."""
 
     def load(self, source: Source) -> PreTrainedTokenizerFast:
-        """Return the tokenizer for a source's training split; train it where the cache has none."""
-        key = f"1 {self.vocab_size} {self.max_examples} {source.fingerprint()}"
+        """Return the tokenizer for a source's training split; train it where the cache has none.
+
+        Raises:
+            UserError: if the vocabulary has no room for all bytes.
+        """
+        if self.vocab_size < SMALLEST:
+            raise UserError(
+                f"data.tokenizer.vocab_size is {self.vocab_size}; expected {SMALLEST} or more: bytes and special tokens"
+            )
+        key = f"2 {self.vocab_size} {self.max_examples} {source.fingerprint()}"
         folder = cache_folder() / f"bpe-{self.vocab_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not folder.is_dir():
-            aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-            self.train(source.load("train")).save_pretrained(aside)
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+            self._build(source, folder)
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
         return tokenizer
+
+    def _build(self, source: Source, folder: Path) -> None:
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        try:
+            self.train(source.load("train")).save_pretrained(aside)
+            if not folder.is_dir():  # another process may have been quicker
+                aside.rename(folder)
+        except OSError as error:
+            if not folder.is_dir():
+                raise UserError(
+                    f"the tokenizer cannot be written to {folder.parent}: {error} ($LLMSLM_CACHE)"
+                ) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def train(self, dataset: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
         """Learn the merges. Prompts are wrapped in <s> ... </s>; decoding restores every text exactly."""
@@ -57,25 +78,33 @@ class TrainedBpe:
             bos_token=BOS,
             eos_token=EOS,
             clean_up_tokenization_spaces=False,
+            split_special_tokens=True,  # "</s>" in a text is text, not the end of the target
         )
 
     def _texts(self, dataset: Dataset | IterableDataset) -> Iterator[list[str]]:
-        for batch in dataset.take(self.max_examples).iter(1000):
+        if isinstance(dataset, Dataset):
+            part = dataset.select(range(0, len(dataset), -(-len(dataset) // self.max_examples)))
+        else:
+            part = dataset.take(self.max_examples)
+        for batch in part.iter(1000):
             yield batch["prompt"] + batch["target"]
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a hub name or folder.
 
+    One without a padding token is left so: the codec pads with any id, since its masks come from lengths.
+
     Raises:
         UserError: if there is none.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"no tokenizer at {source!r}: {str(error).strip().splitlines()[0]}; expected a hub name or a folder with "
-            "tokenizer.json (or set data.tokenizer to train one)"
+            f"no tokenizer at {source!r}: {reason}; expected a hub name or a folder with tokenizer.json "
+            "(or set data.tokenizer to train one)"
         ) from error
     return tokenizer
 
@@ -84,5 +113,3 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
     """Whether two tokenizers give the same ids to every token and wrap prompts in the same special tokens."""
     probe = "The quick brown fox: 東京 🙂  x"
     return one.get_vocab() == other.get_vocab() and one(probe).input_ids == other(probe).input_ids
-
-
