@@ -9,7 +9,10 @@ from llmslm.errors import UserError
 
 def main(args: list[str] | None = None) -> None:
     """Run `llmslm-eval`; a mistake of the user is printed as one line and exits with status 1."""
-    options = _parser().parse_args(args)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(args)
+    if options.rest and not options.has_own_options:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         options.run(options)
     except UserError as error:
@@ -22,12 +25,14 @@ def main(args: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmslm-eval", description=__doc__, allow_abbrev=False)
+    parser.set_defaults(has_own_options=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, add in (
         ("compare", _add_compare),
         ("leaderboard", _add_leaderboard),
         ("targets", _add_targets),
         ("experiment", _add_experiment),
+        ("decode-speed", _add_decode_speed),
     ):
         add(commands, name)
     return parser
@@ -159,6 +164,18 @@ def _experiment(options: argparse.Namespace) -> None:
     from evaluation.experiment import run
 
     run(config=options.config, out=options.out)
+
+
+def _add_decode_speed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    text = "time the decode engine and generate() on random weights of known shapes"
+    parser = commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
+    parser.set_defaults(run=_decode_speed, has_own_options=True)
+
+
+def _decode_speed(options: argparse.Namespace) -> None:
+    from evaluation.decode_speed import main as decode_speed
+
+    decode_speed(options.rest)
 
 
 def _positive(text: str) -> int:

@@ -53,3 +53,6 @@ def test_abbreviations_and_bad_numbers_are_refused(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
     assert "0 is not a positive number" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["targets", "--colour"])
+    assert "unrecognized arguments: --colour" in capsys.readouterr().err

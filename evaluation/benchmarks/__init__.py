@@ -1,0 +1,1 @@
+"""Measurements of the evaluation itself, for the list of targets."""
