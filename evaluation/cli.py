@@ -10,9 +10,10 @@ from llmslm.errors import UserError
 def main(args: list[str] | None = None) -> None:
     """Run `llmslm-eval`; a mistake of the user is printed as one line and exits with status 1."""
     parser = _parser()
-    options, options.rest = parser.parse_known_args(args)
-    if options.rest and not options.has_own_options:
-        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    options, rest = parser.parse_known_args(args)
+    if rest and not options.has_own_options:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         options.run(options)
     except UserError as error:
@@ -91,6 +92,8 @@ def _compare(options: argparse.Namespace) -> None:
         device=options.device,
         dtype=options.dtype,
     )
+    if not paths:  # a rank that is not the first
+        return
     print(markdown_table(leaderboard_rows(read_record(path) for path in paths)))
     print("\n".join(f"record: {path}" for path in paths))
 

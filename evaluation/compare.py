@@ -8,16 +8,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.examples import Examples, load_examples, text_hash
 from evaluation.memory import NOT_MEASURED, peak_memory
-from evaluation.predictions import Prediction, predict
+from evaluation.predictions import ALONE, Prediction, forget, predict
 from evaluation.provenance import folder_hash, provenance
+from evaluation.ranks import Ranks, join_ranks, leave_ranks
 from evaluation.records import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
 from evaluation.speed import RUNS, WARMUPS, measure_speed
 from evaluation.systems import CONTROLS, LLM, LLM_TO_SLM, ControllableSystem, EvaluatedSystem, file_stem
+from llmslm.checkpoint import find_system
 from llmslm.errors import UserError
+from llmslm.system import System
 
 if TYPE_CHECKING:
     from llmslm.data.sources import Split
@@ -60,6 +65,7 @@ class Arm:
     card: Mapping[str, Any] = field(default_factory=dict)
     """What is known of its training."""
     device: str = "cpu"
+    """Its kind: cpu or cuda."""
     dtype: str | None = None
     target_limit: int | None = None
     """Tokens from which a reference is cut before it is scored."""
@@ -75,7 +81,7 @@ def compare_folders(
     device: str | None = None,
     dtype: str = "float32",
 ) -> list[Path]:
-    """Load systems from their folders and compare them on a data source.
+    """Load systems from their folders and compare them on a data source, on all ranks that were started.
 
     Args:
         folders: by system name, run folders or the system folders in them.
@@ -89,24 +95,22 @@ def compare_folders(
     Returns:
         The records written, in the order of the systems, controls last.
     """
+    ranks = join_ranks()
+    if device is None:
+        device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
     examples = load_examples(data, split, limit, settings.seed)
     arms = [load_arm(name, folder, device, dtype) for name, folder in folders.items()]
-    return compare(arms, examples, settings)
+    paths = compare(arms, examples, settings, ranks)
+    leave_ranks(ranks)
+    return paths
 
 
-def load_arm(name: str, folder: str, device: str | None, dtype: str) -> Arm:
+def load_arm(name: str, folder: str, device: str, dtype: str) -> Arm:
     """Load one system.
 
     Raises:
         UserError: if the folder holds none, or a system of another kind than `name` says.
     """
-    import torch
-
-    from llmslm.checkpoint import find_system
-    from llmslm.system import System
-
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device} was asked for, but PyTorch sees no GPU here (--device)")
     path = find_system(folder)
@@ -114,18 +118,20 @@ def load_arm(name: str, folder: str, device: str | None, dtype: str) -> Arm:
     if system.name != name:
         raise UserError(f"{folder} holds a {system.name} system; expected {name} (--{name.replace('_', '-')})")
     limit = system.codec.text_format.max_target_tokens
-    return Arm(system, folder_hash(path), system.card, device, dtype, limit)
+    return Arm(system, folder_hash(path), system.card, torch.device(device).type, dtype, limit)
 
 
-def compare(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list[Path]:
+def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: Ranks = ALONE) -> list[Path]:
     """Compare systems on the same examples and write one record each.
 
     What an earlier call with the same systems, examples and settings predicted is taken over, also if it was
     killed. If its records are complete, and come from the same code on the same machine, they are returned as
     they are.
 
+    Several ranks share the predictions; the first one alone scores, times and writes.
+
     Returns:
-        The records written, in the order of the arms, controls last.
+        The records written, in the order of the arms, controls last; nothing on ranks but the first.
     """
     check_metrics(settings.metrics)
     arms = [*arms, *(_control_arms(arms) if settings.controls else ())]
@@ -134,9 +140,12 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list
     comparison = _comparison_hash(arms, examples, settings, origin)
     paths = [settings.out / (file_stem(examples.task, arm.system.name) + SUFFIX) for arm in arms]
     identified = all(arm.checkpoint for arm in arms)
-    if identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths):
-        return paths
-    predictions = [_predict(arm, examples, settings) for arm in arms]
+    finished = identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths)
+    if ranks.from_first(finished):
+        return paths if ranks.is_first else []
+    predictions = [_predict(arm, examples, settings, ranks) for arm in arms]
+    if not ranks.is_first:
+        return []
     scored = _score_all(arms, predictions, examples, settings)
     speed = _measure_speed(arms, examples, settings)
     for arm, rows, path in zip(arms, predictions, paths, strict=True):
@@ -205,16 +214,17 @@ def _predictions_path(arm: Arm, examples: Examples, settings: Settings) -> Path:
     return settings.out / "predictions" / f"{file_stem(examples.task, arm.system.name)}.{key}.jsonl"
 
 
-def _predict(arm: Arm, examples: Examples, settings: Settings) -> list[Prediction]:
+def _predict(arm: Arm, examples: Examples, settings: Settings, ranks: Ranks) -> list[Prediction]:
     path = _predictions_path(arm, examples, settings)
     if arm.checkpoint is None:
-        path.unlink(missing_ok=True)
+        forget(path)
     return predict(
         arm.system,
         examples,
         path,
         max_new_tokens=_budget([arm], settings),
         batch_size=settings.batch_size,
+        ranks=ranks,
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,9 +11,12 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from evaluation.examples import Examples
+from evaluation.ranks import Ranks
 from evaluation.records import raise_if_full, write_text
 from evaluation.systems import EvaluatedSystem
 from llmslm.errors import UserError
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -33,35 +36,45 @@ class Prediction:
 
 
 def predict(
-    system: EvaluatedSystem, examples: Examples, path: Path, *, max_new_tokens: int, batch_size: int
+    system: EvaluatedSystem,
+    examples: Examples,
+    path: Path,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> list[Prediction]:
-    """Generate from every example and score its reference; what `path` already holds is not done again.
+    """Generate from every example and score its reference; what an earlier call wrote is not done again.
 
-    Batches are sorted by length and are the same in every run, so that a resumed evaluation predicts exactly
-    what an uninterrupted one does; a batch of which only a part was written is done again.
+    Batches are sorted by length and are the same in every run and on any number of ranks, among which they are dealt
+    out, so that the predictions are exactly the same too. A batch of which only a part was written is done again.
 
     Args:
         system: the system.
         examples: prompts and references.
-        path: a JSONL file, appended to.
+        path: a JSONL file. Each rank appends to a file of its own beside it; the first rank puts them together.
         max_new_tokens: token budget of a prediction.
         batch_size: examples in a batch.
+        ranks: the processes that share the work.
 
     Returns:
-        One prediction an example, in the order of the examples.
+        One prediction an example, in the order of the examples, on every rank.
     """
     batches = _batches(examples, batch_size)
-    done = {row.id: row for row in _complete(read_partial(path), batches, examples)}
-    _rewrite(path, list(done.values()))
-    bar = tqdm(total=len(examples), initial=len(done), desc=f"predict {system.name}", unit="example", delay=1)
-    with bar, path.open("a", encoding="utf-8") as lines:
-        for batch in batches:
-            if examples.ids[batch[0]] in done:
-                continue
-            rows = _predict_batch(system, examples, batch, max_new_tokens)
-            _append(lines, rows)
-            done |= {row.id: row for row in rows}
-            bar.update(len(rows))
+    shard = path.with_name(f"{path.stem}.rank{ranks.rank}{path.suffix}")
+    written = [row for each in (path, *_shards(path)) for row in read_partial(each)]
+    done = _complete([row for rows in ranks.gather_all(written) for row in rows], batches, examples)
+    if ranks.is_first:
+        _rewrite(path, batches, examples, done)
+    missing = [batch for batch in batches if examples.ids[batch[0]] not in done]
+    _predict_batches(system, examples, missing[ranks.rank :: ranks.size], shard, max_new_tokens)
+    made = [row for rows in ranks.gather_all(read_partial(shard)) for row in rows]
+    done |= {row.id: row for row in made}
+    if ranks.is_first:
+        _rewrite(path, batches, examples, done)
+    ranks.gather_all(None)  # no shard goes before its predictions are in the common file
+    for each in _shards(path):
+        each.unlink(missing_ok=True)
     return [done[name] for name in examples.ids]
 
 
@@ -72,7 +85,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         UserError: if a line is broken; its number is named.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -85,12 +98,24 @@ def read_partial(path: Path) -> list[Prediction]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for line in _lines(path):
         try:
             rows.append(Prediction(**json.loads(line)))
         except (json.JSONDecodeError, TypeError):
             break
     return rows
+
+
+def forget(path: Path) -> None:
+    """Remove the predictions of earlier calls."""
+    for each in (path, *_shards(path)):
+        each.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> list[str]:
+    """Split at line feeds alone: texts may hold other characters that Python takes for the end of a line."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def _append(lines: TextIO, rows: Sequence[Prediction]) -> None:
@@ -114,16 +139,37 @@ def _batches(examples: Examples, batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _complete(rows: Sequence[Prediction], batches: list[list[int]], examples: Examples) -> Iterator[Prediction]:
+def _shards(path: Path) -> list[Path]:
+    """Find the files of the ranks of this or an earlier call."""
+    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
+
+
+def _complete(rows: Sequence[Prediction], batches: list[list[int]], examples: Examples) -> dict[str, Prediction]:
+    """Keep the predictions of batches that are there in full, once each."""
     by_id = {row.id: row for row in rows}
-    for batch in batches:
-        names = [examples.ids[index] for index in batch]
-        if all(name in by_id for name in names):
-            yield from (by_id[name] for name in names)
+    names = [[examples.ids[index] for index in batch] for batch in batches]
+    return {name: by_id[name] for batch in names if all(name in by_id for name in batch) for name in batch}
 
 
-def _rewrite(path: Path, rows: list[Prediction]) -> None:
-    write_text(path, "".join(_line(row) for row in rows))
+def _rewrite(path: Path, batches: list[list[int]], examples: Examples, done: Mapping[str, Prediction]) -> None:
+    """Write what is done in the order of the batches."""
+    names = [examples.ids[index] for batch in batches for index in batch]
+    write_text(path, "".join(_line(done[name]) for name in names if name in done))
+
+
+def _predict_batches(
+    system: EvaluatedSystem, examples: Examples, batches: list[list[int]], shard: Path, max_new_tokens: int
+) -> None:
+    """Predict batches, appending each to the shard when it is done."""
+    total = sum(len(batch) for batch in batches)
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tqdm(total=total, desc=f"predict {system.name}", unit="example", delay=1) as bar,
+        shard.open("w", encoding="utf-8") as lines,
+    ):
+        for batch in batches:
+            _append(lines, _predict_batch(system, examples, batch, max_new_tokens))
+            bar.update(len(batch))
 
 
 def _predict_batch(

@@ -49,8 +49,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(dummy, examples, tmp_path):
     budget = {"max_new_tokens": 16, "batch_size": 4}
     with pytest.raises(KeyboardInterrupt):
         predict(dummy(fails_after=3), examples, path, **budget)
-    assert len(read_partial(path)) == 12
-    path.write_bytes(path.read_bytes()[:-25])  # the last line is cut, as by a power failure
+    (shard,) = tmp_path.glob("*.rank0.jsonl")
+    assert len(read_partial(shard)) == 12
+    shard.write_bytes(shard.read_bytes()[:-25])  # the last line is cut, as by a power failure
     second = dummy()
     rows = predict(second, examples, path, **budget)
     assert second.calls == 3  # of five batches two were whole
@@ -122,6 +123,16 @@ def test_bad_records_are_refused(tmp_path):
         find_records([tmp_path / "..", tmp_path.joinpath("empty").mkdir() or tmp_path / "empty"])
 
 
+def test_texts_with_odd_line_ends_survive(dummy, examples, tmp_path):
+    odd = [f"a{chr(0x2028)}b{chr(0x85)}c{chr(11)}d {index}" for index in range(len(examples))]
+    path = tmp_path / "predictions.jsonl"
+    rows = predict(dummy("llm", 1.0), replace(examples, prompts=odd), path, max_new_tokens=9, batch_size=8)
+    assert read_partial(path) == sorted(
+        rows, key=lambda row: [each["id"] for each in read_predictions(path)].index(row.id)
+    )
+    assert {row["prompt"] for row in read_predictions(path)} == set(odd)
+
+
 def test_a_broken_predictions_line_is_named(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"id": "a"}\n{"id": \n')
@@ -167,4 +178,4 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(dummy, examples, tmp_path, 
     path = tmp_path / "predictions.jsonl"
     with pytest.raises(UserError, match="the disk is full: free some space, and the same command goes on with"):
         predict(dummy(), examples, path, max_new_tokens=4, batch_size=4)
-    assert len(read_partial(path)) >= 4
+    assert len(read_partial(tmp_path / "predictions.rank0.jsonl")) >= 4
