@@ -12,7 +12,6 @@ import os
 import platform
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +58,7 @@ Row = dict[str, Any]
 
 
 class LlmToSlmShape(nn.Module):
-    """What llm_to_slm computes before its SLM decodes, in the shape of T5-3b and T5-small: encode, project, add, encode.
+    """What llm_to_slm computes before its SLM decodes, in the shapes of T5-3b and T5-small.
 
     Args:
         slm: decodes.
@@ -124,7 +123,12 @@ def runs_of_shape(
     model = build(SHAPES[name], inputs["input_ids"].device, dtype)
     engine = DecodeEngine(model)
     every: dict[str, Run] = {
-        "engine": lambda new: engine.generate(**inputs, max_new_tokens=new, min_new_tokens=new),
+        "engine": lambda new: engine.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=new,
+            min_new_tokens=new,
+        ),
         "generate": _by_generate(model, inputs),
         "static": _by_generate(model, inputs, cache_implementation="static"),
     }
@@ -139,8 +143,8 @@ def runs_of_pair(arms: list[str], inputs: dict[str, Tensor], dtype: torch.dtype)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
 
     def by_engine(new: int) -> Tensor:
-        kept = {"attention_mask": mask, "max_new_tokens": new, "min_new_tokens": new}
-        return engine.generate(encoder_outputs=captured(ids, mask), **kept)
+        states = captured(ids, mask)
+        return engine.generate(encoder_outputs=states, attention_mask=mask, max_new_tokens=new, min_new_tokens=new)
 
     @torch.no_grad()
     def by_generate(new: int, **kwargs: Any) -> Any:
@@ -218,8 +222,8 @@ def run(arguments: argparse.Namespace) -> None:
     for shape in arguments.shapes:
         for batch in arguments.batch:
             record["rows"] += _rows(shape, batch, arguments, device, dtype, bandwidth)
-    if arguments.out is not None:
-        _write(arguments.out, record)
+            if arguments.out is not None:  # after each row: a run that is cut short leaves what it measured
+                _write(arguments.out, record)
     print(json.dumps(record))
 
 
@@ -252,7 +256,7 @@ def _provenance(arguments: argparse.Namespace, device: torch.device, bandwidth: 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     cuda = device.type == "cuda"
     return {
-        "command": shlex.join(["llmslm-eval", "decode-speed", *sys.argv[1:]]),
+        "command": _command(arguments),
         "commit": arguments.commit or here,
         "uncommitted_changes": changed,
         "hardware": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {os.cpu_count()} cores",
@@ -261,6 +265,15 @@ def _provenance(arguments: argparse.Namespace, device: torch.device, bandwidth: 
         "bandwidth_bytes_per_s": bandwidth,
         "rows": [],
     }
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """The call that measures the same again, wherever it is written to."""
+    words = ["llmslm-eval", "decode-speed"]
+    for key in ("shapes", "arms", "batch", "prompt", "new", "dtype", "warmups", "runs"):
+        value = getattr(arguments, key)
+        words += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)
 
 
 def _write(path: Path, record: Row) -> None:

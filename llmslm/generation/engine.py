@@ -114,8 +114,12 @@ class DecodeEngine:
         reason = self.reason or self._reason(prompt, max_new_tokens)
         if reason is not None:
             warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
-            kept = {"attention_mask": prompt.attention_mask, "max_new": max_new_tokens, "min_new": min_new_tokens}
-            return self._by_generate(prompt, sampling, on_first_token, on_tokens, **kept)
+            ids = self._by_generate(prompt, sampling, max_new_tokens, min_new_tokens)
+            if on_first_token is not None:
+                on_first_token()
+            if on_tokens is not None:
+                on_tokens(ids.cpu())
+            return ids
         rules = self._rules()
         loop = self._loop(prompt, max_new_tokens, rules, sampling)
         penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
@@ -238,10 +242,6 @@ class DecodeEngine:
         self,
         prompt: _Prompt,
         sampling: Sampling | None,
-        on_first_token: Callable[[], None] | None,
-        on_tokens: Callable[[Tensor], None] | None,
-        *,
-        attention_mask: Tensor,
         max_new: int,
         min_new: int,
     ) -> Tensor:
@@ -260,15 +260,11 @@ class DecodeEngine:
             kwargs["inputs_embeds"] = prompt.values
         if min_new:
             kwargs["min_new_tokens"] = min_new
-        ids = self.model.generate(attention_mask=attention_mask, max_new_tokens=max_new, **kwargs)
+        ids = self.model.generate(attention_mask=prompt.attention_mask, max_new_tokens=max_new, **kwargs)
         if self.model.config.is_encoder_decoder:
             ids = ids[:, 1:]
         elif prompt.values.dim() == 2:
             ids = ids[:, prompt.length :]
-        if on_first_token is not None:
-            on_first_token()
-        if on_tokens is not None:
-            on_tokens(ids.cpu())
         return ids
 
     def _verify(self, decoder: Decoder) -> None:
@@ -277,7 +273,7 @@ class DecodeEngine:
         Raises:
             UnreadableModelError: if the logits differ by more than rounding.
         """
-        from llmslm.generation.verification import relative_difference
+        from llmslm.generation.self_check import relative_difference
 
         start = self._start_token() if self.model.config.is_encoder_decoder else None
         start = start if isinstance(start, int) else 0

@@ -1,7 +1,8 @@
 """Reads a transformers model into a `Decoder`, family by family. Fused weights (q/k/v, gate/up) are copies."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def read(model: PreTrainedModel, max_positions: int) -> Decoder:
 
 def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if type(module) is Conv1D:
-        return module.weight.detach().t().contiguous(), module.bias.detach()
+        weight, bias = cast(Tensor, module.weight), cast(Tensor, module.bias)
+        return weight.detach().t().contiguous(), bias.detach()
     if type(module) is not nn.Linear:
         raise UnreadableModelError(f"a {type(module).__name__} stands where a plain linear layer is expected")
     return module.weight.detach(), None if module.bias is None else module.bias.detach()
@@ -156,8 +158,8 @@ def _read_gpt2(model: Any, _max_positions: int) -> Decoder:
     )
 
 
-def _placed(norm: Norm | None, *, first: bool) -> dict[str, Norm | None]:
-    return {"before": norm} if first else {"after": norm}
+def _placed(sublayer: Sublayer, norm: Norm | None, *, first: bool) -> Sublayer:
+    return replace(sublayer, before=norm) if first else replace(sublayer, after=norm)
 
 
 def _bart_attention(attention: Any, index: int) -> SelfAttention:
@@ -166,7 +168,7 @@ def _bart_attention(attention: Any, index: int) -> SelfAttention:
 
 def _bart_feed_forward(layer: Any, config: Any, *, first: bool) -> Sublayer:
     up = _linear(layer.fc1, activation=_activation(config.activation_function))
-    return Sublayer(up, _linear(layer.fc2), **_placed(_layer_norm(layer.final_layer_norm), first=first))
+    return _placed(Sublayer(up, _linear(layer.fc2)), _layer_norm(layer.final_layer_norm), first=first)
 
 
 def _read_opt(model: Any, _max_positions: int) -> Decoder:
@@ -178,8 +180,8 @@ def _read_opt(model: Any, _max_positions: int) -> Decoder:
         attention = layer.self_attn
         inner = _bart_attention(attention, index)
         into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        norm = _placed(_layer_norm(layer.self_attn_layer_norm), first=first)
-        sublayers.append(Sublayer(into, _linear(attention.out_proj), inner, **norm))
+        sublayer = Sublayer(into, _linear(attention.out_proj), inner)
+        sublayers.append(_placed(sublayer, _layer_norm(layer.self_attn_layer_norm), first=first))
         sublayers.append(_bart_feed_forward(layer, config, first=first))
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),

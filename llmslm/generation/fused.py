@@ -31,8 +31,8 @@ class Tile:
 def tile_for(rows: int, columns: int, batch: int, gated: bool) -> Tile:
     """Choose the tile for a matrix (rows, columns).
 
-    What was fastest on an H200 for 13 shapes from 512 x 512 to 50,257 x 768: 64 weights a thread at a time, the narrowest
-    programs that can hold the input, 512 threads a multiprocessor, and at least one tile for each multiprocessor.
+    What was fastest on an H200 for 13 shapes from 512 x 512 to 50,257 x 768: 64 weights a thread at a time, the
+    narrowest programs that can hold the input, 512 threads a multiprocessor, and a tile for each multiprocessor.
     """
     wide = triton.next_power_of_2(columns)
     passes = wide > _WIDEST

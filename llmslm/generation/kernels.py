@@ -1,11 +1,14 @@
 """Triton kernels of a decode step on CUDA: products of a few rows with a matrix, attention of one token, the argmax.
 
-At a few rows a step is bound by the bytes of the weights and by the gaps between kernels. So norms, biases, activations,
-residuals, rotation and cache writes are part of the kernel beside them, and every kernel is launched while its
-predecessor still runs (programmatic dependent launch, where EARLY is set): it fetches its first weights, which no
-other kernel writes, and only then waits.
+At a few rows a step is bound by the bytes of the weights and by the gaps between kernels. So norms, biases,
+activations, residuals, rotation and cache writes are part of the kernel beside them, and every kernel is launched
+while its predecessor still runs (programmatic dependent launch, where EARLY is set): it fetches its first weights,
+which no other kernel writes, and only then waits.
 """
 
+# Triton reads a kernel's annotations as types of its own; branches on constants cost nothing once compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: ANN001, ANN201, ANN202, C901
 
 import triton
 import triton.language as tl
@@ -15,7 +18,7 @@ ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
 
 @triton.jit
-def _activated(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activated(x, KIND: tl.constexpr):
     if KIND == 1:
         x = tl.maximum(x, 0.0)
     elif KIND == 2:
@@ -29,7 +32,7 @@ def _activated(x, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normed(x, inside, weight, bias, K, eps, scale, NORM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _normed(x, inside, weight, bias, K, eps, scale, NORM: tl.constexpr):
     if NORM == 2:
         mean = tl.sum(x, axis=1) / K
         x = tl.where(inside, x - mean[:, None], 0.0)
@@ -40,13 +43,13 @@ def _normed(x, inside, weight, bias, K, eps, scale, NORM: tl.constexpr):  # type
 
 
 @triton.jit
-def _dots(w, x):  # type: ignore[no-untyped-def]
+def _dots(w, x):
     """(rows, outputs) from w (outputs, inputs) and x (rows, inputs)."""
     return tl.sum(w.to(tl.float32)[None, :, :] * x[:, None, :], axis=2)
 
 
 @triton.jit
-def linear_kernel(  # type: ignore[no-untyped-def]
+def linear_kernel(
     x_ptr,
     w_ptr,
     y_ptr,
@@ -70,7 +73,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     GATED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y (batch, N) = activation(norm(x (batch, K)) w^T + bias) + residual; w (N, K), or (2N, K) if gated.
+    """Compute y (batch, N) = activation(norm(x (batch, K)) w^T + bias) + residual; w (N, K), or (2N, K) if gated.
 
     A program normalises x once, BLOCK_K >= K, and takes tile after tile of w, each fetched while the last is used.
     """
@@ -129,7 +132,7 @@ def linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def long_linear_kernel(  # type: ignore[no-untyped-def]
+def long_linear_kernel(
     x_ptr,
     w_ptr,
     y_ptr,
@@ -145,7 +148,7 @@ def long_linear_kernel(  # type: ignore[no-untyped-def]
     RESIDUAL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """y (batch, N) = x (batch, K) w^T + bias + residual, for a K that is read in several passes of BLOCK_K."""
+    """Compute y (batch, N) = x (batch, K) w^T + bias + residual, for a K that is read in several passes of BLOCK_K."""
     rows, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_in, n_in = rows < BATCH, n < N
@@ -174,7 +177,7 @@ def long_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _head(base, d, norm_weight, cos, sin, eps, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr):  # type: ignore[no-untyped-def]
+def _head(base, d, norm_weight, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr):
     """One head of D values, normed and rotated; a rotated value needs the one half a head away."""
     x = tl.load(base + d, mask=d < D, other=0.0).to(tl.float32)
     if NORM:
@@ -192,7 +195,7 @@ def _head(base, d, norm_weight, cos, sin, eps, D: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def self_attention_kernel(  # type: ignore[no-untyped-def]
+def self_attention_kernel(
     qkv_ptr,
     y_ptr,
     keys_ptr,
@@ -238,8 +241,8 @@ def self_attention_kernel(  # type: ignore[no-untyped-def]
         gdc_wait()
     qkv = qkv_ptr + row * (HEADS + 2 * KV_HEADS) * D
     cos, sin = cos_ptr + position * D, sin_ptr + position * D
-    q = _head(qkv + head * D, d, q_norm, cos, sin, eps, D, WIDTH, NORM, ROTARY)
-    k = _head(qkv + (HEADS + kv_head) * D, d, k_norm, cos, sin, eps, D, WIDTH, NORM, ROTARY)
+    q = _head(qkv + head * D, d, q_norm, cos, sin, eps, D, NORM, ROTARY)
+    k = _head(qkv + (HEADS + kv_head) * D, d, k_norm, cos, sin, eps, D, NORM, ROTARY)
     v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * D + d, mask=d < D, other=0.0)
     k = k.to(keys_ptr.dtype.element_ty)
     if head % group == 0:
@@ -275,7 +278,7 @@ def self_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def cross_attention_kernel(  # type: ignore[no-untyped-def]
+def cross_attention_kernel(
     q_ptr,
     y_ptr,
     keys_ptr,
@@ -323,7 +326,7 @@ def cross_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def embed_kernel(  # type: ignore[no-untyped-def]
+def embed_kernel(
     token_ptr,
     position_ptr,
     embedding,
@@ -336,7 +339,7 @@ def embed_kernel(  # type: ignore[no-untyped-def]
     POSITIONS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """x (batch, K): the embedding of each row's last token, and of its position if those are learned."""
+    """Give x (batch, K): the embedding of each row's last token, and of its position if those are learned."""
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if EARLY:
@@ -351,7 +354,7 @@ def embed_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def largest_kernel(  # type: ignore[no-untyped-def]
+def largest_kernel(
     logits_ptr,
     value_ptr,
     index_ptr,
@@ -381,7 +384,7 @@ def largest_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def advance_kernel(  # type: ignore[no-untyped-def]
+def advance_kernel(
     value_ptr,
     index_ptr,
     eos_ptr,

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmslm.generation.dispatch import step_for
 from llmslm.generation.graphs import Captured
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
-from llmslm.generation.steps import step_for
 
 _BLOCK = 8  # tokens between two looks at the ends of sequence
 _AHEAD = 2  # blocks that the host launches before it must know how an earlier one ended
@@ -163,16 +163,16 @@ class _Watch:
 
 
 class GraphLoop(DecodeLoop):
-    """The loop on CUDA: the prompt's pass and the step are graphs; the host runs ahead and looks back from time to time."""
+    """The loop on CUDA: the prompt's pass and the step are graphs; the host runs ahead and looks back at times."""
 
     def __init__(
         self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, rules: TokenRules, start: int | None
     ) -> None:
         super().__init__(model, decoder, state, rules, start)
         pool = torch.cuda.graph_pool_handle()
-        kept = {"pool": pool, "generators": (state.generator,)}
-        self._first = Captured(self._first_token, state.device, **kept)
-        self._next = Captured(self._next_token, state.device, **kept)
+        drawn = (state.generator,)
+        self._first = Captured(self._first_token, state.device, pool=pool, generators=drawn)
+        self._next = Captured(self._next_token, state.device, pool=pool, generators=drawn)
 
     def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:
         """See `DecodeLoop.prepare`."""

@@ -1,4 +1,4 @@
-"""The choice of the next token: what the caller asks for, what the model's generation_config asks for, on the device."""
+"""The choice of the next token on the device: by what the caller and the model's generation_config ask for."""
 
 from dataclasses import dataclass
 

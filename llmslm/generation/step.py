@@ -80,9 +80,7 @@ class TorchStep:
             x = x + F.embedding(state.position + decoder.position_offset, decoder.positions)
         return normalised(x, decoder.embedding_norm)
 
-    def linear(
-        self, x: Tensor, linear: Linear, norm: Norm | None = None, residual: Tensor | None = None
-    ) -> Tensor:
+    def linear(self, x: Tensor, linear: Linear, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """activation(linear(norm(x))) + residual."""
         x = normalised(x, norm).to(linear.weight.dtype)
         y = activated(F.linear(x, linear.weight, linear.bias), linear)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmslm.generation.dispatch import step_for
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
 from llmslm.generation.state import DecodeState
-from llmslm.generation.steps import step_for
 
 _BATCH, _PROMPT, _STEPS = 2, 5, 3
 

@@ -1,0 +1,48 @@
+"""The same tokens through kernels and graphs; needs a CUDA device."""
+
+import pytest
+import torch
+
+from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.sampling import Sampling
+from tests.unit.generation.families import BUILD, by_generate, prompts, tiny
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_greedy_tokens_are_those_of_generate(family: str) -> None:
+    model = tiny(family).cuda()
+    engine = DecodeEngine(model)
+    assert engine.reason is None
+    for batch, length in ((1, 7), (5, 9), (8, 3), (64, 40)):
+        inputs = {key: value.cuda() for key, value in prompts(model, batch, length).items()}
+        for setting in ({}, {"min_new_tokens": 6}):
+            expected = by_generate(model, inputs, max_new_tokens=24, **setting)
+            assert torch.equal(engine.generate(**inputs, max_new_tokens=24, **setting), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_ends_are_seen_and_streamed_tokens_are_the_result(family: str) -> None:
+    model = tiny(family).cuda()
+    inputs = {key: value.cuda() for key, value in prompts(model, 16, 6).items()}
+    common = by_generate(model, inputs, max_new_tokens=40).flatten().mode().values.item()
+    model.generation_config.eos_token_id = [1, common]
+    events: list[torch.Tensor | str] = []
+    tokens = DecodeEngine(model).generate(
+        **inputs, max_new_tokens=40, on_first_token=lambda: events.append("first"), on_tokens=events.append
+    )
+    assert torch.equal(tokens, by_generate(model, inputs, max_new_tokens=40))
+    assert events[0] == "first"
+    assert torch.equal(torch.cat(events[1:], dim=1), tokens.cpu())
+
+
+def test_sampling_repeats_with_its_seed() -> None:
+    model = tiny("gpt2").cuda()
+    inputs = {key: value.cuda() for key, value in prompts(model, 8, 6).items()}
+    engine = DecodeEngine(model)
+    first, again, other = (
+        engine.generate(**inputs, max_new_tokens=12, sampling=Sampling(top_p=0.9, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
