@@ -101,7 +101,9 @@ def _compare(options: argparse.Namespace) -> None:
 def _add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
     text = "make a table, a page and a plot of records, and log them to MLflow"
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.add_argument("records", nargs="+", metavar="RECORDS", help="record files, or folders of them")
+    parser.add_argument("records", nargs="*", metavar="RECORDS", help="record files, or folders of them")
+    source = "take the evaluations of an MLflow experiment instead (and log nothing)"
+    parser.add_argument("--from-mlflow", metavar="EXPERIMENT", help=source)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of leaderboard.{md,csv,html,png}"
     )
@@ -112,12 +114,19 @@ def _add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _leaderboard(options: argparse.Namespace) -> None:
+    if bool(options.records) == bool(options.from_mlflow):
+        raise UserError("expected either RECORDS or --from-mlflow EXPERIMENT")
     from evaluation.leaderboard import build
 
-    built = build(options.records, options.out)
+    records = options.records
+    if options.from_mlflow:
+        from evaluation.tracking import fetch_records
+
+        records = fetch_records(options.from_mlflow, options.out / "from_mlflow")
+    built = build(records, options.out)
     print(built.markdown)
     print("\n".join(f"{name}: {path}" for name, path in built.files.items()))
-    if not options.no_mlflow:
+    if not (options.no_mlflow or options.from_mlflow):
         from evaluation.tracking import log_comparison
 
         logged = log_comparison(built, options.mlflow_parent)

@@ -3,13 +3,17 @@
 import hashlib
 import json
 import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.predictions import read_predictions
 from evaluation.provenance import hardware_name
-from evaluation.records import Record
+from evaluation.records import SUFFIX, Record, write_record, write_text
 from llmslm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 EXPERIMENT = "llmslm"
+RECORD, PREDICTIONS = "record.json", "predictions.json"
 RECORD_TAG = "llmslm.record"
 LEADERBOARD_TAG = "llmslm.leaderboard"
 PARENT_TAG = "mlflow.parentRunId"
@@ -34,6 +39,67 @@ class Logged:
     child_run_ids: list[str]
 
 
+def fetch_records(experiment: str, folder: Path) -> list[Path]:
+    """Write the evaluations that an experiment holds as record files with their predictions.
+
+    Args:
+        experiment: name of an MLflow experiment.
+        folder: where to write; one sub-folder a run.
+
+    Raises:
+        UserError: if the store does not answer, or the experiment holds no evaluation.
+    """
+    with _answering() as client:
+        found = client.get_experiment_by_name(experiment)
+        runs = [] if found is None else _all_runs(client, found.experiment_id)
+        paths = [_fetch(client, run, folder / run) for run in runs]
+    if not paths:
+        raise UserError(f"MLflow at {tracking_uri()} has no evaluation in experiment {experiment!r} (--from-mlflow)")
+    return paths
+
+
+def tracking_uri() -> str:
+    """Return MLFLOW_TRACKING_URI, or a SQLite file in the working directory."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
+
+
+@contextmanager
+def _answering() -> "Iterator[MlflowClient]":
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield MlflowClient(tracking_uri())
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:200]
+        keys = "MLFLOW_TRACKING_URI, --mlflow-parent, --no-mlflow"
+        raise UserError(f"MLflow at {tracking_uri()}: {reason} ({keys})") from error
+
+
+def _all_runs(client: "MlflowClient", experiment_id: str) -> list[str]:
+    condition, ids, token = f"tags.`{RECORD_TAG}` LIKE '%'", [], None
+    while True:
+        page = client.search_runs([experiment_id], condition, max_results=1000, page_token=token)
+        ids += [str(run.info.run_id) for run in page]
+        token = page.token
+        if not token:
+            return ids
+
+
+def _fetch(client: "MlflowClient", run_id: str, folder: Path) -> Path:
+    with tempfile.TemporaryDirectory() as downloads:
+        record = json.loads(Path(client.download_artifacts(run_id, RECORD, downloads)).read_text(encoding="utf-8"))
+        if any(artifact.path == PREDICTIONS for artifact in client.list_artifacts(run_id)):
+            text = Path(client.download_artifacts(run_id, PREDICTIONS, downloads)).read_text(encoding="utf-8")
+            table = json.loads(text)
+            rows = [dict(zip(table["columns"], values, strict=True)) for values in table["data"]]
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            write_text(folder / record["predictions"], "".join(lines))
+    path = folder / f"evaluation{SUFFIX}"
+    write_record(path, record)
+    return path
+
+
 def log_comparison(board: "Leaderboard", parent_run_id: str | None = None) -> Logged:
     """Log records and leaderboard; what is there already is not logged again.
 
@@ -44,20 +110,12 @@ def log_comparison(board: "Leaderboard", parent_run_id: str | None = None) -> Lo
     Raises:
         UserError: if the store does not answer, or holds no such parent run.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
-    try:
-        client = MlflowClient(uri)
+    with _answering() as client:
         parent = _parent(client, board, parent_run_id)
         children = [_child(client, record, parent) for record in board.records]
         for path in board.files.values():
             client.log_artifact(parent, str(path), "leaderboard")
-    except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"MLflow at {uri}: {reason} (MLFLOW_TRACKING_URI, --mlflow-parent, --no-mlflow)") from error
-    return Logged(uri, parent, children)
+    return Logged(tracking_uri(), parent, children)
 
 
 def _parent(client: "MlflowClient", board: "Leaderboard", run_id: str | None) -> str:
@@ -76,6 +134,8 @@ def _parent(client: "MlflowClient", board: "Leaderboard", run_id: str | None) ->
 
 
 def _child(client: "MlflowClient", record: Record, parent: str) -> str:
+    from mlflow.entities import Metric, Param
+
     key = _key(record)
     experiment = client.get_run(parent).info.experiment_id
     found = _find(client, experiment, f"tags.`{RECORD_TAG}` = '{key}' and tags.`{PARENT_TAG}` = '{parent}'")
@@ -83,11 +143,13 @@ def _child(client: "MlflowClient", record: Record, parent: str) -> str:
         return found
     name = f"evaluate {record['task']['name']}/{record['system']}"
     run_id = str(client.create_run(experiment, run_name=name, tags=_tags(record) | {PARENT_TAG: parent}).info.run_id)
-    for parameter, value in _parameters(record).items():
-        client.log_param(run_id, parameter, value)
-    for metric, value in metrics(record).items():
-        client.log_metric(run_id, metric, value)
-    client.log_dict(run_id, record | {"predictions": Path(record["predictions"]).name}, "record.json")
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(metric, value, now, 0) for metric, value in metrics(record).items()],
+        params=[Param(parameter, str(value)) for parameter, value in _parameters(record).items()],
+    )
+    client.log_dict(run_id, record | {"predictions": Path(record["predictions"]).name}, RECORD)
     _log_predictions(client, run_id, Path(record["predictions"]))
     client.set_tag(run_id, RECORD_TAG, key)  # last: only a complete run counts as logged
     client.set_terminated(run_id)
@@ -142,7 +204,7 @@ def _log_predictions(client: "MlflowClient", run_id: str, path: Path) -> None:
     import pandas  # type: ignore[import-untyped]
 
     # log_table itself warns of string columns under pandas 3: objects it is
-    client.log_table(run_id, pandas.DataFrame(read_predictions(path), dtype=object), "predictions.json")
+    client.log_table(run_id, pandas.DataFrame(read_predictions(path), dtype=object), PREDICTIONS)
 
 
 def _key(record: Record) -> str:

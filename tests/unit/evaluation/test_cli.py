@@ -33,6 +33,7 @@ def test_help_imports_nothing_heavy():
         ),
         (["compare", "--llm", "a", "--data", "no-such-recipe", "--out", "y"], "no recipe 'no-such-recipe'"),
         (["leaderboard", "nowhere", "--out", "y"], "there is no record"),
+        (["leaderboard", "--out", "y"], "expected either RECORDS or --from-mlflow EXPERIMENT"),
     ],
 )
 def test_mistakes_are_one_line(arguments, text, capsys):
