@@ -1,9 +1,10 @@
 """The LightningDataModule: a source, tokenised once for the system that is trained, in length-bucketed batches."""
 
 import hashlib
+import os
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -12,38 +13,18 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmslm.data.codec import IGNORED, Codec, TextFormat
+from llmslm.data.loader import BatchLoader, StreamLoader
 from llmslm.data.sampler import LengthBatchSampler
 from llmslm.data.sources import Source, Split
+from llmslm.data.sources.base import FEATURES
 from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
 from llmslm.errors import UserError
 
 TEXT_COLUMNS = ("id", "prompt", "target")
-
-
-class ResumableLoader(DataLoader):
-    """A loader whose state is the trainer's progress: a resumed run goes on with the next batch of the epoch.
-
-    Args:
-        progress: returns (epoch, batches trained in it).
-        args: see torch's DataLoader.
-        kwargs: see torch's DataLoader; batch_sampler must be a LengthBatchSampler.
-    """
-
-    def __init__(self, progress: Callable[[], tuple[int, int]], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._progress = progress
-
-    def state_dict(self) -> dict[str, int]:
-        """Called by Lightning when it writes a checkpoint."""
-        epoch, batches = self._progress()
-        return {"epoch": epoch, "batches": batches}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Called by Lightning before the first batch of a resumed run."""
-        cast(LengthBatchSampler, self.batch_sampler).start = (state["epoch"], state["batches"])
 
 
 class TextDataModule(L.LightningDataModule):
@@ -92,6 +73,7 @@ class TextDataModule(L.LightningDataModule):
         self.encoder_tokenizer: PreTrainedTokenizerBase | None = None
         self.codec: Codec
         self._tokenised: dict[Split, Dataset | IterableDataset] = {}
+        self._seed = 0
 
     def prepare_data(self) -> None:
         """Build the data and train the tokenizer, on one process of each node."""
@@ -101,6 +83,8 @@ class TextDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load tokenizers, let the module build its system, tokenise the splits of the stage."""
+        strategy = self._module.trainer.strategy
+        self._seed = strategy.broadcast(torch.initial_seed() % 2**32)  # without seed_everything each rank has its own
         if not hasattr(self, "codec"):
             self._load_tokenizers()
             self.codec = self._module.make_codec(self)
@@ -110,21 +94,34 @@ class TextDataModule(L.LightningDataModule):
             "test": ("test",),
             "predict": ("test",),
         }
-        for split in splits[stage]:
-            if split not in self._tokenised:
-                self._tokenised[split] = self._tokenise(split)
+        missing = [split for split in splits[stage] if split not in self._tokenised]
+        # One process of each node tokenises into the cache, from which the others then read.
+        if self._module.trainer.local_rank != 0:
+            strategy.barrier("tokenise")
+        self._tokenised |= {split: self._tokenise(split) for split in missing}
+        if self._module.trainer.local_rank == 0:
+            strategy.barrier("tokenise")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of training rows."""
-        return self._loader("train", self.micro_batch_size, self.codec.collate)
+        dataset, batch_size, collate = self._tokenised["train"], self.micro_batch_size, self.codec.collate
+        if isinstance(dataset, Dataset):
+            sampler = self._sampler(dataset, batch_size, shuffle=True)
+            return BatchLoader(dataset, sampler, self._trained, collate_fn=collate, **self._workers())
+        trainer = self._module.trainer
+        if trainer.max_steps == -1:
+            raise UserError(f"{self.source.name} is streamed and has no end: set trainer.max_steps")
+        dataset = split_dataset_by_node(dataset, trainer.global_rank, trainer.world_size)
+        dataset = dataset.shuffle(seed=self._seed, buffer_size=self.shuffle_buffer)
+        return StreamLoader(dataset, self._trained, batch_size=batch_size, collate_fn=collate, **self._workers())
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, with their examples."""
-        return self._loader("validation", self.eval_batch_size, self._collate_with_examples)
+        return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader:
         """Batches of the test split, with their examples."""
-        return self._loader("test", self.eval_batch_size, self._collate_with_examples)
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of the test split, with their examples."""
@@ -135,6 +132,14 @@ class TextDataModule(L.LightningDataModule):
         if not self.codec.is_encoder_decoder:
             batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
         return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the seed of the shuffle; the position in it is part of the loader's state."""
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Shuffle as the run did that is resumed."""
+        self._seed = state_dict["seed"]
 
     @property
     def _module(self) -> Any:
@@ -158,26 +163,23 @@ class TextDataModule(L.LightningDataModule):
 
     def _tokenise(self, split: Split) -> Dataset | IterableDataset:
         dataset = self.source.load(split)
+        arguments = {"batched": True, "fn_kwargs": {"codec": self.codec}}
         if isinstance(dataset, IterableDataset):
-            return dataset.map(self._encode, batched=True, batch_size=1000)
+            if split == "train":
+                return dataset.map(encode, **arguments)
+            # Every example once, in equally many batches a rank: that takes a look at all of them.
+            dataset = Dataset.from_list(list(tqdm(dataset, f"reading {split}")), features=FEATURES)
         if len(dataset) == 0:
             raise UserError(f"the {split} split of {self.source.name} has no rows (data.source)")
         key = f"{self.source.fingerprint()} {split} {len(dataset)} {self.codec.signature()}"
-        tokenised = dataset.map(
-            self._encode,
-            batched=True,
-            desc=f"tokenising {split}",
-            new_fingerprint=hashlib.sha256(key.encode()).hexdigest()[:32],
-        )
+        fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+        tokenised = dataset.map(encode, desc=f"tokenising {split}", new_fingerprint=fingerprint, **arguments)
         self._report_cuts(split, tokenised)
         return tokenised
 
-    def _encode(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        rows = self.codec.encode(batch["prompt"], batch["target"])
-        return {key: [row[key] for row in rows] for key in rows[0]}
-
     def _report_cuts(self, split: Split, dataset: Dataset) -> None:
-        cut = sum(tokens[0] > 0 for tokens in dataset["cut_prompt_tokens"])
+        table = dataset.with_format("arrow")[:]
+        cut = int((pc.list_flatten(table["cut_prompt_tokens"]).to_numpy() > 0).sum())
         limit = self.text_format.max_target_tokens
         targets = int((token_counts(dataset, ("target_ids",)) >= limit).sum())
         if cut or targets:
@@ -188,40 +190,45 @@ class TextDataModule(L.LightningDataModule):
                 stacklevel=2,
             )
 
-    def _loader(self, split: Split, batch_size: int, collate: Callable) -> DataLoader:
+    def _evaluation_loader(self, split: Split) -> DataLoader:
         dataset = self._tokenised[split]
-        workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        pin = self._module.device.type == "cuda"
-        rank, world = self._module.trainer.global_rank, self._module.trainer.world_size
-        if isinstance(dataset, IterableDataset):
-            dataset = split_dataset_by_node(dataset, rank, world)
-            if split == "train":
-                dataset = dataset.shuffle(seed=self._seed(), buffer_size=self.shuffle_buffer)
-            return DataLoader(
-                dataset, batch_size, collate_fn=collate, pin_memory=pin, drop_last=split == "train", **workers
-            )
-        sampler = LengthBatchSampler(
+        assert isinstance(dataset, Dataset)
+        sampler = self._sampler(dataset, self.eval_batch_size, shuffle=False)
+        collate = partial(collate_with_examples, codec=self.codec)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._workers())
+
+    def _sampler(self, dataset: Dataset, batch_size: int, shuffle: bool) -> LengthBatchSampler:
+        trainer = self._module.trainer
+        return LengthBatchSampler(
             token_counts(dataset, ("input_prompt_ids", "target_ids")),
             batch_size,
-            shuffle=split == "train",
-            seed=self._seed(),
-            rank=rank,
-            world_size=world,
-        )
-        return ResumableLoader(
-            self._progress, dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin, **workers
+            shuffle=shuffle,
+            seed=self._seed,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
 
-    def _progress(self) -> tuple[int, int]:
-        """Return the epoch and how many of its batches were trained, not how many a worker has fetched ahead."""
-        done = self._module.trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        return self._module.trainer.current_epoch, done
+    def _workers(self) -> dict[str, Any]:
+        if self.num_workers:
+            # The tokenizers' threads do not survive the fork of a worker, which has one core anyway.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        pin = self._module.device.type == "cuda"
+        return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0, "pin_memory": pin}
 
-    def _seed(self) -> int:
-        return torch.initial_seed() % 2**32
+    def _trained(self) -> int:
+        # `completed` lags behind where a checkpoint is written at the end of a batch.
+        return int(self._module.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
-    def _collate_with_examples(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.codec.collate(rows) | {"examples": [{k: row[k] for k in TEXT_COLUMNS} for row in rows]}
+
+def encode(batch: dict[str, list[str]], codec: Codec) -> dict[str, list[Any]]:
+    """Tokenise a batch of columns."""
+    rows = codec.encode(batch["prompt"], batch["target"])
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def collate_with_examples(rows: list[dict[str, Any]], codec: Codec) -> dict[str, Any]:
+    """Collate a batch and put the texts beside the tensors, under "examples"."""
+    return codec.collate(rows) | {"examples": [{name: row[name] for name in TEXT_COLUMNS} for row in rows]}
 
 
 def token_counts(dataset: Dataset, columns: tuple[str, ...]) -> np.ndarray:

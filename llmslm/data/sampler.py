@@ -1,26 +1,34 @@
 """Length-bucketed batches, dealt out over ranks: equally many batches a rank, each example in one of them."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from llmslm.errors import UserError
 
 
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of examples of similar length.
 
     Training (shuffle): examples are shuffled, sorted by length within windows of `WINDOW` batches, and the batches
-    shuffled again; the last incomplete round of batches is dropped, so all ranks take equally many, full batches.
+    shuffled again and dealt out; what does not fill a round of full batches on all ranks is left out of this epoch.
+    Seed and epoch alone decide about the batches and their order, so a run that resumes on another number of ranks
+    still sees no example twice. Only a split that is smaller than one round is repeated, so that each rank has a batch.
     Evaluation: all examples, longest first (memory runs out at once or never), in equally many batches a rank; each
-    example is in exactly one of them.
+    example is in exactly one of them (with a batch size of 1 and several ranks, some batches hold two).
 
     Args:
         lengths: tokens of each example.
         batch_size: examples a batch and rank.
         shuffle: training or evaluation.
-        seed: of the shuffle; the order depends on seed and epoch alone.
+        seed: of the shuffle.
         rank: this process.
         world_size: number of processes.
+
+    Raises:
+        UserError: if there are fewer examples to evaluate than processes.
     """
 
     WINDOW = 64
@@ -35,6 +43,11 @@ class LengthBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if not shuffle and len(lengths) < world_size:
+            raise UserError(
+                f"there are {len(lengths)} examples to evaluate on {world_size} processes; "
+                "give a larger split (data.source) or fewer processes (trainer.devices)"
+            )
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -42,42 +55,38 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
-        self.start = (0, 0)
-        """(epoch, batches): in that epoch, begin after so many batches, which an interrupted run has done."""
-        # Lightning sets the epoch on `sampler` and on `batch_sampler.sampler`, never on the batch sampler itself.
-        self.sampler = self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle differently from now on."""
-        self.epoch = epoch
+        self.done = 0
+        """Batches of this epoch, over all ranks, that are not given out any more."""
 
     def __len__(self) -> int:
-        per_round = self.batch_size * self.world_size
-        if not self.shuffle:
-            return -(-len(self.lengths) // per_round)
-        return max(1, len(self.lengths) // per_round) if len(self.lengths) else 0
+        rounds = len(self.lengths) / (self.batch_size * self.world_size)
+        if self.shuffle:
+            return max(1, math.floor(rounds))
+        return min(math.ceil(rounds), len(self.lengths) // self.world_size)  # no rank has an empty batch
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = self._training_batches() if self.shuffle else self._evaluation_batches()
-        mine = batches[self.rank :: self.world_size]
-        epoch, done = self.start
-        yield from mine[done if self.shuffle and epoch == self.epoch else 0 :]
+        left = batches[self.done :]
+        rounds = len(left) // self.world_size  # whole ones, also after a change of the number of ranks
+        yield from left[self.rank : rounds * self.world_size : self.world_size]
 
     def _training_batches(self) -> list[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         order = generator.permutation(len(self.lengths))
-        window = self.batch_size * self.world_size * self.WINDOW
+        if len(order) > self.batch_size:
+            # What fills no batch goes before the sorting, or it would always be the longest example.
+            order = order[: len(order) // self.batch_size * self.batch_size]
+        window = self.batch_size * self.WINDOW
         batches = []
         for begin in range(0, len(order), window):
             chunk = order[begin : begin + window]
             chunk = chunk[np.argsort(self.lengths[chunk], kind="stable")]
             batches += [chunk[i : i + self.batch_size].tolist() for i in range(0, len(chunk), self.batch_size)]
-        if len(order) >= self.batch_size * self.world_size:
-            batches = [batch for batch in batches if len(batch) == self.batch_size]
-        batches = batches[: len(self) * self.world_size]
-        while len(batches) < len(self) * self.world_size:  # fewer examples than one round: every rank repeats some
-            batches += batches[: len(self) * self.world_size - len(batches)]
-        return [batches[i] for i in generator.permutation(len(batches))]
+        wanted = len(self) * self.world_size
+        batches = [batches[i] for i in generator.permutation(len(batches))]
+        while len(batches) < wanted:
+            batches += batches[: wanted - len(batches)]
+        return batches[:wanted]
 
     def _evaluation_batches(self) -> list[list[int]]:
         order = np.argsort(-self.lengths, kind="stable")

@@ -33,14 +33,16 @@ class _Debian(BuiltSource):
     """What both sources share: package lists, and splits by source package.
 
     Args:
+        max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
         cache_dir: see `BuiltSource`.
     """
 
     languages: tuple[str, ...] = ()
 
-    def __init__(self, max_eval: int | None = None, cache_dir: str | None = None) -> None:
+    def __init__(self, max_chars: int = 2000, max_eval: int | None = None, cache_dir: str | None = None) -> None:
         super().__init__(cache_dir)
+        self.max_chars = max_chars
         self.max_eval = max_eval
 
     def key(self) -> dict[str, Any]:
@@ -49,6 +51,7 @@ class _Debian(BuiltSource):
             "version": _VERSION,
             "release": release(),
             "languages": self.languages,
+            "max_chars": self.max_chars,
             "max_eval": self.max_eval,
         }
 
@@ -63,7 +66,7 @@ class _Debian(BuiltSource):
         splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
         seen: set[str] = set()
         for source, prompt, target in self.pairs(lists):
-            if prompt not in seen:
+            if prompt not in seen and max(len(prompt), len(target)) <= self.max_chars:
                 seen.add(prompt)
                 name = hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:16]
                 splits[split_by_group(source, 3)].append({"id": name, "prompt": prompt, "target": target})
@@ -77,12 +80,19 @@ class DebianTranslation(_Debian):
 
     Args:
         target_language: code that Debian uses ("it", "da", "de", "fr", "pt_BR", ...).
-        max_eval: at most so many examples of validation and of test.
+        max_chars: longer texts are left out, on either side: they are lists.
+        max_eval: at most so many examples of validation and of test, chosen by hash.
         cache_dir: see `BuiltSource`.
     """
 
-    def __init__(self, target_language: str = "it", max_eval: int | None = None, cache_dir: str | None = None) -> None:
-        super().__init__(max_eval, cache_dir)
+    def __init__(
+        self,
+        target_language: str = "it",
+        max_chars: int = 2000,
+        max_eval: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(max_chars, max_eval, cache_dir)
         self.target_language = target_language
         self.languages = ("en", target_language)
         self.name = f"debian-translation-en-{target_language}"

@@ -1,0 +1,97 @@
+"""Length-bucketed batches: every example once, the same number of batches on every rank."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmslm.data.sampler import LengthBatchSampler
+from llmslm.errors import UserError
+
+
+def ranks(lengths, batch_size, world_size, **kwargs):
+    """The batches of one epoch, by rank."""
+    epoch, done = kwargs.pop("epoch", 0), kwargs.pop("done", 0)
+    result = []
+    for rank in range(world_size):
+        sampler = LengthBatchSampler(lengths, batch_size, rank=rank, world_size=world_size, **kwargs)
+        sampler.epoch, sampler.done = epoch, done
+        result.append(list(sampler))
+        assert done or len(result[-1]) == len(sampler)
+    return result
+
+
+shapes = {
+    "size": st.integers(1, 700),
+    "batch_size": st.integers(1, 9),
+    "world_size": st.integers(1, 5),
+    "seed": st.integers(0, 3),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(**shapes)
+def test_evaluation_sees_each_example_once(size, batch_size, world_size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 50, size)
+    if size < world_size:
+        with pytest.raises(
+            UserError, match=rf"{size} examples to evaluate on {world_size} processes; .*trainer\.devices"
+        ):
+            ranks(lengths, batch_size, world_size, shuffle=False)
+        return
+    dealt = ranks(lengths, batch_size, world_size, shuffle=False)
+    assert len({len(batches) for batches in dealt}) == 1
+    assert sorted(i for batches in dealt for batch in batches for i in batch) == list(range(size))
+    assert all(0 < len(batch) <= max(batch_size, 2) for batches in dealt for batch in batches)
+    assert lengths[dealt[0][0][0]] == lengths.max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(**shapes)
+def test_training_leaves_out_less_than_a_round(size, batch_size, world_size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 50, size)
+    dealt = ranks(lengths, batch_size, world_size, shuffle=True, seed=seed, epoch=2)
+    counts = Counter(i for batches in dealt for batch in batches for i in batch)
+    assert len({len(batches) for batches in dealt}) == 1
+    if size >= batch_size * world_size:
+        assert max(counts.values()) == 1
+        assert size - len(counts) < batch_size * world_size
+        assert {len(batch) for batches in dealt for batch in batches} == {batch_size}
+    else:
+        assert [len(batches) for batches in dealt] == [1] * world_size
+
+
+def test_every_example_is_trained_on_over_the_epochs():
+    seen = [ranks(range(1, 12), 2, 2, shuffle=True, epoch=epoch) for epoch in range(12)]
+    assert {i for dealt in seen for batches in dealt for batch in batches for i in batch} == set(range(11))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    lengths = list(range(1, 101))
+    first = ranks(lengths, 4, 2, shuffle=True, seed=1, epoch=3)
+    assert ranks(lengths, 4, 2, shuffle=True, seed=1, epoch=3) == first
+    assert ranks(lengths, 4, 2, shuffle=True, seed=1, epoch=4) != first
+    assert ranks(lengths, 4, 2, shuffle=True, seed=2, epoch=3) != first
+
+
+def test_batches_hold_similar_lengths():
+    lengths = np.random.default_rng(0).integers(1, 200, 8 * LengthBatchSampler.WINDOW * 3)
+    (batches,) = ranks(lengths, 8, 1, shuffle=True)
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.05 * lengths.sum()
+    positions = np.corrcoef([lengths[batch].mean() for batch in batches], range(len(batches)))[0, 1]
+    assert abs(positions) < 0.3  # short ones do not all come first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("done", [0, 2, 6])
+def test_a_resumed_epoch_goes_on_with_the_next_batch(world_size, done):
+    lengths = list(range(1, 50))
+    (whole,) = ranks(lengths, 4, 1, shuffle=True, epoch=5)
+    rest = ranks(lengths, 4, world_size, shuffle=True, epoch=5, done=done)
+    assert len({len(batches) for batches in rest}) == 1
+    in_turn = [batch for batches in zip(*rest, strict=True) for batch in batches]
+    assert in_turn == whole[done : done + len(in_turn)]
+    assert len(whole) - done - len(in_turn) < world_size
