@@ -3,6 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from llmslm.errors import UserError
 
@@ -46,11 +47,13 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for system in ("llm", "slm", "llm_to_slm"):
         flag = f"--{system.replace('_', '-')}"
         systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
-    parser.add_argument("--data", required=True, help="recipe (name or YAML), or JSONL/Parquet with prompt and target")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="recipe (name or YAML), or JSONL/Parquet with prompt and target")
+    what.add_argument("--task", help="task (name or YAML): data, metrics, token budget under a version")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
     parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
-    metrics = "of bleu, chrf, ter, rouge, exact_match (default: all but ter)"
+    metrics = "of bleu, chrf, ter, rouge, exact_match, smoothed_bleu (default: the task's, or all but ter and the last)"
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=metrics)
     parser.add_argument("--controls", action="store_true", help="also llm_to_slm with zero and with shuffled features")
     numbers = parser.add_argument_group("settings")
@@ -74,6 +77,7 @@ def _compare(options: argparse.Namespace) -> None:
     if not folders:
         raise UserError("no system was given; expected at least one of --llm, --slm, --llm-to-slm")
     from evaluation.compare import Settings, compare_folders
+    from evaluation.examples import load_examples, load_task_examples
     from evaluation.leaderboard.rows import leaderboard_rows
     from evaluation.leaderboard.table import markdown_table
     from evaluation.records import read_record
@@ -82,16 +86,18 @@ def _compare(options: argparse.Namespace) -> None:
         *("out", "max_new_tokens", "batch_size", "metrics", "seed", "resamples", "controls"),
         *("speed_batch_sizes", "warmups", "runs"),
     )
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    paths = compare_folders(
-        folders,
-        options.data,
-        Settings(**given),
-        split=options.split,
-        limit=options.limit,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.task:
+        from evaluation.tasks import load_task
+
+        name, task = load_task(options.task)
+        of_task: dict[str, Any] = {"metrics": task.metrics, "max_new_tokens": task.max_new_tokens}
+        settings = Settings(**of_task | given)
+        examples = load_task_examples(name, task, options.limit, settings.seed)
+    else:
+        settings = Settings(**given)
+        examples = load_examples(options.data, options.split, options.limit, settings.seed)
+    paths = compare_folders(folders, examples, settings, device=options.device, dtype=options.dtype)
     if not paths:  # a rank that is not the first
         return
     print(markdown_table(leaderboard_rows(read_record(path) for path in paths)))

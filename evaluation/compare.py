@@ -73,7 +73,7 @@ class Arm:
 
 def compare_folders(
     folders: Mapping[str, str],
-    data: str,
+    data: str | Examples,
     settings: Settings,
     *,
     split: "Split" = "test",
@@ -85,7 +85,7 @@ def compare_folders(
 
     Args:
         folders: by system name, run folders or the system folders in them.
-        data: a recipe, or a JSONL or Parquet file.
+        data: a recipe, or a JSONL or Parquet file; or examples, for which split and limit do not matter.
         settings: how to evaluate.
         split: of the data.
         limit: evaluate at most so many examples.
@@ -98,7 +98,7 @@ def compare_folders(
     ranks = join_ranks()
     if device is None:
         device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
-    examples = load_examples(data, split, limit, settings.seed)
+    examples = data if isinstance(data, Examples) else load_examples(data, split, limit, settings.seed)
     arms = [load_arm(name, folder, device, dtype) for name, folder in folders.items()]
     paths = compare(arms, examples, settings, ranks)
     leave_ranks(ranks)
@@ -184,7 +184,7 @@ def _comparison_hash(arms: Sequence[Arm], examples: Examples, settings: Settings
 
 def _prediction_key(arm: Arm, examples: Examples, settings: Settings) -> str:
     """Hash all that decides about predictions, so that no others are taken for them."""
-    data = [examples.task, examples.split, examples.hashes()]
+    data = [examples.task, examples.version, examples.split, examples.hashes()]
     return _hash(
         [
             arm.system.name,
@@ -302,7 +302,12 @@ def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[P
     chosen = {name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "seed", "resamples")}
     return {
         "system": arm.system.name,
-        "task": {"name": examples.task, "version": 1, "split": examples.split, "data": examples.fingerprint},
+        "task": {
+            "name": examples.task,
+            "version": examples.version,
+            "split": examples.split,
+            "data": examples.fingerprint,
+        },
         "parameters": arm.system.parameters(),
         "length": _length(rows),
         "hashes": {**examples.hashes(), **hashes},

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmslm.errors import UserError
 
 if TYPE_CHECKING:
+    from evaluation.tasks import Task
     from llmslm.data.sources import Source, Split
 
 FILES = (".jsonl", ".parquet")
@@ -29,6 +31,8 @@ class Examples:
     ids: list[str]
     prompts: list[str]
     references: list[str]
+    version: int = 1
+    """Of the task."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,18 +64,32 @@ def load_examples(data: str, split: "Split", limit: int | None, seed: int) -> Ex
     Raises:
         UserError: if the data cannot be read, is empty, or two examples share an id.
     """
-    from llmslm.data.sources.files import TextFiles
+    from llmslm.data.sources import TextFiles
 
     source = _file_source(data, split) if data.endswith(FILES) else _recipe_source(data)
+    task = Path(data).stem if isinstance(source, TextFiles) else source.name
+    return read_source(source, task, split, limit, seed)
+
+
+def load_task_examples(name: str, task: "Task", limit: int | None, seed: int) -> Examples:
+    """Load the examples of a task; see `load_examples`."""
+    return replace(read_source(task.source, name, task.split, limit, seed), version=task.version)
+
+
+def read_source(source: "Source", task: str, split: "Split", limit: int | None, seed: int) -> Examples:
+    """Read a split of a source.
+
+    Raises:
+        UserError: if it has no examples, or two of them share an id.
+    """
     source.prepare()
     rows, original = _take(source.load(split), limit, seed)
     ids, prompts, references = ([str(row[key]) for row in rows] for key in ("id", "prompt", "target"))
     if not ids:
-        raise UserError(f"{data} has no examples in its {split} split (--data, --split)")
+        raise UserError(f"{task} has no examples in its {split} split (--data, --split)")
     if len(set(ids)) < len(ids):
-        twice = next(name for index, name in enumerate(ids) if name in ids[:index])
-        raise UserError(f"{data}: id {twice!r} appears twice in the {split} split; expected unique ids")
-    task = Path(data).stem if isinstance(source, TextFiles) else source.name
+        twice = next(name for name, count in Counter(ids).items() if count > 1)
+        raise UserError(f"{task}: id {twice!r} appears twice in the {split} split; expected unique ids")
     return Examples(task, split, source.fingerprint(), original, ids, prompts, references)
 
 
@@ -82,7 +100,7 @@ def _recipe_source(data: str) -> "Source":
 
 
 def _file_source(data: str, split: "Split") -> "Source":
-    from llmslm.data.sources.files import TextFiles
+    from llmslm.data.sources import TextFiles
 
     if not Path(data).is_file():
         raise UserError(f"there is no file {data}; expected a JSONL or Parquet file with prompt and target (--data)")

@@ -8,7 +8,7 @@ from typing import Any
 from evaluation.bootstrap import RESAMPLES, SEED, Floats, Statistics, interval, paired, resample
 from llmslm.errors import UserError
 
-METRICS = ("bleu", "chrf", "ter", "rouge", "exact_match")
+METRICS = ("bleu", "chrf", "ter", "rouge", "exact_match", "smoothed_bleu")
 DEFAULT_METRICS = ("bleu", "chrf", "rouge", "exact_match")
 LOWER_IS_BETTER = frozenset({"ter", "perplexity", "bits_per_byte"})
 """Every other score grows with quality."""
@@ -39,7 +39,7 @@ def text_statistics(
     """Compute the statistics of the named text metrics.
 
     Args:
-        metrics: of bleu, chrf (with chrF++), ter, rouge (1, 2, L, Lsum), exact_match.
+        metrics: of bleu, chrf (with chrF++), ter, rouge (1, 2, L, Lsum), exact_match, smoothed_bleu.
         predictions: generated texts.
         references: one gold text a prediction, or a list of them.
 
@@ -51,6 +51,7 @@ def text_statistics(
     from evaluation.metrics.chrf import chrf_statistics
     from evaluation.metrics.exact_match import exact_match_statistics
     from evaluation.metrics.rouge import rouge_statistics
+    from evaluation.metrics.smoothed_bleu import smoothed_bleu_statistics
     from evaluation.metrics.ter import ter_statistics
 
     known = {
@@ -59,6 +60,7 @@ def text_statistics(
         "ter": ter_statistics,
         "rouge": rouge_statistics,
         "exact_match": exact_match_statistics,
+        "smoothed_bleu": smoothed_bleu_statistics,
     }
     return [statistics for name in metrics for statistics in known[name](predictions, references)]
 

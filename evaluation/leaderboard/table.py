@@ -10,6 +10,7 @@ from evaluation.leaderboard.rows import Row, best
 
 SCORES = {
     "bleu": "BLEU",
+    "smoothed_bleu": "smoothed BLEU",
     "chrf": "chrF",
     "chrf_plus_plus": "chrF++",
     "ter": "TER",

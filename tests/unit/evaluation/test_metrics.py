@@ -8,6 +8,7 @@ import evaluate
 import numpy as np
 import pytest
 import sacrebleu
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score import rouge_scorer
 
 from evaluation import metrics
@@ -16,6 +17,7 @@ from evaluation.metrics.chrf import Chrf, chrf_statistics
 from evaluation.metrics.exact_match import ExactMatch
 from evaluation.metrics.perplexity import Perplexity, perplexity_statistics
 from evaluation.metrics.rouge import Rouge, rouge_statistics
+from evaluation.metrics.smoothed_bleu import SmoothedBleu
 from evaluation.metrics.ter import Ter
 from evaluation.metrics.texts import reference_lists
 from llmslm.errors import UserError
@@ -87,6 +89,19 @@ def test_rouge_lsum_of_single_lines_is_rouge_scores():
     assert found.rows[:, 0].tolist() == expected
 
 
+def test_smoothed_bleu_is_add_one_of_lin_and_och():
+    texts = ["the cat sat on mat", "return a new value of the thing", "nothing at all"]
+    gold = ["the cat sat on the mat today", "returns a value of the new thing", "something else here"]
+    add_one = SmoothingFunction().method2
+    expected = [
+        100 * sentence_bleu([right.split()], text.split(), smoothing_function=add_one)
+        for text, right in zip(texts, gold, strict=True)
+    ]
+    found = SmoothedBleu().compute(predictions=texts, references=gold)
+    assert found["smoothed_bleu"] == pytest.approx(np.mean(expected), abs=1e-6)
+    assert "smooth:add-k[1.00]" in found["smoothed_bleu_signature"]
+
+
 def test_exact_match_ignores_outer_space_only():
     found = ExactMatch().compute(predictions=["a b", " a b\n", "A b", "ab"], references=["a b"] * 4)
     assert found == {"exact_match": 50.0}
@@ -110,7 +125,7 @@ def test_perplexity_keeps_small_differences_of_large_sums():
     assert many.rows[:, 0].sum() - 1e9 == pytest.approx(1e-4, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["bleu", "chrf", "ter", "rouge", "exact_match"])
+@pytest.mark.parametrize("name", ["bleu", "chrf", "ter", "rouge", "exact_match", "smoothed_bleu"])
 def test_loads_by_path(name):
     loaded = evaluate.load(str(FOLDER / f"{name}.py"))
     assert loaded.compute(predictions=["a b c d e"], references=["a b c d e"])[
