@@ -20,9 +20,7 @@ def byte_tokenizer(bos=True):
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
 def make(**kwargs):
@@ -93,7 +91,7 @@ def test_a_long_prompt_is_refused_or_cut_where_the_recipe_says():
 
 
 def test_mistakes_in_the_recipe_are_named():
-    with pytest.raises(UserError, match="has no {prompt} in it"):
+    with pytest.raises(UserError, match=r"has no \{prompt\} in it"):
         make(prompt_template="translate:")
     with pytest.raises(UserError, match="different tokenizers, but the alignment is SameTokenizer"):
         Codec(byte_tokenizer(), byte_tokenizer(), text_format=TextFormat(), is_encoder_decoder=False)

@@ -110,9 +110,11 @@ def test_training_logits_ignore_the_padding(encoder, slm, tmp_path):
             k: v[:, :prompt] if k.startswith("prompt") else v[:, :length] if k != "labels" else v
             for k, v in single.items()
         }
-        single["labels"] = single["labels"][:, : single["input_ids"].shape[1]] if not _is_seq2seq(model) else batch[
-            "labels"
-        ][row : row + 1]
+        single["labels"] = (
+            single["labels"][:, : single["input_ids"].shape[1]]
+            if not _is_seq2seq(model)
+            else batch["labels"][row : row + 1]
+        )
         alone = model(**single).logits
         torch.testing.assert_close(logits[row, : alone.shape[1]], alone[0], atol=1e-4, rtol=1e-4)
 
@@ -143,7 +145,10 @@ def test_destroyed_features_change_the_logits(encoder, slm, tmp_path):
     model = compose(encoder, slm, tmp_path)
     batch = training_batch(model, *tiny.prompts())
     logits = model(**batch).logits
-    swapped = batch | {"prompt_ids": batch["prompt_ids"].roll(1, 0), "prompt_attention_mask": batch["prompt_attention_mask"]}
+    swapped = batch | {
+        "prompt_ids": batch["prompt_ids"].roll(1, 0),
+        "prompt_attention_mask": batch["prompt_attention_mask"],
+    }
     assert (model(**swapped).logits - logits).abs().max() > 1e-3
     model.projector.register_forward_hook(lambda _m, _a, states: torch.zeros_like(states))
     assert (model(**batch).logits - logits).abs().max() > 1e-3
