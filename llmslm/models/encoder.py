@@ -33,7 +33,8 @@ class Encoder(nn.Module):
     Args:
         model: an encoder stack or a decoder-only base model (no language-model head).
         layer: whose output is used: "last" (after the final norm), an index into hidden_states (0 = embeddings,
-            negative from the end), or a fraction of the depth in (0, 1]. Layers above it are removed. The states of inner layers
+            negative from the end), or a fraction of the depth in (0, 1]. Layers above it are removed. The states
+            of inner layers
             are taken before the final norm.
         full_depth: layers of the whole model, where `model` was already shortened at load.
     """
