@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from evaluation.compare import Arm, Settings, compare
 from evaluation.leaderboard import build
 from evaluation.records import read_record
-from evaluation.tracking import log_comparison, metrics
+from evaluation.tracking import log_comparison, metrics, tracking_uri
 from llmslm.errors import UserError
 
 FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 1, "resamples": 20}
@@ -28,7 +28,7 @@ def client(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # artifacts of a SQLite store go to the working directory
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        yield MlflowClient()
+        yield MlflowClient(tracking_uri())  # in full: other tests' loggers set MLflow's global one
 
 
 def test_a_child_for_each_record_under_one_parent(client, records, tmp_path):
