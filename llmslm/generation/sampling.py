@@ -116,7 +116,7 @@ class TokenRules:
 
     def choose(self, logits: Tensor, state: DecodeState) -> None:
         """Pick the next token of each row from logits (batch, vocabulary) and advance the state, on the device."""
-        scores = self._processed(logits.float(), state)
+        scores = self.processed(logits.float(), state.step, state.min_new, seen=state.seen, penalty=state.penalty)
         token = _drawn(scores, state) if state.mode == "sampled" else scores.argmax(dim=-1)
         if self.forced_bos is not None:
             token = torch.where(state.step == 0, self.forced_bos, token)
@@ -124,15 +124,32 @@ class TokenRules:
             token = torch.where(state.step == state.max_new - 1, self.forced_eos, token)
         state.advance(token, eos=self.eos, pad=self.pad)
 
-    def _processed(self, scores: Tensor, state: DecodeState) -> Tensor:
-        if state.seen is not None:
-            penalised = torch.where(scores < 0, scores * state.penalty, scores / state.penalty)
-            scores = torch.where(state.seen, penalised, scores)
-        step = state.step[:, None]
+    def processed(
+        self,
+        scores: Tensor,
+        step: Tensor,
+        min_new: Tensor | int,
+        *,
+        seen: Tensor | None = None,
+        penalty: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Apply what changes or forbids tokens, except forced ones, to scores (rows, vocabulary).
+
+        Args:
+            scores: logits in float32.
+            step: (rows,) tokens produced before the one that is chosen.
+            min_new: number of tokens before which no row ends.
+            seen: (rows, vocabulary) tokens that the penalty hits.
+            penalty: divides positive and multiplies negative logits of what was seen.
+        """
+        if seen is not None:
+            penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+            scores = torch.where(seen, penalised, scores)
+        step = step[:, None]
         low = float("-inf")
         if self.eos.numel():
             ends = scores[:, self.eos]
-            scores = scores.index_copy(1, self.eos, ends.masked_fill(step < state.min_new, low))
+            scores = scores.index_copy(1, self.eos, ends.masked_fill(step < min_new, low))
         if self.suppress.numel():
             scores = scores.index_fill(1, self.suppress, low)
         if self.begin_suppress.numel():
@@ -142,12 +159,21 @@ class TokenRules:
         return scores
 
 
-def _drawn(scores: Tensor, state: DecodeState) -> Tensor:
-    """Draw from the softmax of scores / temperature, cut to top_k and top_p; one sort serves both cuts."""
-    ordered, order = (scores / state.temperature).sort(dim=-1, descending=True)
+def cut(
+    scores: Tensor, temperature: Tensor | float, top_k: Tensor | int, top_p: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Mass (rows, vocabulary) left by both cuts, in descending order, and the tokens it belongs to; one sort serves.
+
+    The mass is the softmax of scores / temperature over the top_k; what top_p cuts off is zero, the rest as it was.
+    """
+    ordered, order = (scores / temperature).sort(dim=-1, descending=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
-    ordered = ordered.masked_fill(rank >= state.top_k, float("-inf"))
-    mass = ordered.softmax(dim=-1)
-    mass = mass.masked_fill(mass.cumsum(dim=-1) - mass >= state.top_p, 0.0)
+    mass = ordered.masked_fill(rank >= top_k, float("-inf")).softmax(dim=-1)
+    return mass.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, 0.0), order
+
+
+def _drawn(scores: Tensor, state: DecodeState) -> Tensor:
+    """Draw from the softmax of scores / temperature, cut to top_k and top_p."""
+    mass, order = cut(scores, state.temperature, state.top_k, state.top_p)
     noise = torch.empty_like(mass).exponential_(generator=state.generator)
     return order.gather(-1, (mass / noise).argmax(dim=-1, keepdim=True)).squeeze(-1)

@@ -144,10 +144,15 @@ class Encoder(nn.Module):
     def content_hash(self) -> str:
         """Hash names and values of all weights, rounded to bfloat16 so that the loading dtype does not matter."""
         digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in sorted(self._read_weights().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _read_weights(self) -> dict[str, Tensor]:
+        """The weights that decide about the states, by name."""
+        weights: dict[str, Tensor] = self.model.state_dict()
+        return weights
 
     def _keep_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._inner_state = output if isinstance(output, Tensor) else output[0]

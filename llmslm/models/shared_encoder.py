@@ -1,0 +1,76 @@
+"""The encoder inside a whole LLM: one pass over the prompt serves the projector and the LLM's own decoding."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmslm.models.encoder import Encoder, Layer, layer_index, layer_list, pad_right
+
+
+class Reading(NamedTuple):
+    """What one pass over prompts gives.
+
+    hidden_states: (batch, prompt_len, hidden_size), right-padded, of the encoder's layer.
+    mask: (batch, prompt_len), 1 = a real token.
+    last_hidden_state: (batch, prompt_len, hidden_size), of the last layer, after the final norm.
+    past_key_values: the cache of a decoder-only LLM; None for an encoder-decoder.
+    """
+
+    hidden_states: Tensor
+    mask: Tensor
+    last_hidden_state: Tensor
+    past_key_values: Any
+
+
+class SharedEncoder(Encoder):
+    """An `Encoder` that shares its weights with an LLM, which keeps all its layers and stays usable.
+
+    Args:
+        llm: an encoder-decoder or decoder-only language model with its head.
+        layer: as for `Encoder`.
+    """
+
+    def __init__(self, llm: PreTrainedModel, layer: Layer = "last") -> None:
+        nn.Module.__init__(self)
+        self.keeps_cache = not llm.config.is_encoder_decoder
+        self.model = llm.base_model if self.keeps_cache else llm.get_encoder()
+        self.layer = layer
+        self._inner_state: Tensor | None = None
+        self._takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
+        layers = layer_list(self.model)
+        self.full_depth = len(layers)
+        self.depth = layer_index(layer, self.full_depth)
+        if self.depth == 0:
+            layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        elif self.depth < self.full_depth:
+            layers[self.depth - 1].register_forward_hook(self._keep_output)
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Encoder.forward`."""
+        reading = self.read(prompt_ids, prompt_attention_mask)
+        return reading.hidden_states, reading.mask
+
+    @torch.no_grad()
+    def read(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Reading:
+        """Pass once over prompts (batch, prompt_len), padded on either side."""
+        prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
+        kwargs = {"use_cache": self.keeps_cache} if self._takes_use_cache else {}
+        output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
+        inner, self._inner_state = self._inner_state, None
+        states = output.last_hidden_state if inner is None else inner
+        cache = output.past_key_values if self.keeps_cache else None
+        return Reading(states, mask, output.last_hidden_state, cache)
+
+    def _read_weights(self) -> dict[str, Tensor]:
+        """What an `Encoder` of this layer holds: the LLM's layers above it do not count."""
+        layers, keep = layer_list(self.model), max(self.depth, 1)
+        prefix = next(name for name, module in self.model.named_modules() if module is layers) + "."
+        weights: dict[str, Tensor] = self.model.state_dict()
+        above = [n for n in weights if n.startswith(prefix) and int(n.removeprefix(prefix).split(".")[0]) >= keep]
+        return {name: tensor for name, tensor in weights.items() if name not in above}
