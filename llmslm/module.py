@@ -15,13 +15,15 @@ from torchmetrics.text import SacreBLEUScore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
-from llmslm.data.codec import IGNORED, Codec, TextFormat
+from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.encoder import Encoder, Layer
 from llmslm.models.fusion import Add, Fusion
+from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.packing import check_packing
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.system import System
 
@@ -183,28 +185,31 @@ class SystemModule(L.LightningModule):
         """Run the system on a training batch."""
         return self._built(**batch)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def on_fit_start(self) -> None:
+        """See to it that packed examples cannot mix."""
+        if self._built_codec.can_pack and self.trainer.datamodule.pack_tokens:  # type: ignore[attr-defined]
+            check_packing(self._built)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean cross-entropy in nats a target token, and the number of target tokens."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         labels = tensors.pop("labels")
         model = self._built
+        rows, columns = tensors.pop("target_positions") if "target_positions" in batch else target_positions(labels)
+        targets = labels[rows, columns]
         if model.config.is_encoder_decoder:
-            tensors["decoder_input_ids"] = shift_right(
-                labels, model.config.decoder_start_token_id, self._built_codec.pad_id
-            )
-            logits = self(**tensors, use_cache=False).logits
+            start, pad = model.config.decoder_start_token_id, self._built_codec.pad_id
+            tensors["decoder_input_ids"] = shift_right(labels, start, pad)
         else:
-            # Only positions from the first target on need logits: on a large vocabulary they are most of the work.
-            keep = labels.shape[1] - int(batch["first_target"]) if "first_target" in batch else labels.shape[1]
-            logits = self(**tensors, use_cache=False, logits_to_keep=keep + 1).logits[:, :-1]
-            labels = labels[:, -logits.shape[1] :]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
-        return loss, (labels != IGNORED).sum()
+            columns = columns - 1  # the position before a target predicts it
+        with logits_at(model, rows, columns, labels.shape[1]):
+            logits = self(**tensors, use_cache=False).logits[0]
+        return nn.functional.cross_entropy(logits.float(), targets), targets.numel()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log train/loss."""
         loss, tokens = self.loss(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=int(tokens))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=tokens)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from llmslm.callbacks.predictions import WritePredictions
 from llmslm.callbacks.save_system import SaveSystem
+from llmslm.callbacks.throughput import LogThroughput
 from llmslm.callbacks.tracking import MlflowLogger, RecordRun
 from llmslm.data.datamodule import TextDataModule
 from llmslm.module import SystemModule
@@ -91,6 +92,7 @@ def run(args: list[str]) -> None:
         trainer_defaults={
             "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
             "use_distributed_sampler": False,
+            "callbacks": [LogThroughput()],
         },
         parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
         auto_configure_optimizers=False,

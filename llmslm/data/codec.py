@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,25 @@ class TextFormat:
     """Longest target, in the slm's tokens (end of sequence included); longer targets are cut."""
     truncate_prompt: Literal["left", "right"] | None = None
     """The side from which a longer prompt is cut; None refuses it."""
+
+
+class BatchSizes(NamedTuple):
+    """What a batch holds."""
+
+    examples: int
+    prompt: int
+    """Tokens of the slm's prompts (of the llm's, in its own system)."""
+    target: int
+    """Tokens of the targets."""
+    encoder_prompt: int
+    """Tokens of the frozen encoder's prompts."""
+    slots: int
+    """All tokens and padding."""
+
+    @property
+    def tokens(self) -> int:
+        """Count what the batch's models read."""
+        return self.prompt + self.target + self.encoder_prompt
 
 
 class Codec:
@@ -76,6 +95,11 @@ class Codec:
         self.pad_id = _pad_id(slm_tokenizer)
         self.encoder_pad_id = _pad_id(encoder_tokenizer or slm_tokenizer)
 
+    @property
+    def can_pack(self) -> bool:
+        """Say whether several examples may share a row: prompt and target are one sequence, and nobody else reads."""
+        return not self.is_encoder_decoder and not self.has_encoder
+
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> list[Row]:
         """Tokenise texts.
 
@@ -114,6 +138,44 @@ class Codec:
             "attention_mask": attention_mask,
             "labels": pad(labels, IGNORED)[0],
         }
+
+    def sizes(self, rows: Sequence[Row], batch: dict[str, Tensor]) -> BatchSizes:
+        """Count what a batch holds that was made of these rows."""
+        sides = ["input_ids", *(["labels"] if self.is_encoder_decoder else []), *(["prompt_ids"] * self.has_encoder)]
+        return BatchSizes(
+            examples=len(rows),
+            prompt=sum(len(row["input_prompt_ids"]) for row in rows),
+            target=sum(len(row["target_ids"]) for row in rows),
+            encoder_prompt=sum(len(row["prompt_ids"]) for row in rows) if self.has_encoder else 0,
+            slots=sum(batch[side].numel() for side in sides),
+        )
+
+    def collate_packed(self, rows: Sequence[Row], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Make a training batch of packed rows, for decoder-only models without an encoder.
+
+        Args:
+            rows: examples, in the order in which they are packed.
+            shape: rows and tokens of the batch.
+
+        Returns:
+            input_ids, position_ids, labels: each of `shape`. Positions start at 0 with each example, which is how
+            transformers knows that it attends to nothing before; there is no attention mask. -100 = ignored.
+        """
+        packed = pack_rows([len(row["input_prompt_ids"]) + len(row["target_ids"]) for row in rows], shape[1])
+        if len(packed) > shape[0]:
+            raise ValueError(f"{len(rows)} examples take {len(packed)} rows, the batch has {shape[0]}")
+        input_ids = torch.full(shape, self.pad_id)
+        labels = torch.full(shape, IGNORED)
+        position_ids = torch.arange(shape[1]).repeat(shape[0], 1)
+        for place, members in enumerate(packed):
+            begin = 0
+            for prompt, target in ((rows[i]["input_prompt_ids"], rows[i]["target_ids"]) for i in members):
+                middle, end = begin + len(prompt), begin + len(prompt) + len(target)
+                input_ids[place, begin:end] = torch.tensor(prompt + target)
+                labels[place, middle:end] = torch.tensor(target)
+                position_ids[place, end:] = torch.arange(shape[1] - end)
+                begin = end
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch to generate from: prompts alone, left-padded for decoder-only models."""
@@ -196,6 +258,25 @@ def pad(
         ids[row, span] = torch.tensor(sequence, dtype=torch.long)
         mask[row, span] = 1
     return ids, mask
+
+
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Fill rows in the given order, a new one where an item does not fit; return the rows' indices."""
+    rows: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if length > room or not rows:
+            rows.append([])
+            room = capacity
+        rows[-1].append(index)
+        room -= length
+    return rows
+
+
+def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row and column, (n,) each, of the labels (batch, len) that count."""
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    return rows, columns
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmslm.data.codec import IGNORED, Codec, TextFormat
+from llmslm.data.codec import Codec, TextFormat, target_positions
 from llmslm.data.loader import BatchLoader, StreamLoader
-from llmslm.data.sampler import LengthBatchSampler
+from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
 from llmslm.data.sources import Source, Split
 from llmslm.data.sources.base import FEATURES
 from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
@@ -42,6 +42,8 @@ class TextDataModule(L.LightningDataModule):
         max_prompt_tokens: longest prompt, in the encoder's tokens.
         max_target_tokens: longest target, in the slm's tokens; longer targets are cut and counted.
         truncate_prompt: the side from which a longer prompt is cut; None refuses it.
+        pack_tokens: tokens of a training row that holds several examples; micro_batch_size then counts rows. For
+            decoder-only systems without an encoder; the others take batches of similar lengths, as None does.
         num_workers: processes that collate ahead.
         shuffle_buffer: examples that a streamed source is shuffled within.
     """
@@ -56,6 +58,7 @@ class TextDataModule(L.LightningDataModule):
         max_prompt_tokens: int = 512,
         max_target_tokens: int = 128,
         truncate_prompt: Literal["left", "right"] | None = None,
+        pack_tokens: int | None = None,
         num_workers: int = 0,
         shuffle_buffer: int = 10_000,
     ) -> None:
@@ -67,6 +70,7 @@ class TextDataModule(L.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.eval_batch_size = eval_batch_size or micro_batch_size
         self.text_format = TextFormat(prompt_template, max_prompt_tokens, max_target_tokens, truncate_prompt)
+        self.pack_tokens = pack_tokens
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.slm_tokenizer: PreTrainedTokenizerBase
@@ -104,9 +108,15 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of training rows."""
-        dataset, batch_size, collate = self._tokenised["train"], self.micro_batch_size, self.codec.collate
+        dataset, batch_size = self._tokenised["train"], self.micro_batch_size
+        collate = partial(collate_training, codec=self.codec)
+        if isinstance(dataset, Dataset) and self.pack_tokens and self.codec.can_pack:
+            shape = (batch_size, self.pack_tokens)
+            sampler: LengthBatchSampler = PackedBatchSampler(_lengths(dataset), *shape, **self._dealing())
+            packed = partial(collate, shape=shape)
+            return BatchLoader(dataset, sampler, self._trained, collate_fn=packed, **self._workers())
         if isinstance(dataset, Dataset):
-            sampler = self._sampler(dataset, batch_size, shuffle=True)
+            sampler = LengthBatchSampler(_lengths(dataset), batch_size, shuffle=True, **self._dealing())
             return BatchLoader(dataset, sampler, self._trained, collate_fn=collate, **self._workers())
         trainer = self._module.trainer
         if trainer.max_steps == -1:
@@ -126,12 +136,6 @@ class TextDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         """Batches of the test split, with their examples."""
         return self.test_dataloader()
-
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        """Note the first column that holds a target (for the logits to keep) while the labels are still on the CPU."""
-        if not self.codec.is_encoder_decoder:
-            batch["first_target"] = int((batch["labels"] != IGNORED).any(0).int().argmax())
-        return batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the shuffle; the position in it is part of the loader's state."""
@@ -193,20 +197,13 @@ class TextDataModule(L.LightningDataModule):
     def _evaluation_loader(self, split: Split) -> DataLoader:
         dataset = self._tokenised[split]
         assert isinstance(dataset, Dataset)
-        sampler = self._sampler(dataset, self.eval_batch_size, shuffle=False)
+        sampler = LengthBatchSampler(_lengths(dataset), self.eval_batch_size, shuffle=False, **self._dealing())
         collate = partial(collate_with_examples, codec=self.codec)
         return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._workers())
 
-    def _sampler(self, dataset: Dataset, batch_size: int, shuffle: bool) -> LengthBatchSampler:
+    def _dealing(self) -> dict[str, int]:
         trainer = self._module.trainer
-        return LengthBatchSampler(
-            token_counts(dataset, ("input_prompt_ids", "target_ids")),
-            batch_size,
-            shuffle=shuffle,
-            seed=self._seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        return {"seed": self._seed, "rank": trainer.global_rank, "world_size": trainer.world_size}
 
     def _workers(self) -> dict[str, Any]:
         if self.num_workers:
@@ -226,9 +223,26 @@ def encode(batch: dict[str, list[str]], codec: Codec) -> dict[str, list[Any]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
+def collate_training(rows: list[dict[str, Any]], codec: Codec, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Collate a batch, packed into `shape` if given, and count here what the device should not be asked for.
+
+    Returns:
+        The codec's tensors, target_positions (2, n): row and column of each target, and sizes.
+    """
+    batch = codec.collate(rows) if shape is None else codec.collate_packed(rows, shape)
+    return batch | {
+        "target_positions": torch.stack(target_positions(batch["labels"])),
+        "sizes": codec.sizes(rows, batch),
+    }
+
+
 def collate_with_examples(rows: list[dict[str, Any]], codec: Codec) -> dict[str, Any]:
     """Collate a batch and put the texts beside the tensors, under "examples"."""
-    return codec.collate(rows) | {"examples": [{name: row[name] for name in TEXT_COLUMNS} for row in rows]}
+    return collate_training(rows, codec) | {"examples": [{name: row[name] for name in TEXT_COLUMNS} for row in rows]}
+
+
+def _lengths(dataset: Dataset) -> np.ndarray:
+    return token_counts(dataset, ("input_prompt_ids", "target_ids"))
 
 
 def token_counts(dataset: Dataset, columns: tuple[str, ...]) -> np.ndarray:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmslm.data.sampler import LengthBatchSampler
+from llmslm.data.codec import pack_rows
+from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler, best_fit
 from llmslm.errors import UserError
 
 
@@ -95,3 +96,34 @@ def test_a_resumed_epoch_goes_on_with_the_next_batch(world_size, done):
     in_turn = [batch for batches in zip(*rest, strict=True) for batch in batches]
     assert in_turn == whole[done : done + len(in_turn)]
     assert len(whole) - done - len(in_turn) < world_size
+
+
+@settings(max_examples=40, deadline=None)
+@given(**shapes)
+def test_packed_rows_hold_each_example_once(size, batch_size, world_size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 50, size)
+    dealt = []
+    for rank in range(world_size):
+        sampler = PackedBatchSampler(lengths, batch_size, 64, seed=seed, rank=rank, world_size=world_size)
+        sampler.epoch = 3
+        dealt.append(list(sampler))
+        assert len(dealt[-1]) == len(sampler)
+        assert all(len(pack_rows(lengths[batch].tolist(), 64)) <= batch_size for batch in dealt[-1])
+    counts = Counter(i for batches in dealt for batch in batches for i in batch)
+    rows = lengths.sum() // 64
+    if rows >= batch_size * world_size:
+        assert max(counts.values()) == 1
+        assert lengths[list(counts)].sum() >= lengths.sum() - 2 * 64 * batch_size * world_size
+
+
+def test_packing_leaves_little_room():
+    lengths = np.random.default_rng(0).integers(4, 200, 5000)
+    rows = best_fit(lengths.tolist(), 512)
+    assert sorted(i for row in rows for i in row) == list(range(5000))
+    assert all(lengths[row].sum() <= 512 for row in rows)
+    assert len(rows) * 512 < 1.01 * lengths.sum()
+
+
+def test_packing_refuses_what_is_longer_than_a_row():
+    with pytest.raises(UserError, match=r"65 tokens .*packed row 64; .*data\.pack_tokens"):
+        PackedBatchSampler([3, 65], 1, 64)
