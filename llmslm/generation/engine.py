@@ -110,8 +110,9 @@ class DecodeEngine:
             UserError: if the inputs do not fit the model.
         """
         prompt = self._prompt(input_ids, inputs_embeds, encoder_outputs, attention_mask, max_new_tokens)
-        min_new = max(min_new_tokens, self._configured_minimum(prompt))
-        reason = self.reason or self._reason(prompt, max_new_tokens)
+        width = 1 if self.model.config.is_encoder_decoder else prompt.length
+        min_new = max(min_new_tokens, self.configured_minimum(width))
+        reason = self.reason or self.reason_for_generate(width + max_new_tokens)
         if reason is not None:
             warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
             ids = self._by_generate(prompt, sampling, max_new_tokens, min_new_tokens)
@@ -161,25 +162,25 @@ class DecodeEngine:
             )
         return _Prompt(values.to(self.device), attention_mask.to(self.device))
 
-    def _configured_minimum(self, prompt: _Prompt) -> int:
-        """generation_config.min_length counts the decoder's prompt, or its start token."""
+    def configured_minimum(self, width: int) -> int:
+        """New tokens before which no row ends; generation_config.min_length counts `width` tokens before them too."""
         config = self.model.generation_config
-        width = 1 if self.model.config.is_encoder_decoder else prompt.length
         return max((config.min_length or 0) - width, config.min_new_tokens or 0, 0)
 
-    def _reason(self, prompt: _Prompt, max_new: int) -> str | None:
+    def reason_for_generate(self, positions: int) -> str | None:
+        """Say why a call that takes up to this many positions is left to `generate()`, or None."""
         config, decoder = self.model.generation_config, self.decoder
         assert decoder is not None
-        width = 1 if self.model.config.is_encoder_decoder else prompt.length
-        if decoder.max_positions is not None and width + max_new > decoder.max_positions:
-            return f"{width} + {max_new} tokens exceed the {decoder.max_positions} positions of the model"
+        if decoder.max_positions is not None and positions > decoder.max_positions:
+            return f"{positions} tokens exceed the {decoder.max_positions} positions of the model"
         if config.forced_bos_token_id is not None and not self.model.config.is_encoder_decoder:
             return "generation_config.forced_bos_token_id of a decoder-only model"
-        if self.model.config.is_encoder_decoder and not isinstance(self._start_token(), int):
+        if self.model.config.is_encoder_decoder and not isinstance(self.start_token(), int):
             return "no single decoder_start_token_id"
         return reason_for_generate(config)
 
-    def _start_token(self) -> Any:
+    def start_token(self) -> Any:
+        """The token that an encoder-decoder model starts with, as its generation_config says."""
         config = self.model.generation_config
         start = config.decoder_start_token_id
         return config.bos_token_id if start is None else start
@@ -227,7 +228,7 @@ class DecodeEngine:
             device=self.device,
             dtype=self.decoder.embedding.dtype,
         )
-        start = self._start_token() if encoder_decoder else None
+        start = self.start_token() if encoder_decoder else None
         kind = HostLoop if on_cpu else GraphLoop
         self._loops[key] = kind(self.model, self.decoder, state, rules, start)
         return self._loops[key]
@@ -275,7 +276,7 @@ class DecodeEngine:
         """
         from llmslm.generation.self_check import relative_difference
 
-        start = self._start_token() if self.model.config.is_encoder_decoder else None
+        start = self.start_token() if self.model.config.is_encoder_decoder else None
         start = start if isinstance(start, int) else 0
         difference = relative_difference(self.model, decoder, start)
         tolerance = _TOLERANCE.get(decoder.embedding.dtype, 0.05)
