@@ -8,16 +8,20 @@ from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI itself still uses what is deprecated
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from llmslm.callbacks.predictions import WritePredictions
+from llmslm.callbacks.safeguard import Safeguard
 from llmslm.callbacks.save_system import SaveSystem
 from llmslm.callbacks.throughput import LogThroughput
 from llmslm.callbacks.tracking import MlflowLogger, RecordRun
 from llmslm.data.datamodule import TextDataModule
 from llmslm.module import SystemModule
 from llmslm.recipe import find_recipe
+from llmslm.resume import CheckpointFiles, resolve
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 RUNS = Path("runs")
@@ -39,6 +43,7 @@ class Cli(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(SaveSystem, "save_system")
         parser.add_lightning_class_args(WritePredictions, "predictions")
+        parser.add_lightning_class_args(Safeguard, "safeguard")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -63,6 +68,14 @@ class Cli(LightningCLI):
         init = getattr(logger, "init_args", None)
         if init is not None and "run_name" in init and init.run_name is None:
             init.run_name = f"{self.recipe_name}/{system}"
+        config.ckpt_path = resolve(config.ckpt_path, config.checkpoint.dirpath)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Write the Trainer's checkpoints safely, whatever its strategy."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; Lightning would warn that they are not those of the process."""

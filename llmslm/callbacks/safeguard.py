@@ -1,0 +1,194 @@
+"""A run that can be stopped at any moment: checkpoints to resume from, SIGTERM, steps that would ruin the weights."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from llmslm.errors import UserError
+from llmslm.resume import remove, replaced
+
+REQUEUE = 75
+"""Exit code after SIGTERM or SIGUSR1: all is saved, start again with --ckpt_path last (sysexits' EX_TEMPFAIL)."""
+PREFIX = "resume-"
+KEPT = 2
+BAD_BATCHES = "bad_batches"
+
+
+class Safeguard(Callback):
+    """Saves regularly and on SIGTERM or SIGUSR1, and skips the steps whose loss or gradients are not finite.
+
+    A resumed run goes on exactly as the first one would have: the random numbers of a batch (dropout) follow from
+    seed, rank and the batch's number alone. All ranks decide together, once a step, with one small reduction.
+
+    Args:
+        every_minutes: minutes between two checkpoints to resume from; the newest two are kept.
+        every_n_steps: optimizer steps between two of them, beside the minutes.
+        bad_steps: this many skipped steps in a row end the run; their last batch is saved for study.
+    """
+
+    def __init__(self, every_minutes: float = 10.0, every_n_steps: int | None = None, bad_steps: int = 10) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise UserError(f"safeguard.every_n_steps is {every_n_steps}; expected at least 1")
+        if bad_steps < 1:
+            raise UserError(f"safeguard.bad_steps is {bad_steps}; expected at least 1")
+        self.every_minutes = every_minutes
+        self.every_n_steps = every_n_steps
+        self.bad_steps = bad_steps
+        self.skipped = 0
+        """Steps skipped since the beginning."""
+        self._seed: int | None = None
+        self._in_a_row = 0
+        self._asked = self._stop = self._save = False
+        self._saved_at = time.monotonic()
+        self._losses: list[Tensor] = []
+        self._batches: list[Any] = []
+
+    # --- random numbers ---------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning, which saves in the middle of a step; its teardown restores them."""
+        if self._seed is None:
+            self._seed = torch.initial_seed() % 2**63
+        self._asked = trainer.received_sigterm  # one that came before
+        self._saved_at = time.monotonic()
+        signal.signal(signal.SIGTERM, self._ask_to_stop)
+        signal.signal(signal.SIGUSR1, self._ask_to_stop)
+        if trainer.is_global_zero:
+            for leftover in _folder(trainer).glob(".*.part"):
+                remove(leftover)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Give the batch its own random numbers and keep its ids until the step is done."""
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        state = np.random.SeedSequence([self._seed or 0, trainer.global_rank, number]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0] >> np.uint64(1)))
+        self._batches.append({k: v for k, v in batch.items() if not (isinstance(v, Tensor) and v.is_floating_point())})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the seed as it was, and no checkpoints that a newer one replaces."""
+        torch.manual_seed(self._seed or 0)
+        if trainer.is_global_zero:
+            paths = sorted(_folder(trainer).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+            if paths and not paths[-1].name.startswith(PREFIX):
+                _keep(trainer, 0)
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss of one micro-batch."""
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Decide with all ranks: is the step good, does somebody want to stop, is it time to save."""
+        step = trainer.global_step + 1
+        due = time.monotonic() - self._saved_at > 60 * self.every_minutes and trainer.is_global_zero
+        due = due or (self.every_n_steps is not None and step % self.every_n_steps == 0)
+        bad = ~torch.stack([loss.float() for loss in self._losses]).isfinite().all() | ~_gradients_are_finite(optimizer)
+        flags = torch.stack([bad.float(), bad.new_tensor(self._asked).float(), bad.new_tensor(due).float()])
+        is_bad, self._stop, self._save = (value > 0 for value in _maximum(flags))
+        self._save = self._save or self._stop
+        if is_bad:
+            self._skip(trainer, pl_module, optimizer)
+        else:
+            self._in_a_row = 0
+        self._losses, self._batches = [], []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, and stop, where a step decided so; never in the middle of accumulated gradients."""
+        if self._save:
+            self._save = False
+            self.save(trainer)
+        self._exit_if_asked(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Stop in the middle of a validation, too: it may take longer than the time that is left."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._stop = _maximum(torch.tensor([float(self._asked)], device=pl_module.device))[0] > 0
+        if self._stop:
+            self.save(trainer)
+        self._exit_if_asked(trainer)
+
+    # --- saving and stopping ------------------------------------------------------------------------------------------
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint to resume from and remove those before the last two."""
+        trainer.save_checkpoint(_folder(trainer) / f"{PREFIX}{trainer.global_step}.ckpt")
+        self._saved_at = time.monotonic()
+        if trainer.is_global_zero:
+            _keep(trainer, KEPT)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on with."""
+        return {"seed": self._seed, "skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the same random numbers."""
+        self._seed, self.skipped = state_dict["seed"], state_dict["skipped"]
+
+    def _ask_to_stop(self, _signal: int, _frame: Any) -> None:
+        self._asked = True
+
+    def _exit_if_asked(self, trainer: Trainer) -> None:
+        if self._stop:
+            rank_zero_info(f"Stopped on request at step {trainer.global_step}: go on with --ckpt_path last")
+            raise SystemExit(REQUEUE)
+
+    def _skip(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Take the gradients away, so that the optimizer leaves weights and its own state as they are."""
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        self._in_a_row += 1
+        pl_module.log("train/skipped_steps", float(self.skipped), batch_size=1)
+        rank_zero_warn(f"step {trainer.global_step + 1} is skipped: its loss or gradients are not finite")
+        if self._in_a_row < self.bad_steps:
+            return
+        path = Path(trainer.default_root_dir) / BAD_BATCHES / f"rank-{trainer.global_rank}.pt"
+        losses = [float(loss) for loss in self._losses]
+        with replaced(path) as aside:
+            torch.save({"step": trainer.global_step + 1, "losses": losses, "batches": self._batches}, aside)
+        raise UserError(
+            f"{self._in_a_row} steps in a row had a loss or gradients that are not finite (last losses: {losses}); "
+            f"their last batch is in {path}; lower the learning rate (model.optimizer) or look at the batch, "
+            "then go on with --ckpt_path last"
+        )
+
+
+def _folder(trainer: Trainer) -> Path:
+    """Where ModelCheckpoint writes, or would write."""
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    return Path(folder or Path(trainer.default_root_dir) / "checkpoints")
+
+
+def _keep(trainer: Trainer, count: int) -> None:
+    """Remove all checkpoints to resume from but the newest."""
+    paths = sorted(_folder(trainer).glob(f"{PREFIX}*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    for path in paths[: len(paths) - count]:
+        remove(path)
+
+
+def _gradients_are_finite(optimizer: Optimizer) -> Tensor:
+    """Look at this rank's part of the gradients; one number on their device."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    return torch.nn.utils.get_total_norm(local).isfinite()
+
+
+def _maximum(flags: Tensor) -> list[float]:
+    """Take the maximum of each flag over all ranks and bring it to the host."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    values: list[float] = flags.tolist()
+    return values
