@@ -49,9 +49,13 @@ def save_system(folder: Path, model: PreTrainedModel, codec: Codec, card: dict[s
 
 
 def load_parts(
-    folder: str | Path, *, dtype: torch.dtype | None = None, encoder_source: str | None = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    encoder_source: str | None = None,
+    load_encoder: bool = True,
 ) -> tuple[PreTrainedModel, Codec, dict[str, Any]]:
-    """Load model, codec and card of a run folder or of the system folder in it.
+    """Load model, codec and card of a run folder or of the system folder in it; arguments as for `LlmToSlm`.
 
     Raises:
         UserError: if there is no system, its card is of a newer version, or its encoder is not the right one.
@@ -60,7 +64,7 @@ def load_parts(
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     if card["version"] > CARD_VERSION:
         raise UserError(f"{folder / CARD} has version {card['version']}; this llmslm reads up to {CARD_VERSION}")
-    model = _load_model(folder, dtype, encoder_source)
+    model = _load_model(folder, dtype, encoder_source=encoder_source, load_encoder=load_encoder)
     encoder_tokenizer = folder / ENCODER_TOKENIZER
     codec = codec_for(
         model,
@@ -81,7 +85,7 @@ def codec_for(model: PreTrainedModel, slm_tokenizer: Any, encoder_tokenizer: Any
         is_encoder_decoder=bool(model.config.is_encoder_decoder),
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         has_encoder=composed,
-        prompt_layout=model.alignment.prompt_layout if composed else "tokens",
+        prompt_layout=model.prompt_layout if composed else "tokens",
     )
 
 
@@ -133,12 +137,12 @@ def is_disk_full(error: BaseException) -> bool:
     return full or "No space left on device" in str(error)
 
 
-def _load_model(folder: Path, dtype: torch.dtype | None, encoder_source: str | None) -> PreTrainedModel:
+def _load_model(folder: Path, dtype: torch.dtype | None, **encoder: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
     try:
         if isinstance(config, LlmToSlmConfig):
-            return LlmToSlm.from_pretrained(folder, encoder_source=encoder_source, **kwargs)
+            return LlmToSlm.from_pretrained(folder, **encoder, **kwargs)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         return auto.from_pretrained(folder, **kwargs)
     except OSError as error:

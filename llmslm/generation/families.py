@@ -36,6 +36,8 @@ def read(model: PreTrainedModel, max_positions: int) -> Decoder:
     Raises:
         UnreadableModelError: if its family or a setting of it is not known here.
     """
+    if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
+        raise UnreadableModelError("hooks change what its layers do (as fusion CrossAttend does)")
     reader = _READERS.get(model.config.model_type)
     if reader is None:
         raise UnreadableModelError(f"model_type {model.config.model_type!r} has no step of its own")

@@ -5,27 +5,22 @@ places the projected states on those positions. Ranks are counted on attended po
 amount of padding change nothing.
 """
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from llmslm.errors import UserError
 from llmslm.models.components import Component
+from llmslm.models.prompt import AlignedPrompt, ProjectedPrompt
 
-PromptLayout = Literal["tokens", "placeholders"]
+PromptLayout = Literal["tokens", "own", "offsets", "placeholders", "start"]
+"""What the codec writes on the slm's prompt positions.
 
-
-class AlignedPrompt(NamedTuple):
-    """What the slm's prompt positions receive.
-
-    inputs_embeds: (batch, input_len, slm_hidden_size), the slm's own view of all positions.
-    prompt_embeds: (batch, input_len, slm_hidden_size), projected states on prompt positions, zero elsewhere.
-    on_prompt: (batch, input_len, 1), True on prompt positions.
-    """
-
-    inputs_embeds: Tensor
-    prompt_embeds: Tensor
-    on_prompt: Tensor
+"tokens": the prompt in the tokenizer that both sides share. "own": the prompt in the slm's tokenizer, whatever the
+encoder's. "offsets": the same, and the batch says which encoder tokens each of them overlaps. "placeholders": one
+padding id for every encoder token. "start": one start token alone; the slm does not read the prompt.
+"""
 
 
 def place_by_rank(states: Tensor, states_mask: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,45 +41,22 @@ def place_by_rank(states: Tensor, states_mask: Tensor, attention_mask: Tensor) -
 
 
 class Alignment(Component):
-    """Places projected states on the slm's prompt positions.
-
-    `prompt_layout` says what the codec writes there: "tokens", the prompt in the tokenizer that both sides share, or
-    "placeholders", one padding id for every encoder token.
-    """
+    """Places projected states on the slm's prompt positions."""
 
     prompt_layout: ClassVar[PromptLayout] = "tokens"
-
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        prompt_embeds: Tensor,
-        prompt_attention_mask: Tensor,
-        token_embeds: Tensor | None,
-    ) -> AlignedPrompt:
-        """Align prompt_embeds (batch, prompt_len, slm width) with inputs_embeds (batch, input_len, slm width).
-
-        `token_embeds` (batch, prompt_len, encoder_hidden_size) are the encoder's own token embeddings; only
-        alignments with `needs_token_embeds` receive them.
-        """
-        raise NotImplementedError
-
     needs_token_embeds: ClassVar[bool] = False
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
+        """Align projected states with inputs_embeds (batch, input_len, slm_hidden_size)."""
+        raise NotImplementedError
 
 
 class SameTokenizer(Alignment):
     """Both sides read the same tokens: state k belongs to token k."""
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        prompt_embeds: Tensor,
-        prompt_attention_mask: Tensor,
-        token_embeds: Tensor | None = None,
-    ) -> AlignedPrompt:
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
         """Place state k on the k-th token of the prompt."""
-        placed, on_prompt = place_by_rank(prompt_embeds, prompt_attention_mask, attention_mask)
+        placed, on_prompt = place_by_rank(projected.prompt_embeds, projected.mask, attention_mask)
         return AlignedPrompt(inputs_embeds, placed, on_prompt)
 
 
@@ -102,17 +74,32 @@ class EncoderTokenizer(Alignment):
         super().__init__(encoder_hidden_size, slm_hidden_size)
         self.linear = nn.Linear(encoder_hidden_size, slm_hidden_size, bias=False)
 
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor,
-        prompt_embeds: Tensor,
-        prompt_attention_mask: Tensor,
-        token_embeds: Tensor | None,
-    ) -> AlignedPrompt:
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
         """Write the mapped encoder embeddings over the placeholders and place state k on the k-th of them."""
-        if token_embeds is None:
+        if projected.token_embeds is None:
             raise ValueError("EncoderTokenizer needs the encoder's token embeddings: token_embeds was None")
-        own, on_prompt = place_by_rank(self.linear(token_embeds), prompt_attention_mask, attention_mask)
-        placed, _ = place_by_rank(prompt_embeds, prompt_attention_mask, attention_mask)
+        own, on_prompt = place_by_rank(self.linear(projected.token_embeds), projected.mask, attention_mask)
+        placed, _ = place_by_rank(projected.prompt_embeds, projected.mask, attention_mask)
         return AlignedPrompt(torch.where(on_prompt, own.to(inputs_embeds.dtype), inputs_embeds), placed, on_prompt)
+
+
+class Offsets(Alignment):
+    """Two tokenizers, each side in its own tokens, joined by the characters that they stand for.
+
+    Each slm token receives the mean of the states of the encoder tokens that overlap it in the text. The codec finds
+    them (`llmslm.data.overlap`), so both tokenizers must be fast ones, which know their characters.
+    """
+
+    prompt_layout: ClassVar[PromptLayout] = "offsets"
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
+        """Place the mean of states [start, stop) on the token whose span that is."""
+        if projected.spans is None:
+            raise UserError("the Offsets alignment needs prompt_spans, which the codec makes: give them to the model")
+        states = projected.prompt_embeds
+        start, stop = projected.spans.unsqueeze(2).unbind(-1)
+        index = torch.arange(states.shape[1], device=states.device)
+        weights = ((index >= start) & (index < stop)).to(states.dtype) / (stop - start).clamp(min=1).to(states.dtype)
+        means = weights @ states.masked_fill(~projected.mask.bool().unsqueeze(-1), 0)
+        placed, on_prompt = place_by_rank(means, (stop > start).squeeze(-1), attention_mask)
+        return AlignedPrompt(inputs_embeds, placed, on_prompt)

@@ -4,7 +4,7 @@ import importlib
 import inspect
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmslm.errors import UserError
 
@@ -22,6 +22,10 @@ class Component(nn.Module):
         super().__init__()
         self.encoder_hidden_size = encoder_hidden_size
         self.slm_hidden_size = slm_hidden_size
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return scalars worth a curve in the log, by name; what is learned and can be read, such as a gate."""
+        return {}
 
     def spec(self) -> Spec:
         """Return `{"class_path": ..., "init_args": {...}}`, plain types only."""

@@ -19,11 +19,13 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from llmslm.errors import UserError
-from llmslm.models.alignment import Alignment
+from llmslm.models.alignment import Alignment, PromptLayout, SameTokenizer
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.encoder import Encoder, local_or_hub
 from llmslm.models.fusion import Fusion
+from llmslm.models.layer_mix import LayerMix
 from llmslm.models.projector import Projector
+from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 
 
 class LlmToSlm(PreTrainedModel, GenerationMixin):
@@ -49,8 +51,11 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         self.projector = Projector.from_spec(config.projector, *widths)
         self.alignment = Alignment.from_spec(config.alignment, *widths)
         self.fusion = Fusion.from_spec(config.fusion, *widths)
+        self.layer_mix = LayerMix.of_layer(config.encoder_layer)
+        _check_parts(self.projector, self.alignment, self.fusion)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.slm: PreTrainedModel = auto.from_config(config.slm_config)
+        self.fusion.attach(self.slm)
         self._find_slm_inputs()
         self.post_init()
 
@@ -81,8 +86,10 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             model = cls(config)
         model.projector, model.alignment, model.fusion, model.slm = projector, alignment, fusion, slm
+        model.layer_mix = LayerMix.of_layer(encoder.layer)
         model.generation_config = slm.generation_config
-        projector.match_scale(_sample_embeddings(slm))
+        projector.match_scale(fusion.reference(slm))
+        fusion.attach(slm)
         model.attach_encoder(encoder)
         return model
 
@@ -175,6 +182,16 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         decoder: nn.Module = self.slm.get_decoder()
         return decoder
 
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        """What the codec writes on the slm's prompt positions: the fusion's layout, or the alignment's."""
+        return self.fusion.prompt_layout or self.alignment.prompt_layout
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the scalars that the parts between the models have learned, by name, for a log."""
+        parts = [part for part in (self.layer_mix, self.projector, self.alignment, self.fusion) if part is not None]
+        return {name: value for part in parts for name, value in part.metrics().items()}
+
     def encode(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Run the frozen encoder: hidden_states (batch, prompt_len, encoder_hidden_size) and their mask."""
         if self.encoder is None:
@@ -189,34 +206,37 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_ids: Tensor | None,
         prompt_attention_mask: Tensor,
         hidden_states: Tensor | None = None,
-    ) -> Tensor:
-        """Encode, project, align and fuse.
+        prompt_spans: Tensor | None = None,
+    ) -> SlmPrompt:
+        """Encode, project and fuse.
 
         Args:
             input_ids: (batch, input_len), the slm's side.
             attention_mask: (batch, input_len), 1 = attend.
             prompt_ids: (batch, prompt_len), the encoder's side; may be None where hidden_states are given.
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
-            hidden_states: (batch, prompt_len, encoder_hidden_size), right-padded encoder states made before.
-
-        Returns:
-            inputs_embeds (batch, input_len, slm_hidden_size), what the slm reads.
+            hidden_states: (batch, prompt_len, encoder_hidden_size), right-padded encoder states made before; those of
+                several layers side by side where the encoder's layer is a list.
+            prompt_spans: (batch, input_prompt_len, 2), only with the "offsets" layout; see `ProjectedPrompt`.
         """
         token_embeds = None
         if self.alignment.needs_token_embeds:
             if self.encoder is None or prompt_ids is None:
                 raise UserError("the EncoderTokenizer alignment reads the encoder's embeddings: attach the encoder")
-            token_embeds = self.encoder.embed_tokens(prompt_ids, prompt_attention_mask)
+            token_embeds = self.encoder.embed_tokens(prompt_ids, prompt_attention_mask).to(self.slm.dtype)
         if hidden_states is None:
             if prompt_ids is None:
                 raise UserError("give prompt_ids, or hidden_states that were encoded before")
             hidden_states, prompt_attention_mask = self.encode(prompt_ids, prompt_attention_mask)
-        dtype: torch.dtype = self.slm.dtype
-        prompt_embeds = self.projector(hidden_states.to(dtype))
-        if token_embeds is not None:
-            token_embeds = token_embeds.to(dtype)
-        embeds = self.get_input_embeddings()(input_ids)
-        return self.fusion(self.alignment(embeds, attention_mask, prompt_embeds, prompt_attention_mask, token_embeds))
+        hidden_states = hidden_states.to(self.slm.dtype)
+        if self.layer_mix is not None:
+            hidden_states = self.layer_mix(hidden_states)
+        prompt_embeds = self.projector(hidden_states, prompt_attention_mask)
+        mask = self.projector.states_mask(prompt_attention_mask)
+        projected = ProjectedPrompt(prompt_embeds, mask, token_embeds, prompt_spans)
+        own = SlmPrompt(self.get_input_embeddings()(input_ids), attention_mask)
+        fused: SlmPrompt = self.fusion(own, projected, self.alignment)
+        return fused
 
     def slm_inputs(
         self,
@@ -225,16 +245,24 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_ids: Tensor | None,
         prompt_attention_mask: Tensor,
         hidden_states: Tensor | None = None,
+        prompt_spans: Tensor | None = None,
     ) -> dict[str, Any]:
         """Return what the bare slm takes for its prefill: inputs_embeds or encoder_outputs, and attention_mask.
 
         Arguments as in `embed_prompt`.
         """
-        embeds = self.embed_prompt(input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states)
+        prompt = self.embed_prompt(
+            input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states, prompt_spans
+        )
+        embeds, mask = prompt.inputs_embeds, prompt.attention_mask
         if not self.config.is_encoder_decoder:
-            return {"inputs_embeds": embeds, "attention_mask": attention_mask}
-        states = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": attention_mask}
+            return {"inputs_embeds": embeds, "attention_mask": mask}
+        if not prompt.is_encoded:
+            # Without gaps and from position 0, as an encoder with any kind of positions was trained to read.
+            order = mask.argsort(dim=1, descending=True, stable=True)
+            embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
+            embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=embeds), "attention_mask": mask}
 
     def forward(
         self,
@@ -243,6 +271,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_ids: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
+        prompt_spans: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         prompt_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -259,6 +288,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             prompt_ids: (batch, prompt_len), the prompt in the encoder's tokenizer.
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
             hidden_states: (batch, prompt_len, encoder_hidden_size), encoder states made before, right-padded.
+            prompt_spans: (batch, input_prompt_len, 2), where the codec makes them; see `ProjectedPrompt`.
             inputs_embeds: (batch, input_len, slm_hidden_size), handed to the slm as they are.
             prompt_inputs_embeds: (batch, k, slm_hidden_size), what the first k positions read (made by `generate`).
             labels: -100 = ignored; (batch, input_len) for decoder-only, (batch, target_len) for encoder-decoder slms.
@@ -268,19 +298,26 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             kwargs: anything else that the slm's forward takes.
 
         Returns:
-            The slm's own output: loss (if labels were given), logits (batch, len, vocabulary), past_key_values.
+            The slm's own output: loss (if labels were given), logits (batch, input_len, vocabulary), past_key_values.
         """
+        added = 0
         if encoder_outputs is not None:
             kwargs["encoder_outputs"] = encoder_outputs
         elif inputs_embeds is None and input_ids is not None:
             if prompt_attention_mask is not None:
                 # In decode steps a missing mask means "attend to the whole cache": do not invent a short one there.
                 attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                inputs_embeds = self.embed_prompt(
-                    input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states
+                ready = self.slm_inputs(
+                    input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states, prompt_spans
                 )
+                inputs_embeds, attention_mask = ready.pop("inputs_embeds", None), ready.pop("attention_mask")
+                kwargs |= ready
+                added = 0 if inputs_embeds is None else inputs_embeds.shape[1] - input_ids.shape[1]
             else:
                 inputs_embeds = self._embed_tail(input_ids, prompt_inputs_embeds)
+        if added:
+            position_ids = None
+            labels = None if labels is None else nn.functional.pad(labels, (added, 0), value=-100)
         if position_ids is None and past_key_values is None and self._slm_takes_positions:
             position_ids = _positions(attention_mask)
         if position_ids is not None and self._slm_takes_positions:
@@ -292,6 +329,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             **kwargs,
         )
+        if added and inputs_embeds is not None and output.logits.shape[:2] == inputs_embeds.shape[:2]:
+            output.logits = output.logits[:, added:]
         return output
 
     def prepare_inputs_for_generation(
@@ -324,12 +363,20 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         mask = kwargs.pop("attention_mask", None)
         prompt_ids = kwargs.pop("prompt_ids", None)
         prompt_mask = kwargs.pop("prompt_attention_mask", None)
-        hidden_states = kwargs.pop("hidden_states", None)
+        cached = {name: kwargs.pop(name, None) for name in ("hidden_states", "prompt_spans")}
         input_ids, mask, prompt_ids, prompt_mask = self._complete_sides(input_ids, mask, prompt_ids, prompt_mask)
-        ready = self.slm_inputs(input_ids, mask, prompt_ids, prompt_mask, hidden_states)
+        ready = self.slm_inputs(input_ids, mask, prompt_ids, prompt_mask, **cached)
         if self.config.is_encoder_decoder:
-            return super().generate(encoder_outputs=ready["encoder_outputs"], attention_mask=mask, **kwargs)
-        return super().generate(input_ids, attention_mask=mask, prompt_inputs_embeds=ready["inputs_embeds"], **kwargs)
+            return super().generate(**ready, **kwargs)
+        # Generation counts ids: those in front, where the slm reads states without a token, are taken off again.
+        embeds, mask = ready["inputs_embeds"], ready["attention_mask"]
+        added = embeds.shape[1] - input_ids.shape[1]
+        input_ids = nn.functional.pad(input_ids, (added, 0), value=self._pad_id())
+        output = super().generate(input_ids, attention_mask=mask, prompt_inputs_embeds=embeds, **kwargs)
+        if isinstance(output, Tensor):
+            return output[:, added:]
+        output.sequences = output.sequences[:, added:]
+        return output
 
     def _complete_sides(
         self, input_ids: Tensor | None, mask: Tensor | None, prompt_ids: Tensor | None, prompt_mask: Tensor | None
@@ -337,19 +384,40 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         """Fill in the side that was left out: with one tokenizer the two sides hold the same ids."""
         if input_ids is None and prompt_ids is None:
             raise UserError("generate needs a prompt: give prompt_ids (encoder side) or input_ids (slm side)")
-        if prompt_ids is not None and prompt_mask is None:
-            prompt_mask = torch.ones_like(prompt_ids)
-        if input_ids is not None and mask is None:
-            mask = torch.ones_like(input_ids)
-        if input_ids is None and prompt_ids is not None:
-            input_ids, mask = prompt_ids, prompt_mask
-            if self.alignment.prompt_layout == "placeholders":
-                input_ids = torch.full_like(prompt_ids, self.config.pad_token_id or 0)
-        elif prompt_ids is None:
-            prompt_ids, prompt_mask = input_ids, mask
-            if self.alignment.prompt_layout == "placeholders":
+        if prompt_ids is None:
+            if self.prompt_layout == "placeholders" or not self._shares_tokens():
                 raise UserError("the two sides have different tokenizers: give prompt_ids in the encoder's")
-        return input_ids, mask, prompt_ids, prompt_mask  # type: ignore[return-value]
+            prompt_ids, prompt_mask = input_ids, mask
+            if self.prompt_layout == "start":
+                input_ids = mask = None
+        assert prompt_ids is not None
+        prompt_mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
+        if input_ids is None:
+            input_ids, mask = self._slm_side(prompt_ids, prompt_mask)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        return input_ids, mask, prompt_ids, prompt_mask
+
+    def _slm_side(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the slm's side, ids and mask, from the encoder's."""
+        if self.prompt_layout == "placeholders":
+            return torch.full_like(prompt_ids, self._pad_id()), prompt_mask
+        if self.prompt_layout == "start":
+            config = self.config
+            start = next((i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)), self._pad_id())
+            ids = prompt_ids.new_full((prompt_ids.shape[0], 1), start)
+            return ids, torch.ones_like(ids)
+        if not self._shares_tokens():
+            raise UserError("the two sides have different tokenizers: give input_ids in the slm's, beside prompt_ids")
+        return prompt_ids, prompt_mask
+
+    def _shares_tokens(self) -> bool:
+        """Whether one side's ids may serve as the other's, as far as the configs tell."""
+        sizes = {self.config.encoder_config.get_text_config().vocab_size, self.config.slm_config.vocab_size}
+        return self.prompt_layout in ("tokens", "start") or (self.prompt_layout == "own" and len(sizes) == 1)
+
+    def _pad_id(self) -> int:
+        pad = self.config.pad_token_id
+        return pad if isinstance(pad, int) else 0
 
     def _embed_tail(self, input_ids: Tensor, prompt_inputs_embeds: Tensor | None) -> Tensor:
         """Embed tokens; the first k positions read `prompt_inputs_embeds` where it is given."""
@@ -373,13 +441,16 @@ def _positions(attention_mask: Tensor | None) -> Tensor | None:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-@torch.no_grad()
-def _sample_embeddings(slm: PreTrainedModel, limit: int = 4096) -> Tensor:
-    """Embed the first ids of the vocabulary, through the module, since some models scale inside it."""
-    table = slm.get_input_embeddings()
-    ids = torch.arange(min(limit, table.num_embeddings), device=table.weight.device)
-    embeds: Tensor = table(ids)
-    return embeds
+def _check_parts(projector: Projector, alignment: Alignment, fusion: Fusion) -> None:
+    """Refuse parts that do not go together."""
+    name = type(fusion).__name__
+    if fusion.prompt_layout is None and not projector.keeps_positions:
+        raise UserError(
+            f"{type(projector).__name__} compresses the prompt, so its states have no place on the slm's tokens, where "
+            f"fusion {name} puts them; set model.fusion to Prefix, PrefixOnly or CrossAttend (llmslm.models.fusion)"
+        )
+    if fusion.prompt_layout is not None and type(alignment) is not SameTokenizer:
+        raise UserError(f"fusion {name} aligns nothing: remove model.alignment {type(alignment).__name__}")
 
 
 def register() -> None:

@@ -12,59 +12,11 @@ from llmslm.models.alignment import EncoderTokenizer, SameTokenizer
 from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Add, Replace
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.projector import LinearProjector, MlpProjector
+from llmslm.models.projector import LinearProjector
 from tests import tiny
+from tests.unit.models.compositions import NEW, bare, compose, generate, left, training_batch, until_end
 
 PAIRS = list(itertools.product(tiny.FAMILIES, tiny.FAMILIES))
-NEW = {"max_new_tokens": 8, "do_sample": False}
-
-
-def compose(encoder_family, slm_family, tmp_path, fusion=Add, alignment=SameTokenizer, projector=MlpProjector):
-    source = tiny.folder(encoder_family, tmp_path)
-    return LlmToSlm.compose(
-        Encoder.from_source(source),
-        tiny.build(slm_family),
-        projector=projector(32, 32),
-        alignment=alignment(32, 32),
-        fusion=fusion(32, 32),
-        encoder_source=source,
-    ).eval()
-
-
-def left(values, mask):
-    return torch.stack([row.roll(len(row) - int(n)) for row, n in zip(values, mask.sum(1), strict=True)])
-
-
-def new_tokens(model, ids, prompt_len):
-    return ids[:, 1:] if model.config.is_encoder_decoder else ids[:, prompt_len:]
-
-
-def generate(model, ids, mask, **kwargs):
-    """New tokens from right-padded prompts, padded on the side that the slm's family generates with."""
-    if not model.config.is_encoder_decoder:
-        ids, mask = left(ids, mask), left(mask, mask)
-    out = model.generate(prompt_ids=ids, prompt_attention_mask=mask, **NEW, **kwargs)
-    return new_tokens(model, out, ids.shape[1])
-
-
-def until_end(row):
-    tokens = row.tolist()
-    return tokens[: tokens.index(2) + 1] if 2 in tokens else tokens
-
-
-def training_batch(model, ids, mask):
-    """A prompt and five target tokens a row."""
-    targets = torch.randint(3, tiny.VOCABULARY, (len(ids), 5))
-    sides = {"prompt_ids": ids, "prompt_attention_mask": mask}
-    if model.config.is_encoder_decoder:
-        return sides | {"input_ids": ids, "attention_mask": mask, "labels": targets}
-    inputs = torch.zeros(len(ids), ids.shape[1] + 5, dtype=torch.long)
-    attended, labels = torch.zeros_like(inputs), torch.full_like(inputs, -100)
-    for row, length in enumerate(mask.sum(1).tolist()):
-        inputs[row, :length], inputs[row, length : length + 5] = ids[row, :length], targets[row]
-        attended[row, : length + 5] = 1
-        labels[row, length : length + 5] = targets[row]
-    return sides | {"input_ids": inputs, "attention_mask": attended, "labels": labels}
 
 
 @pytest.mark.parametrize(("encoder", "slm"), PAIRS)
@@ -130,12 +82,12 @@ def test_features_enter_on_prompt_positions_only_in_training_as_in_decoding(slm,
     ids, mask = tiny.prompts()
     batch = training_batch(model, ids, mask)
     batch.pop("labels")
-    trained = model.embed_prompt(**batch)
+    trained = model.embed_prompt(**batch).inputs_embeds
     plain = model.get_input_embeddings()(batch["input_ids"])
     touched = (trained != plain).any(-1)
     assert torch.equal(touched[:, : ids.shape[1]], mask.bool())
     assert not touched[:, ids.shape[1] :].any()
-    decoded = model.embed_prompt(left(ids, mask), left(mask, mask), ids, mask)
+    decoded = model.embed_prompt(left(ids, mask), left(mask, mask), ids, mask).inputs_embeds
     for row, length in enumerate(mask.sum(1).tolist()):
         torch.testing.assert_close(decoded[row, -length:], trained[row, :length])
 
@@ -159,10 +111,7 @@ def test_zero_features_with_add_are_the_bare_slm_bit_for_bit(encoder, slm, tmp_p
     model = compose(encoder, slm, tmp_path)
     model.projector.register_forward_hook(lambda _m, _a, states: torch.zeros_like(states))
     batch = training_batch(model, *tiny.prompts())
-    bare = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    if not model.config.is_encoder_decoder:
-        bare["position_ids"] = (bare["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    assert torch.equal(model(**batch).logits, model.slm(**bare).logits)
+    assert torch.equal(model(**batch).logits, model.slm(**bare(model, batch)).logits)
 
 
 RELOAD = """
@@ -234,7 +183,7 @@ def test_two_tokenizers_the_papers_way(encoder, slm, tmp_path):
     again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
     assert torch.equal(generate(again, ids, mask), out)
     placeholders = torch.zeros_like(ids)
-    embeds = model.embed_prompt(placeholders, mask, ids, mask)
+    embeds = model.embed_prompt(placeholders, mask, ids, mask).inputs_embeds
     assert (embeds[mask.bool()] != model.get_input_embeddings()(placeholders)[mask.bool()]).any(-1).all()
     with pytest.raises(UserError, match="different tokenizers"):
         model.generate(ids, **NEW)
