@@ -63,8 +63,8 @@ class KillWhileSaving(Callback):
 class BadLoss(Callback):
     """Makes the loss of some steps NaN or infinite."""
 
-    def __init__(self, steps: list[int], value: float = float("nan")) -> None:
-        self.steps, self.value = steps, value
+    def __init__(self, steps: list[int], value: str) -> None:
+        self.steps, self.value = steps, float(value)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step + 1 in self.steps and not hasattr(module, "_loss"):

@@ -72,7 +72,7 @@ class Safeguard(Callback):
         number = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
         state = np.random.SeedSequence([self._seed or 0, trainer.global_rank, number]).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0] >> np.uint64(1)))
-        self._batches.append({k: v for k, v in batch.items() if not (isinstance(v, Tensor) and v.is_floating_point())})
+        self._batches.append({k: v for k, v in batch.items() if isinstance(v, Tensor) and not v.is_floating_point()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the seed as it was, and no checkpoints that a newer one replaces."""

@@ -1,18 +1,26 @@
 """MLflow tracking: the logger with a usable default store, and the callback that records what a run was."""
 
 import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from llmslm import provenance
+from llmslm.callbacks.outbox import Metric, Outbox
 from llmslm.callbacks.save_system import data_fingerprint
 
 DEFAULT_STORE = "sqlite:///mlflow.db"
 PARENT_TAG = "mlflow.parentRunId"
+UNSENT = Path("mlflow_unsent")
+"""Folder in the working directory: metrics that wait for their server, one file a run."""
+FLUSH_S = 30.0
 
 
 def tracking_uri() -> str:
@@ -40,7 +48,41 @@ class MlflowLogger(MLFlowLogger):
         tags: dict[str, str] | None = None,
     ) -> None:
         tags = dict(tags or {}) | ({PARENT_TAG: parent_run} if parent_run else {})
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own limits let a run hang for
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # many minutes
         super().__init__(experiment_name, run_name, tracking_uri=tracking_uri(), tags=tags, run_id=run_id)
+        self._outbox: Outbox | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Queue metrics; a thread sends them, so training never waits for the server."""
+        if self._outbox is None:
+            self._outbox = Outbox(self._send, UNSENT / f"{self.run_id}.jsonl")
+        now = int(time.time() * 1000)
+        self._outbox.put([(name, float(value), now, step or 0) for name, value in metrics.items()])
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Send what is left, and the state of the run; a server that is gone does not stop the end of a run."""
+        if not self._initialized:
+            return
+        if self._outbox is not None and not self._outbox.flush(FLUSH_S):
+            warnings.warn(
+                f"the MLflow server {self._tracking_uri} is gone: the metrics that it lacks are in "
+                f"{self._outbox.file}; they are sent when the run is resumed with this run_id",
+                stacklevel=2,
+            )
+            return
+        try:
+            super().finalize(status)
+        except Exception as error:  # whatever the client raises, the training is done
+            warnings.warn(f"the state of the MLflow run {self.run_id} could not be set: {error}", stacklevel=2)
+
+    def _send(self, metrics: Sequence[Metric]) -> None:
+        from mlflow.entities import Metric as Entity  # mlflow takes 2 s to import
+
+        entities = [Entity(*metric) for metric in metrics]
+        self._mlflow_client.log_batch(str(self._run_id), metrics=entities)
 
 
 class RecordRun(SaveConfigCallback):

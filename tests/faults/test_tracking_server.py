@@ -1,0 +1,96 @@
+"""MLflow's server hangs, comes back, and is killed: training goes on, metrics are sent later or lie on the disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from llmslm.callbacks.outbox import Outbox
+from tests.processes import Run, free_port, until
+from tests.unit import toy
+
+SERVER = "-m mlflow server --host 127.0.0.1 --workers 1 --backend-store-uri sqlite:///store.db"
+
+
+def answers(uri):
+    try:
+        return urllib.request.urlopen(f"{uri}/health", timeout=1).status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server's address and a function that signals all its processes."""
+    port = free_port()
+    options = [*SERVER.split(), "--port", str(port), "--artifacts-destination", "artifacts"]
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *options], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
+    until(lambda: answers(f"http://127.0.0.1:{port}"), every=0.3)
+    yield f"http://127.0.0.1:{port}", lambda number: os.killpg(process.pid, number)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_training_does_not_wait_for_the_server(tmp_path, server):
+    from mlflow import MlflowClient
+
+    uri, send = server
+    recipe = toy.write_recipe(tmp_path, max_steps=60, val_check_interval=60, limit_val_batches=1)
+    losses = {"class_path": "tests.probe.Losses", "init_args": {"file": "losses", "seconds": 0.1}}
+    logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
+    args = ["--model.system=slm", f"--trainer.callbacks={json.dumps([losses])}", "--trainer.log_every_n_steps=1"]
+    environment = {"LLMSLM_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": uri}
+    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    run = Run(["fit", "--config", recipe, *args, f"--trainer.logger={json.dumps(logger)}"], tmp_path, environment)
+    done = tmp_path / "losses.0.txt"
+
+    until(lambda: lines(done) >= 5)
+    send(signal.SIGSTOP)  # it takes connections and never answers
+    until(lambda: lines(done) >= 30)
+    spool = until(lambda: next(iter((tmp_path / "mlflow_unsent").glob("*.jsonl")), None))
+    send(signal.SIGCONT)
+    client = MlflowClient(uri)
+    history = until(lambda: [m.step for m in client.get_metric_history(spool.stem, "train/loss") if m.step >= 20])
+    assert history
+    until(lambda: not spool.exists())
+    send(signal.SIGKILL)  # gone for good
+    assert run.wait(60) == 0, run.text
+    assert "metrics cannot be sent and are kept in" in run.text
+    assert "is gone: the metrics that it lacks are in" in run.text
+    kept = [json.loads(line) for line in spool.read_text().splitlines()]
+    assert 59 in [step for name, _, _, step in kept if name == "train/loss"]
+    assert "val/loss" in {name for name, *_ in kept}
+
+
+def test_metrics_left_by_a_run_are_sent_by_the_next(tmp_path):
+    file, sent, gone = tmp_path / "unsent.jsonl", [], [True]
+
+    def send(metrics):
+        if gone:
+            raise OSError("no route to host")
+        sent.extend(metrics)
+
+    first = Outbox(send, file)
+    with pytest.warns(UserWarning, match="metrics cannot be sent and are kept in .*no route to host"):
+        until(lambda: first.put([("a", 1.0, 2, 3)]) or file.exists())
+    begin = time.monotonic()
+    assert not first.flush(30)
+    assert time.monotonic() - begin < 10  # an attempt, not the whole time
+    gone.clear()
+    second = Outbox(send, file)
+    second.put([("c", 7.0, 8, 9)])
+    assert second.flush(30)
+    assert {name for name, *_ in sent} == {"a", "c"}
+    assert not file.exists()
