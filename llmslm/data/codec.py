@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from llmslm.data.overlap import TokenSpans, kept_text, spans
 from llmslm.errors import UserError
 
 IGNORED = -100
@@ -55,7 +56,7 @@ class Codec:
 
     Args:
         slm_tokenizer: tokenizer of the model that decodes.
-        encoder_tokenizer: tokenizer of the encoder, where it is not the slm's; needs the "placeholders" layout.
+        encoder_tokenizer: tokenizer of the encoder, where it is not the slm's; needs another layout than "tokens".
         text_format: template and limits.
         is_encoder_decoder: whether the model that decodes is an encoder-decoder.
         decoder_start_token_id: what an encoder-decoder model's decoder starts from; targets do not repeat it.
@@ -77,8 +78,15 @@ class Codec:
         if encoder_tokenizer is not None and prompt_layout == "tokens":
             raise UserError(
                 "the encoder and the slm have different tokenizers, but the alignment is SameTokenizer; "
-                "set model.alignment to llmslm.models.alignment.EncoderTokenizer"
+                "set model.alignment to Offsets or EncoderTokenizer (llmslm.models.alignment)"
             )
+        needs_characters = prompt_layout == "offsets" or (prompt_layout == "own" and encoder_tokenizer is not None)
+        for tokenizer in (slm_tokenizer, encoder_tokenizer or slm_tokenizer):
+            if needs_characters and not tokenizer.is_fast:
+                raise UserError(
+                    f"{type(tokenizer).__name__} does not tell the characters of its tokens, as two tokenizers need; "
+                    "use a fast tokenizer, or set model.alignment to llmslm.models.alignment.EncoderTokenizer"
+                )
         if "{prompt}" not in text_format.prompt_template:
             raise UserError(
                 f"prompt_template {text_format.prompt_template!r} has no {{prompt}} in it (data.prompt_template)"
@@ -105,6 +113,7 @@ class Codec:
 
         Returns:
             One row a prompt: `input_prompt_ids` (slm side), `prompt_ids` (encoder side, if there is an encoder),
+            `prompt_spans` ("offsets" layout; start and stop of each slm token among the encoder's, one after another),
             `target_ids` (if targets are given, end of sequence included) and `cut_prompt_tokens`, a list of one number:
             the prompt tokens that truncation removed.
 
@@ -201,21 +210,41 @@ class Codec:
     def _encode_prompts(self, prompts: Sequence[str]) -> list[Row]:
         tokenizer = self.encoder_tokenizer or self.slm_tokenizer
         texts = [self.text_format.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
-        encoded = _ids(tokenizer, texts)
-        lengths = [len(ids) for ids in encoded]
-        limit = self.text_format.max_prompt_tokens
-        if max(lengths, default=0) > limit:
+        encoded = _encode(tokenizer, texts)
+        lengths = [len(ids) for ids in encoded.input_ids]
+        if max(lengths, default=0) > self.text_format.max_prompt_tokens:
             encoded = self._cut(tokenizer, texts, lengths)
-        if 0 in lengths:
+        cuts = [length - len(ids) for length, ids in zip(lengths, encoded.input_ids, strict=True)]
+        rows = self._slm_sides(texts, encoded, cuts)
+        if 0 in lengths or not all(row["input_prompt_ids"] for row in rows):
             raise UserError("a prompt has no tokens; remove empty prompts from the data, or give a prompt_template")
-        rows = []
-        for ids, length in zip(encoded, lengths, strict=True):
-            input_ids = ids if self.prompt_layout == "tokens" else [self.pad_id] * len(ids)
-            row = {"input_prompt_ids": input_ids, "cut_prompt_tokens": [length - len(ids)]}
-            rows.append(row | {"prompt_ids": ids} if self.has_encoder else row)
+        for row, ids, cut in zip(rows, encoded.input_ids, cuts, strict=True):
+            row["cut_prompt_tokens"] = [cut]
+            if self.has_encoder:
+                row["prompt_ids"] = ids
         return rows
 
-    def _cut(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], lengths: list[int]) -> list[list[int]]:
+    def _slm_sides(self, texts: list[str], encoded: BatchEncoding, cuts: list[int]) -> list[Row]:
+        """What stands on the slm's prompt positions, from the encoder's side."""
+        if self.prompt_layout == "start":
+            bos = self.slm_tokenizer.bos_token_id
+            return [{"input_prompt_ids": [self.slm_tokenizer.eos_token_id if bos is None else bos]} for _ in texts]
+        if self.prompt_layout == "placeholders":
+            return [{"input_prompt_ids": [self.pad_id] * len(ids)} for ids in encoded.input_ids]
+        if self.prompt_layout == "tokens" or (self.prompt_layout == "own" and self.encoder_tokenizer is None):
+            return [{"input_prompt_ids": ids} for ids in encoded.input_ids]
+        side = self.text_format.truncate_prompt or "right"
+        pairs = zip(texts, encoded.encodings, cuts, strict=True)
+        kept = [kept_text(text, encoding, side) if cut else (text, 0) for text, encoding, cut in pairs]
+        own = _encode(self.slm_tokenizer, [text for text, _ in kept])
+        rows = [{"input_prompt_ids": ids} for ids in own.input_ids]
+        if self.prompt_layout == "offsets":
+            for row, tokens, states, (_, begin) in zip(rows, own.encodings, encoded.encodings, kept, strict=True):
+                overlapping = spans(TokenSpans.of(tokens, begin), TokenSpans.of(states))
+                row["prompt_spans"] = overlapping.ravel().tolist()
+        return rows
+
+    def _cut(self, tokenizer: PreTrainedTokenizerBase, texts: list[str], lengths: list[int]) -> BatchEncoding:
         limit, side = self.text_format.max_prompt_tokens, self.text_format.truncate_prompt
         if side is None:
             worst = max(range(len(lengths)), key=lengths.__getitem__)
@@ -225,7 +254,7 @@ class Codec:
             )
         previous, tokenizer.truncation_side = tokenizer.truncation_side, side
         try:
-            return _ids(tokenizer, texts, truncation=True, max_length=limit)
+            return _encode(tokenizer, texts, truncation=True, max_length=limit)
         finally:
             tokenizer.truncation_side = previous
 
@@ -236,14 +265,19 @@ class Codec:
             encoded = self.slm_tokenizer(text_target=list(targets)).input_ids
             encoded = [ids[1:] if ids and ids[0] == start else ids for ids in encoded]
         else:
-            encoded = _ids(self.slm_tokenizer, list(targets), add_special_tokens=False)
+            encoded = _encode(self.slm_tokenizer, list(targets), add_special_tokens=False).input_ids
         return [(ids if ids and ids[-1] == eos else [*ids, eos])[:limit] for ids in encoded]
 
     def _encoder_side(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         if not self.has_encoder:
             return {}
         prompt_ids, mask = pad([row["prompt_ids"] for row in rows], self.encoder_pad_id)
-        return {"prompt_ids": prompt_ids, "prompt_attention_mask": mask}
+        side = {"prompt_ids": prompt_ids, "prompt_attention_mask": mask}
+        if self.prompt_layout != "offsets":
+            return side
+        longest = max(len(row["prompt_spans"]) for row in rows)
+        flat = [row["prompt_spans"] + [0] * (longest - len(row["prompt_spans"])) for row in rows]
+        return side | {"prompt_spans": torch.tensor(flat).unflatten(1, (-1, 2))}
 
 
 def pad(
@@ -284,6 +318,5 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs: Any) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs).input_ids
-    return ids
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs: Any) -> BatchEncoding:
+    return tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs)

@@ -1,0 +1,74 @@
+"""The Offsets alignment: means of the right states, of the same prompt alone, on either side of padding."""
+
+import pytest
+import torch
+
+from llmslm.data.codec import Codec, TextFormat
+from llmslm.models.alignment import Offsets, SameTokenizer
+from llmslm.models.fusion import CrossAttend, Prefix
+from llmslm.models.prompt import ProjectedPrompt
+from tests import tiny
+from tests.unit.data.tokenizers import bytes_of, words
+from tests.unit.models.compositions import compose
+
+SPANS = torch.tensor([[[0, 1], [1, 3], [2, 3]], [[0, 2], [1, 2], [0, 0]]])
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0]])
+
+
+def test_each_token_gets_the_mean_of_its_states():
+    states = torch.arange(12.0).reshape(2, 3, 2)
+    states[1, 2] = torch.nan  # padding must not be read at all
+    own = torch.zeros(2, 5, 2)
+    attention_mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    aligned = Offsets(2, 2)(own, attention_mask, ProjectedPrompt(states, MASK, spans=SPANS))
+    assert aligned.prompt_embeds[0].tolist() == [[0, 0], [0, 1], [3, 4], [4, 5], [0, 0]]
+    assert aligned.prompt_embeds[1].tolist() == [[7, 8], [8, 9], [0, 0], [0, 0], [0, 0]]
+    assert aligned.on_prompt[..., 0].tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
+
+
+def test_the_identity_is_the_same_tokenizer_bit_for_bit():
+    ids, mask = tiny.prompts()
+    states, own = torch.randn(*ids.shape, 8), torch.randn(*ids.shape, 8)
+    index = torch.arange(ids.shape[1])
+    spans = torch.stack([index, index + 1], dim=-1).expand(len(ids), -1, -1) * mask.unsqueeze(-1)
+    one = Offsets(8, 8)(own, mask, ProjectedPrompt(states, mask, spans=spans))
+    other = SameTokenizer(8, 8)(own, mask, ProjectedPrompt(states, mask))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def two_tokenizers(model):
+    return Codec(
+        bytes_of(template="<s> $A"),
+        words(),
+        text_format=TextFormat(),
+        is_encoder_decoder=model.config.is_encoder_decoder,
+        decoder_start_token_id=0,
+        has_encoder=True,
+        prompt_layout=model.prompt_layout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "slm"),
+    [
+        ({"alignment": Offsets}, "llama"),
+        ({"alignment": Offsets}, "t5"),
+        ({"fusion": Prefix}, "gpt2"),
+        ({"fusion": CrossAttend}, "bart"),
+    ],
+)
+def test_a_batch_of_two_tokenizers_leaks_nothing_between_prompts(parts, slm, tmp_path, monkeypatch):
+    for family in {"qwen2", slm}:
+        config = tiny.CONFIGS[family]
+        wide = type(config).from_dict(config.to_dict() | {"vocab_size": 400, "eos_token_id": None})
+        monkeypatch.setitem(tiny.CONFIGS, family, wide)
+    model = compose("qwen2", slm, tmp_path, **parts)
+    codec = two_tokenizers(model)
+    rows = codec.encode(["the quick brown fox", "naïve 東京   🙂", "x"], ["a", "b", "c"])
+    together = model(**codec.collate(rows)).logits
+    new = model.generate(**codec.collate_prompts(rows), max_new_tokens=4, do_sample=False)[:, -4:]
+    for row in range(len(rows)):
+        logits = model(**codec.collate(rows[row : row + 1])).logits[0]
+        torch.testing.assert_close(together[row, : len(logits)], logits, atol=1e-4, rtol=1e-4)
+        alone = model.generate(**codec.collate_prompts(rows[row : row + 1]), max_new_tokens=4, do_sample=False)
+        assert torch.equal(alone[0, -4:], new[row])
