@@ -5,14 +5,22 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    BertConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
+    MT5Config,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    RobertaConfig,
     T5Config,
+    T5GemmaConfig,
 )
 
 VOCABULARY = 97
@@ -38,11 +46,29 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 FAMILIES = list(CONFIGS)
 
+_BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+_GEMMA = {**_LLAMA, "head_dim": 8, "num_hidden_layers": 3}
+ENCODERS: dict[str, PreTrainedConfig] = {
+    "bert": BertConfig(**_BERT, **_IDS, max_position_embeddings=64),
+    "roberta": RobertaConfig(**_BERT, **_IDS, max_position_embeddings=64),
+    "modernbert": ModernBertConfig(
+        **_BERT, **_IDS, sep_token_id=2, cls_token_id=1, global_attn_every_n_layers=2, local_attention=4
+    ),
+    "mt5": MT5Config(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0, **_IDS),
+    "t5gemma": T5GemmaConfig(encoder=dict(**_GEMMA, **_IDS), decoder=dict(**_GEMMA, **_IDS), **_IDS),
+    "opt": OPTConfig(
+        hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, **_IDS
+    ),
+    "gemma": GemmaConfig(**_GEMMA, **_IDS),
+}
+
 
 def build(family: str, **changes) -> PreTrainedModel:
     """A random model whose predictions are far from ties, so that rounding cannot flip a token."""
-    config = CONFIGS[family].__class__.from_dict(CONFIGS[family].to_dict() | changes)
+    config = (CONFIGS | ENCODERS)[family]
+    config = type(config).from_dict(config.to_dict() | changes)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if "bert" in family else auto
     model = auto.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from llmslm.data.sources.base import Source, cache_folder
 from llmslm.errors import UserError
+from llmslm.models.source import pretrained
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SMALLEST = 256 + 3
@@ -91,15 +92,16 @@ class TrainedBpe:
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or folder.
+    """Load the tokenizer of a hub name, a folder or a GGUF file.
 
     One without a padding token is left so: the codec pads with any id, since its masks come from lengths.
 
     Raises:
         UserError: if there is none.
     """
+    place, file = pretrained(source)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision, **file)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(

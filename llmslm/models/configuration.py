@@ -5,6 +5,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmslm.models.components import Spec
+from llmslm.models.encoder import Layers
+from llmslm.models.quantization import Quantization
 
 DEFAULT_PROJECTOR: Spec = {"class_path": "llmslm.models.projector.MlpProjector", "init_args": {}}
 DEFAULT_FUSION: Spec = {"class_path": "llmslm.models.fusion.Add", "init_args": {}}
@@ -17,9 +19,11 @@ class LlmToSlmConfig(PreTrainedConfig):
     Args:
         encoder_config: config of the LLM that encodes.
         slm_config: config of the slm that decodes.
-        encoder_source: hub name or folder of the LLM; a relative folder is looked up beside this file first.
+        encoder_source: of the LLM (see `llmslm.models.source`); a relative path is looked up beside this file first.
         encoder_revision: commit of the hub repository.
-        encoder_layer: the layer whose states are used: "last", an index into hidden_states, or a fraction of the depth.
+        encoder_layer: the layer whose states are used: "last", an index into hidden_states, or a fraction of the depth;
+            or a list of these, of which a mix is learned.
+        encoder_quantization: "8bit" or "4bit" where the encoder's weights are quantised at load.
         encoder_hash: content hash of the encoder's weights, checked at load.
         projector: class path and arguments of the projector.
         fusion: class path and arguments of the fusion.
@@ -37,7 +41,8 @@ class LlmToSlmConfig(PreTrainedConfig):
         slm_config: PreTrainedConfig | dict[str, Any] | None = None,
         encoder_source: str | None = None,
         encoder_revision: str | None = None,
-        encoder_layer: str | int | float = "last",
+        encoder_layer: Layers = "last",
+        encoder_quantization: Quantization | None = None,
         encoder_hash: str | None = None,
         projector: Spec | None = None,
         fusion: Spec | None = None,
@@ -49,6 +54,7 @@ class LlmToSlmConfig(PreTrainedConfig):
         self.encoder_source = encoder_source
         self.encoder_revision = encoder_revision
         self.encoder_layer = encoder_layer
+        self.encoder_quantization = encoder_quantization
         self.encoder_hash = encoder_hash
         self.projector = projector or DEFAULT_PROJECTOR
         self.fusion = fusion or DEFAULT_FUSION

@@ -5,17 +5,21 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmslm.errors import UserError
+from llmslm.models.quantization import Quantization, quantization_config
+from llmslm.models.source import pretrained
 
 Layer = Literal["last"] | int | float
+Layers = Layer | list[Layer]
 
 # Where the weights of an encoder stack lie in a checkpoint of the whole encoder-decoder model.
 _STACK_KEYS = {
@@ -31,68 +35,102 @@ class Encoder(nn.Module):
     keeps no activation.
 
     Args:
-        model: an encoder stack or a decoder-only base model (no language-model head).
+        model: an encoder stack, an encoder-only model or a decoder-only base model (no language-model head).
         layer: whose output is used: "last" (after the final norm), an index into hidden_states (0 = embeddings,
-            negative from the end), or a fraction of the depth in (0, 1]. Layers above it are removed. The states
-            of inner layers
-            are taken before the final norm.
+            negative from the end), or a fraction of the depth in (0, 1]; or a list of these, whose states are put side
+            by side. Layers above the highest are removed. States of inner layers are taken before the final norm.
         full_depth: layers of the whole model, where `model` was already shortened at load.
+        quantization: how the weights of `model` were quantised at load, to be named in a composition's config.
     """
 
     main_input_name = "input_ids"
 
-    def __init__(self, model: PreTrainedModel, layer: Layer = "last", *, full_depth: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layer: Layers = "last",
+        *,
+        full_depth: int | None = None,
+        quantization: Quantization | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
-        self.layer = layer
-        self._inner_state: Tensor | None = None
-        self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self.quantization = quantization
         layers = layer_list(model)
-        full_depth = full_depth or len(layers)
-        self.depth = layer_index(layer, full_depth)
-        if self.depth < full_depth:
-            del layers[max(self.depth, 1) :]
-            if self.depth == 0:
-                layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
-            else:
-                layers[-1].register_forward_hook(self._keep_output)
+        self._follow(model, layer, full_depth or len(layers))
+        self._set_hooks()
+        del layers[max(self.depth, 1) :]
         self.requires_grad_(False)
         self.eval()
 
+    def _follow(self, model: PreTrainedModel, layer: Layers, full_depth: int) -> None:
+        """Note which layers are wanted of a model of this depth."""
+        self.model = model
+        self.layer = layer
+        self.depths = [layer_index(item, full_depth) for item in (layer if isinstance(layer, list) else [layer])]
+        self._kept: dict[int, Tensor] = {}
+        self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self._inner_depths = set(self.depths) - {full_depth}
+
+    def _set_hooks(self) -> list[RemovableHandle]:
+        """Keep the states of the wanted inner layers at each pass."""
+        layers, handles = layer_list(self.model), []
+        for depth in self._inner_depths:
+            if depth == 0:
+                handles.append(layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
+            else:
+                handles.append(layers[depth - 1].register_forward_hook(partial(self._keep_output, depth)))
+        return handles
+
+    @property
+    def depth(self) -> int:
+        """The highest layer that is read."""
+        return max(self.depths)
+
     @classmethod
     def from_source(
-        cls, source: str, *, revision: str | None = None, layer: Layer = "last", dtype: torch.dtype | str | None = None
+        cls,
+        source: str,
+        *,
+        revision: str | None = None,
+        layer: Layers = "last",
+        dtype: torch.dtype | str | None = None,
+        quantization: Quantization | None = None,
     ) -> Self:
-        """Load the encoder part of a hub name or a local folder.
+        """Load the encoder part of a hub name, a local folder or a GGUF file (see `llmslm.models.source`).
 
         Of an encoder-decoder model only the encoder stack is loaded; of a decoder-only or encoder-only model the base
-        model without its head.
+        model without its head; of either no layer above the highest that `layer` names.
 
         Raises:
-            UserError: if there is no such model, its weights are missing, or the layer does not exist.
+            UserError: if there is no such model, its weights are missing, the layer does not exist, or the weights
+                cannot be quantised here.
         """
-        kwargs: dict[str, Any] = {"revision": revision, "output_loading_info": True}
+        place, file = pretrained(source)
+        kwargs: dict[str, Any] = {"revision": revision, "output_loading_info": True} | file
         if dtype is not None:
             kwargs["dtype"] = dtype
+        if quantization is not None:
+            kwargs["quantization_config"] = quantization_config(quantization)
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(place, revision=revision, **file)
+            empty = empty_encoder(config)
+            full_depth = len(layer_list(empty))
+            kwargs |= _part_of(config, empty) | {"config": _shorten(empty.config, layer, full_depth)}
             with _without_load_report():
-                if config.is_encoder_decoder:
-                    kwargs |= {"config": config, "key_mapping": _STACK_KEYS}
-                    model, info = encoder_stack_class(config).from_pretrained(source, **kwargs)
-                else:
-                    model, info = AutoModel.from_pretrained(source, config=_shorten(config, layer), **kwargs)
-        except (OSError, ValueError) as error:
+                model, info = type(empty).from_pretrained(place, **kwargs)
+        except UserError:
+            raise
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
             raise UserError(
                 f"encoder source {source!r} cannot be loaded: {_first_line(error)}; "
-                "expected a hub name or a folder with config.json and weights (model.encoder.source)"
+                "expected a hub name, a folder with config.json and weights, or a GGUF file (model.encoder.source)"
             ) from error
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"encoder source {source!r} lacks the weights of {', '.join(missing[:3])}"
                 f"{' and more' if len(missing) > 3 else ''}; they would be random (model.encoder.source)"
             )
-        return cls(model, layer, full_depth=config.num_hidden_layers)
+        return cls(model, layer, full_depth=full_depth, quantization=quantization)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -124,16 +162,14 @@ class Encoder(nn.Module):
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
 
         Returns:
-            hidden_states (batch, prompt_len, hidden_size) and their mask (batch, prompt_len), both right-padded: models
-            with absolute positions read a prompt from position 0, as they were trained to.
+            hidden_states (batch, prompt_len, hidden_size, times the number of layers if that is a list) and their mask
+            (batch, prompt_len), both right-padded: models with absolute positions read a prompt from position 0, as
+            they were trained to.
         """
         prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
         kwargs = {"use_cache": False} if self._takes_use_cache else {}
         output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
-        if self._inner_state is None:
-            return output.last_hidden_state, mask
-        inner, self._inner_state = self._inner_state, None
-        return inner, mask
+        return self._wanted(output.last_hidden_state), mask
 
     @torch.no_grad()
     def embed_tokens(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
@@ -146,7 +182,7 @@ class Encoder(nn.Module):
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self._read_weights().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(_plain(tensor).to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _read_weights(self) -> dict[str, Tensor]:
@@ -154,11 +190,17 @@ class Encoder(nn.Module):
         weights: dict[str, Tensor] = self.model.state_dict()
         return weights
 
-    def _keep_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._inner_state = output if isinstance(output, Tensor) else output[0]
+    def _wanted(self, last_hidden_state: Tensor) -> Tensor:
+        """Return the states of the wanted layers, side by side, after the model has run."""
+        kept, self._kept = self._kept, {}
+        states = [kept.get(depth, last_hidden_state) for depth in self.depths]
+        return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+    def _keep_output(self, depth: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        self._kept[depth] = output if isinstance(output, Tensor) else output[0]
 
     def _keep_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inner_state = args[0] if args else kwargs["hidden_states"]
+        self._kept[0] = args[0] if args else kwargs["hidden_states"]
 
 
 def pad_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,20 +235,38 @@ def layer_index(layer: Layer, depth: int) -> int:
     )
 
 
-def encoder_stack_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class of the encoder stack of an encoder-decoder config, found on a model without memory."""
+def empty_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the part of a model that encodes, without memory for its weights."""
     with torch.device("meta"):
-        return type(AutoModel.from_config(copy.deepcopy(config)).get_encoder())
+        model = AutoModel.from_config(copy.deepcopy(config))
+    return model.get_encoder() if config.is_encoder_decoder else model
 
 
-def _shorten(config: PreTrainedConfig, layer: Layer) -> PreTrainedConfig:
+def _part_of(config: PreTrainedConfig, empty: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that leave out what an encoder does not need."""
+    if config.is_encoder_decoder:
+        return {"key_mapping": _STACK_KEYS}
+    pools = "add_pooling_layer" in inspect.signature(type(empty).__init__).parameters
+    return {"add_pooling_layer": False} if pools else {}
+
+
+def _shorten(config: PreTrainedConfig, layer: Layers, depth: int) -> PreTrainedConfig:
     """Ask for the needed layers alone, so that the others are not even read from disk."""
-    depth = config.num_hidden_layers
+    wanted = max(1, *(layer_index(item, depth) for item in (layer if isinstance(layer, list) else [layer])))
     short = copy.deepcopy(config)
-    short.num_hidden_layers = max(layer_index(layer, depth), 1)
-    if getattr(short, "layer_types", None):
-        short.layer_types = short.layer_types[: short.num_hidden_layers]
+    if wanted < depth:
+        for name in ("num_hidden_layers", "encoder_layers"):
+            if hasattr(short, name):
+                setattr(short, name, wanted)
+        if getattr(short, "layer_types", None):
+            short.layer_types = short.layer_types[:wanted]
     return short
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, those of a quantised one as they are computed with."""
+    tensor = tensor.detach()
+    return tensor if type(tensor) is Tensor else tensor.dequantize()
 
 
 @contextlib.contextmanager
@@ -227,10 +287,3 @@ def _is_position_table(name: str, module: nn.Module) -> bool:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-
-
-def local_or_hub(source: str, beside: Path | None = None) -> str:
-    """Resolve a relative folder against `beside` first; anything else is left as it is."""
-    if beside is not None and not Path(source).is_absolute() and (beside / source).is_dir():
-        return str((beside / source).resolve())
-    return source

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from llmslm.errors import UserError
+from llmslm.models.source import pretrained
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ModelSource:
     """Where a language model comes from: give `source`, or `config` for random weights."""
 
     source: str | None = None
-    """Hub name, or a folder in the hub's format."""
+    """Hub name, a folder in the hub's format, or a GGUF file (a path, or package:NAME)."""
     revision: str | None = None
     """Commit, tag or branch of the hub repository."""
     config: dict[str, Any] | None = None
@@ -46,7 +47,8 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
     model_source.check(key)
     if model_source.source is not None:
         try:
-            return AutoConfig.from_pretrained(model_source.source, revision=model_source.revision)
+            place, file = pretrained(model_source.source)
+            return AutoConfig.from_pretrained(place, revision=model_source.revision, **file)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.source {model_source.source!r}: {str(error).splitlines()[0]}") from error
     values = copy.deepcopy(model_source.config or {})
@@ -84,8 +86,9 @@ def load_language_model(
     if model_source.source is None:
         return auto.from_config(config, dtype=dtype)
     try:
+        place, file = pretrained(model_source.source)
         model, info = auto.from_pretrained(
-            model_source.source, revision=model_source.revision, dtype=dtype, output_loading_info=True
+            place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **file
         )
     except (OSError, ValueError) as error:
         raise UserError(

@@ -21,11 +21,12 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, PromptLayout, SameTokenizer
 from llmslm.models.configuration import LlmToSlmConfig
-from llmslm.models.encoder import Encoder, local_or_hub
+from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Fusion
 from llmslm.models.layer_mix import LayerMix
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
+from llmslm.models.source import beside
 
 
 class LlmToSlm(PreTrainedModel, GenerationMixin):
@@ -72,12 +73,16 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         encoder_revision: str | None = None,
     ) -> Self:
         """Put parts together that exist already; the projector starts at the scale of the slm's embeddings."""
+        encoder_config = copy.deepcopy(encoder.config)
+        if hasattr(encoder_config, "quantization_config"):  # named by encoder_quantization; the slm has none
+            del encoder_config.quantization_config
         config = LlmToSlmConfig(
-            encoder_config=copy.deepcopy(encoder.config),
+            encoder_config=encoder_config,
             slm_config=copy.deepcopy(slm.config),
             encoder_source=encoder_source,
             encoder_revision=encoder_revision,
             encoder_layer=encoder.layer,
+            encoder_quantization=encoder.quantization,
             encoder_hash=encoder.content_hash(),
             projector=projector.spec(),
             fusion=fusion.spec(),
@@ -139,10 +144,14 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             source = encoder_source or config.encoder_source
             if source is None:
                 raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
-            source = local_or_hub(source, Path(pretrained_model_name_or_path))
+            source = beside(source, Path(pretrained_model_name_or_path))
             revision = None if encoder_source else config.encoder_revision
             encoder = Encoder.from_source(
-                source, revision=revision, layer=config.encoder_layer, dtype=kwargs.get("dtype")
+                source,
+                revision=revision,
+                layer=config.encoder_layer,
+                dtype=kwargs.get("dtype"),
+                quantization=config.encoder_quantization,
             )
             model.attach_encoder(encoder.to(model.device))
         return model
@@ -152,7 +161,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         state_dict = kwargs.pop("state_dict", None) or self.state_dict()
         trained = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoder.")}
         source = self.config.encoder_source
-        if source is not None and Path(source).is_dir():
+        if source is not None and Path(source).exists():
             folder = Path(save_directory).resolve()
             self.config.encoder_source = os.path.relpath(Path(source).resolve(), folder)
         try:

@@ -1,13 +1,12 @@
 """The encoder inside a whole LLM: one pass over the prompt serves the projector and the LLM's own decoding."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmslm.models.encoder import Encoder, Layer, layer_index, layer_list, pad_right
+from llmslm.models.encoder import Encoder, Layers, layer_list, pad_right
 
 
 class Reading(NamedTuple):
@@ -33,20 +32,13 @@ class SharedEncoder(Encoder):
         layer: as for `Encoder`.
     """
 
-    def __init__(self, llm: PreTrainedModel, layer: Layer = "last") -> None:
+    def __init__(self, llm: PreTrainedModel, layer: Layers = "last") -> None:
         nn.Module.__init__(self)
         self.keeps_cache = not llm.config.is_encoder_decoder
-        self.model = llm.base_model if self.keeps_cache else llm.get_encoder()
-        self.layer = layer
-        self._inner_state: Tensor | None = None
-        self._takes_use_cache = "use_cache" in inspect.signature(self.model.forward).parameters
-        layers = layer_list(self.model)
-        self.full_depth = len(layers)
-        self.depth = layer_index(layer, self.full_depth)
-        if self.depth == 0:
-            layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
-        elif self.depth < self.full_depth:
-            layers[self.depth - 1].register_forward_hook(self._keep_output)
+        self.quantization = None
+        model = llm.base_model if self.keeps_cache else llm.get_encoder()
+        self.full_depth = len(layer_list(model))
+        self._follow(model, layer, self.full_depth)
         self.requires_grad_(False)
         self.eval()
 
@@ -61,9 +53,13 @@ class SharedEncoder(Encoder):
         """Pass once over prompts (batch, prompt_len), padded on either side."""
         prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
         kwargs = {"use_cache": self.keeps_cache} if self._takes_use_cache else {}
-        output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
-        inner, self._inner_state = self._inner_state, None
-        states = output.last_hidden_state if inner is None else inner
+        handles = self._set_hooks()  # for this pass alone: the LLM is used by others too
+        try:
+            output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        states = self._wanted(output.last_hidden_state)
         cache = output.past_key_values if self.keeps_cache else None
         return Reading(states, mask, output.last_hidden_state, cache)
 

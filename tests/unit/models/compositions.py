@@ -12,6 +12,11 @@ from tests import tiny
 NEW = {"max_new_tokens": 8, "do_sample": False}
 
 
+def parts_for(encoder_width, slm_width):
+    widths = (encoder_width, slm_width)
+    return {"projector": MlpProjector(*widths), "alignment": SameTokenizer(*widths), "fusion": Add(*widths)}
+
+
 def compose(encoder_family, slm_family, tmp_path, fusion=Add, alignment=SameTokenizer, projector=MlpProjector):
     source = tiny.folder(encoder_family, tmp_path)
     return LlmToSlm.compose(

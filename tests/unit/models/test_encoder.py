@@ -8,9 +8,11 @@ from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder, layer_index, layer_list, pad_right
 from tests import tiny
 
+FAMILIES = [*tiny.FAMILIES, *tiny.ENCODERS]
 
-@pytest.mark.parametrize("layer", ["last", 0, 1, 2, -2])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+
+@pytest.mark.parametrize("layer", ["last", 0, 1, 2, -2, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_states_are_those_of_the_whole_model(family, layer, tmp_path):
     source = tiny.folder(family, tmp_path)
     whole = AutoModel.from_pretrained(source).eval()
@@ -22,10 +24,24 @@ def test_states_are_those_of_the_whole_model(family, layer, tmp_path):
     torch.testing.assert_close(states[states_mask.bool()], expected[index][mask.bool()], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_layers_above_the_chosen_one_are_not_there(family, tmp_path):
-    encoder = Encoder.from_source(tiny.folder(family, tmp_path), layer=1)
-    assert len(layer_list(encoder.model)) == 1
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_above_the_highest_are_neither_there_nor_made(family, tmp_path, monkeypatch):
+    source = tiny.folder(family, tmp_path)
+    deleted = []
+    monkeypatch.setattr(torch.nn.ModuleList, "__delitem__", lambda layers, which: deleted.extend(layers[which]))
+    for layer, count in ((1, 1), (0, 1), ([0, 1], 1)):
+        assert len(layer_list(Encoder.from_source(source, layer=layer).model)) == count
+    assert deleted == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_layers_stand_side_by_side(family, tmp_path):
+    source = tiny.folder(family, tmp_path)
+    ids, mask = tiny.prompts()
+    several = Encoder.from_source(source, layer=[0, 0.5, "last"])
+    states = several(ids, mask)[0].chunk(3, dim=-1)
+    for layer, expected in zip(several.layer, states, strict=True):
+        torch.testing.assert_close(Encoder.from_source(source, layer=layer)(ids, mask)[0], expected)
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
@@ -38,7 +54,7 @@ def test_only_the_stack_of_an_encoder_decoder_is_loaded(family, tmp_path):
     assert sum(p.numel() for p in stack.parameters()) == sum(p.numel() for p in expected.values())
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding_is_read_as_right_padding(family, tmp_path):
     encoder = Encoder.from_source(tiny.folder(family, tmp_path))
     ids, mask = tiny.prompts()
@@ -89,7 +105,7 @@ def test_errors_say_what_to_change(tmp_path):
     with pytest.raises(UserError, match=r"encoder source '/nowhere' cannot be loaded"):
         Encoder.from_source("/nowhere")
     tiny.CONFIGS["t5"].save_pretrained(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"expected a hub name or a folder with config.json and weights"):
+    with pytest.raises(UserError, match=r"expected a hub name, a folder with config.json and weights, or a GGUF file"):
         Encoder.from_source(str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"layer 7 does not exist in a model of 3 layers"):
         Encoder.from_source(tiny.folder("llama", tmp_path), layer=7)

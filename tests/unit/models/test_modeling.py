@@ -10,7 +10,8 @@ import torch
 from llmslm.errors import UserError
 from llmslm.models.alignment import EncoderTokenizer, SameTokenizer
 from llmslm.models.encoder import Encoder
-from llmslm.models.fusion import Add, Replace
+from llmslm.models.fusion import Add, CrossAttend, Replace, ReplaceEncoder
+from llmslm.models.layer_mix import LayerMix
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import LinearProjector
 from tests import tiny
@@ -143,6 +144,55 @@ def test_reloaded_it_is_the_same_and_the_encoder_is_not_in_the_file(encoder, slm
     again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
     batch = training_batch(model, *tiny.prompts())
     assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("encoder", tiny.ENCODERS)
+def test_every_other_family_encodes_and_is_found_again(encoder, tmp_path):
+    model = compose(encoder, "llama", tmp_path)
+    model.save_pretrained(tmp_path / "system")
+    ids, mask = tiny.prompts()
+    batched = generate(model, ids, mask)
+    assert torch.equal(generate(LlmToSlm.from_pretrained(tmp_path / "system").eval(), ids, mask), batched)
+    assert until_end(generate(model, ids[2:, :5], mask[2:, :5])[0]) == until_end(batched[2])
+
+
+@pytest.mark.parametrize("slm", ["opt", "gemma", "mt5"])
+def test_every_other_family_decodes(slm, tmp_path):
+    for fusion in (Add, CrossAttend, ReplaceEncoder):
+        if fusion is ReplaceEncoder and slm in ("opt", "gemma"):
+            continue
+        model = compose("bert", slm, tmp_path, fusion=fusion)
+        ids, mask = tiny.prompts()
+        batched = generate(model, ids, mask)
+        assert until_end(generate(model, ids[2:, :5], mask[2:, :5])[0]) == until_end(batched[2])
+        if fusion is Add:
+            model.projector.register_forward_hook(lambda _m, _a, states: torch.zeros_like(states))
+        if fusion is not ReplaceEncoder:
+            batch = training_batch(model, ids, mask)
+            assert torch.equal(model(**batch).logits, model.slm(**bare(model, batch)).logits)
+
+
+def test_a_learned_mix_of_layers_is_trained_saved_and_shown(tmp_path):
+    source = tiny.folder("llama", tmp_path)
+    parts = {"projector": LinearProjector(32, 32), "alignment": SameTokenizer(32, 32), "fusion": Add(32, 32)}
+    encoder = Encoder.from_source(source, layer=[1, 0.5, "last"])
+    model = LlmToSlm.compose(encoder, tiny.build("gpt2"), encoder_source=source, **parts)
+    batch = training_batch(model, *tiny.prompts())
+    model(**batch).loss.backward()
+    assert model.layer_mix.logits.grad.abs().min() > 0
+    assert model.layer_mix.scale.grad.abs() > 0
+    torch.nn.init.normal_(model.layer_mix.logits)
+    model.save_pretrained(tmp_path / "system")
+    again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    shown = again.metrics()
+    assert list(shown) == ["layer_mix/1", "layer_mix/0.5", "layer_mix/last", "layer_mix/scale"]
+    torch.testing.assert_close(sum(list(shown.values())[:3]), torch.tensor(1.0))
+
+
+def test_a_mix_of_one_layer_is_that_layer_normalised():
+    mix, states = LayerMix(["last"]), torch.randn(2, 3, 8) * 50
+    torch.testing.assert_close(mix(states), torch.nn.functional.rms_norm(states, (8,)))
 
 
 def test_a_moved_pair_of_folders_still_finds_its_encoder(tmp_path):

