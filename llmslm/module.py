@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -23,7 +25,7 @@ from llmslm.models.fusion import Add, Fusion
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.packing import check_packing
+from llmslm.models.packing import check_packing, cross_attending, encoder_decoder_inputs
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.system import System
 
@@ -187,7 +189,7 @@ class SystemModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """See to it that packed examples cannot mix."""
-        if self._built_codec.can_pack and self.trainer.datamodule.pack_tokens:  # type: ignore[attr-defined]
+        if self.trainer.datamodule.packed_shape() is not None:  # type: ignore[attr-defined]
             check_packing(self._built)
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
@@ -197,12 +199,17 @@ class SystemModule(L.LightningModule):
         model = self._built
         rows, columns = tensors.pop("target_positions") if "target_positions" in batch else target_positions(labels)
         targets = labels[rows, columns]
+        cross = None
         if model.config.is_encoder_decoder:
             start, pad = model.config.decoder_start_token_id, self._built_codec.pad_id
-            tensors["decoder_input_ids"] = shift_right(labels, start, pad)
+            ends = tensors.pop("target_documents", None)
+            tensors["decoder_input_ids"] = shift_right(labels, start, pad, ends)
+            if ends is not None:
+                tensors |= encoder_decoder_inputs(tensors.pop("documents"), ends)
+                cross = tensors.pop("cross_attention_mask")
         else:
             columns = columns - 1  # the position before a target predicts it
-        with logits_at(model, rows, columns, labels.shape[1]):
+        with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
             logits = self(**tensors, use_cache=False).logits[0]
         return nn.functional.cross_entropy(logits.float(), targets), targets.numel()
 
@@ -269,6 +276,20 @@ class SystemModule(L.LightningModule):
         scheduler = get_scheduler(name, optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, fused optimizers too: its mixed precision refuses them even without a scaler."""
+        plugin = self.trainer.precision_plugin
+        if gradient_clip_val and isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -322,9 +343,14 @@ class SystemModule(L.LightningModule):
             self.log(f"{stage}/bleu", 100 * self.val_bleu.compute(), prog_bar=True)
 
 
-def shift_right(labels: Tensor, start_id: int, pad_id: int) -> Tensor:
-    """Turn labels (batch, target_len) into a decoder's inputs: the start token, then the targets but the last."""
+def shift_right(labels: Tensor, start_id: int, pad_id: int, documents: Tensor | None = None) -> Tensor:
+    """Turn labels (batch, target_len) into a decoder's inputs: the start token, then the targets but the last.
+
+    With documents (batch, target_len), the number of each position's target in its row, each of them is shifted.
+    """
     shifted = labels.roll(1, dims=1)
+    if documents is not None:
+        shifted = shifted.masked_fill(documents != documents.roll(1, dims=1), start_id)
     shifted[:, 0] = start_id
     return shifted.masked_fill(shifted == IGNORED, pad_id)
 

@@ -2,14 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI itself still uses what is deprecated
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -85,8 +85,12 @@ class Cli(LightningCLI):
         """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
     """Run `fit`, `validate`, `test` or `predict` with the given arguments.
+
+    Args:
+        args: of the command line.
+        callbacks: for programs that watch the run; recipes name their own.
 
     Raises:
         UserError: for mistakes in recipe, data or models.
@@ -105,7 +109,7 @@ def run(args: list[str]) -> None:
         trainer_defaults={
             "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
             "use_distributed_sampler": False,
-            "callbacks": [LogThroughput()],
+            "callbacks": [LogThroughput(), *callbacks],
         },
         parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
         auto_configure_optimizers=False,

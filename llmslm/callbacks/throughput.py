@@ -1,10 +1,12 @@
 """Training speed at every log step: tokens a second, padding, arithmetic, and its share of what the device can do."""
 
+import statistics
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import Throughput, get_available_flops
+from lightning.fabric.utilities.throughput import Throughput
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,7 +23,8 @@ class LogThroughput(Callback):
 
     Tokens are those of prompts and targets, on both sides, without padding; tokens_per_s is of all ranks, tflops_per_s
     and mfu of one device. The arithmetic is counted from the weights: two operations a weight and token forward, four
-    more backward where it is trained; attention scores are left out, as is what activation checkpointing repeats.
+    more backward where it is trained; attention scores are left out, as is what activation checkpointing repeats. mfu
+    is the share of what a large matrix product reaches on this device in this precision, measured when training starts.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,7 @@ class LogThroughput(Callback):
         device = pl_module.device
         precision = str(trainer.precision)
         dtype = next((kind for name, kind in _HALF.items() if name in precision), torch.float32)
-        available = get_available_flops(device, dtype) if device.type == "cuda" else None
+        available = product_speed(device, dtype) if device.type == "cuda" else None
         self._monitor = Throughput(available, trainer.world_size, window_size=2)
         self._flops = FlopCount.of(pl_module.model)
         self._seen = dict.fromkeys(self._seen, 0)
@@ -127,3 +130,15 @@ class FlopCount:
 def matmul_weights(module: nn.Module) -> int:
     """Count the weights that multiply: those of linear layers, tied ones too, but no embedding tables."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | Conv1D))
+
+
+def product_speed(device: torch.device, dtype: torch.dtype, size: int = 8192, runs: int = 10) -> float:
+    """Measure the operations a second of a large matrix product on a CUDA device: the median of some runs."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 3)]
+    for mark in marks:
+        torch.mm(left, right)
+        mark.record()
+    torch.cuda.synchronize(device)
+    milliseconds = [before.elapsed_time(after) for before, after in pairwise(marks[2:])]
+    return 2 * size**3 / (statistics.median(milliseconds) / 1e3)

@@ -49,6 +49,21 @@ class BatchSizes(NamedTuple):
         return self.prompt + self.target + self.encoder_prompt
 
 
+class PackedShape(NamedTuple):
+    """The shape of a batch of packed rows."""
+
+    rows: int
+    tokens: int
+    """Of a row: prompts and targets of a decoder-only model, prompts of an encoder-decoder."""
+    target_tokens: int = 0
+    """Of a row's targets, for an encoder-decoder."""
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Return what a row holds, as `Codec.packed_lengths` counts."""
+        return (self.tokens, self.target_tokens) if self.target_tokens else (self.tokens,)
+
+
 class Codec:
     """Encodes prompts and targets for one system and decodes its predictions.
 
@@ -105,8 +120,8 @@ class Codec:
 
     @property
     def can_pack(self) -> bool:
-        """Say whether several examples may share a row: prompt and target are one sequence, and nobody else reads."""
-        return not self.is_encoder_decoder and not self.has_encoder
+        """Say whether several examples may share a row: not where a frozen encoder reads beside the slm."""
+        return not self.has_encoder
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> list[Row]:
         """Tokenise texts.
@@ -159,32 +174,41 @@ class Codec:
             slots=sum(batch[side].numel() for side in sides),
         )
 
-    def collate_packed(self, rows: Sequence[Row], shape: tuple[int, int]) -> dict[str, Tensor]:
-        """Make a training batch of packed rows, for decoder-only models without an encoder.
+    def collate_packed(self, rows: Sequence[Row], shape: PackedShape) -> dict[str, Tensor]:
+        """Make a training batch of packed rows, for systems without an encoder.
 
         Args:
             rows: examples, in the order in which they are packed.
-            shape: rows and tokens of the batch.
+            shape: of the batch.
 
         Returns:
-            input_ids, position_ids, labels: each of `shape`. Positions start at 0 with each example, which is how
-            transformers knows that it attends to nothing before; there is no attention mask. -100 = ignored.
+            For decoder-only models input_ids, position_ids and labels, (rows, tokens). Positions start at 0 with each
+            example, which is how transformers knows that it attends to nothing before. For encoder-decoder models
+            input_ids and documents, (rows, tokens), labels and target_documents, (rows, target_tokens): the number of
+            the example in its row, -1 = padding. Labels of -100 are ignored; there is no attention mask.
         """
-        packed = pack_rows([len(row["input_prompt_ids"]) + len(row["target_ids"]) for row in rows], shape[1])
-        if len(packed) > shape[0]:
-            raise ValueError(f"{len(rows)} examples take {len(packed)} rows, the batch has {shape[0]}")
-        input_ids = torch.full(shape, self.pad_id)
-        labels = torch.full(shape, IGNORED)
-        position_ids = torch.arange(shape[1]).repeat(shape[0], 1)
-        for place, members in enumerate(packed):
-            begin = 0
-            for prompt, target in ((rows[i]["input_prompt_ids"], rows[i]["target_ids"]) for i in members):
-                middle, end = begin + len(prompt), begin + len(prompt) + len(target)
-                input_ids[place, begin:end] = torch.tensor(prompt + target)
-                labels[place, middle:end] = torch.tensor(target)
-                position_ids[place, end:] = torch.arange(shape[1] - end)
-                begin = end
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        packed = pack_rows(self.packed_lengths(rows), shape.capacities)
+        if len(packed) > shape.rows:
+            raise ValueError(f"{len(rows)} examples take {len(packed)} rows, the batch has {shape.rows}")
+        prompts = [[rows[i]["input_prompt_ids"] for i in members] for members in packed]
+        targets = [[rows[i]["target_ids"] for i in members] for members in packed]
+        if self.is_encoder_decoder:
+            input_ids, documents = _join(prompts, shape.rows, shape.tokens, self.pad_id)
+            labels, target_documents = _join(targets, shape.rows, shape.target_tokens, IGNORED)
+            sides = {"input_ids": input_ids, "documents": documents}
+            return sides | {"labels": labels, "target_documents": target_documents}
+        both = [[p + t for p, t in zip(*pair, strict=True)] for pair in zip(prompts, targets, strict=True)]
+        wanted = [
+            [[IGNORED] * len(p) + t for p, t in zip(*pair, strict=True)] for pair in zip(prompts, targets, strict=True)
+        ]
+        input_ids, documents = _join(both, shape.rows, shape.tokens, self.pad_id)
+        labels, _ = _join(wanted, shape.rows, shape.tokens, IGNORED)
+        return {"input_ids": input_ids, "position_ids": _positions(documents), "labels": labels}
+
+    def packed_lengths(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
+        """Return what each example takes of a packed row: tokens, or tokens and target tokens."""
+        lengths = [(len(row["input_prompt_ids"]), len(row["target_ids"])) for row in rows]
+        return list(lengths) if self.is_encoder_decoder else [(sum(pair),) for pair in lengths]
 
     def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch to generate from: prompts alone, left-padded for decoder-only models."""
@@ -294,17 +318,39 @@ def pad(
     return ids, mask
 
 
-def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -> list[list[int]]:
     """Fill rows in the given order, a new one where an item does not fit; return the rows' indices."""
     rows: list[list[int]] = []
-    room = 0
+    room = (-1,) * len(capacities)
     for index, length in enumerate(lengths):
-        if length > room or not rows:
+        left = tuple(r - n for r, n in zip(room, length, strict=True))
+        if min(left) < 0:
             rows.append([])
-            room = capacity
+            left = tuple(c - n for c, n in zip(capacities, length, strict=True))
         rows[-1].append(index)
-        room -= length
+        room = left
     return rows
+
+
+def _join(rows: list[list[list[int]]], count: int, length: int, value: int) -> tuple[Tensor, Tensor]:
+    """Put the sequences of each row behind one another; return the ids and each one's number in its row, -1 = none."""
+    ids, documents = torch.full((count, length), value), torch.full((count, length), -1)
+    for place, sequences in enumerate(rows):
+        begin = 0
+        for number, sequence in enumerate(sequences):
+            end = begin + len(sequence)
+            ids[place, begin:end] = torch.tensor(sequence)
+            documents[place, begin:end] = number
+            begin = end
+    return ids, documents
+
+
+def _positions(documents: Tensor) -> Tensor:
+    """Count from 0 in each document, and in the padding, of (rows, tokens)."""
+    column = torch.arange(documents.shape[1]).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return column - torch.where(begins, column, 0).cummax(1).values
 
 
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

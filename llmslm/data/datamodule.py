@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmslm.data.codec import Codec, TextFormat, target_positions
+from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
 from llmslm.data.loader import BatchLoader, StreamLoader
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
 from llmslm.data.sources import Source, Split
@@ -42,8 +42,9 @@ class TextDataModule(L.LightningDataModule):
         max_prompt_tokens: longest prompt, in the encoder's tokens.
         max_target_tokens: longest target, in the slm's tokens; longer targets are cut and counted.
         truncate_prompt: the side from which a longer prompt is cut; None refuses it.
-        pack_tokens: tokens of a training row that holds several examples; micro_batch_size then counts rows. For
-            decoder-only systems without an encoder; the others take batches of similar lengths, as None does.
+        pack_tokens: tokens of a training row that holds several examples (of their prompts, for an encoder-decoder);
+            micro_batch_size then counts rows. None takes batches of similar lengths, as llm_to_slm always does.
+        pack_target_tokens: the same of the targets of an encoder-decoder; pack_tokens where None.
         num_workers: processes that collate ahead.
         shuffle_buffer: examples that a streamed source is shuffled within.
     """
@@ -59,6 +60,7 @@ class TextDataModule(L.LightningDataModule):
         max_target_tokens: int = 128,
         truncate_prompt: Literal["left", "right"] | None = None,
         pack_tokens: int | None = None,
+        pack_target_tokens: int | None = None,
         num_workers: int = 0,
         shuffle_buffer: int = 10_000,
     ) -> None:
@@ -71,6 +73,7 @@ class TextDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or micro_batch_size
         self.text_format = TextFormat(prompt_template, max_prompt_tokens, max_target_tokens, truncate_prompt)
         self.pack_tokens = pack_tokens
+        self.pack_target_tokens = pack_target_tokens
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.slm_tokenizer: PreTrainedTokenizerBase
@@ -110,9 +113,9 @@ class TextDataModule(L.LightningDataModule):
         """Shuffled batches of training rows."""
         dataset, batch_size = self._tokenised["train"], self.micro_batch_size
         collate = partial(collate_training, codec=self.codec)
-        if isinstance(dataset, Dataset) and self.pack_tokens and self.codec.can_pack:
-            shape = (batch_size, self.pack_tokens)
-            sampler: LengthBatchSampler = PackedBatchSampler(_lengths(dataset), *shape, **self._dealing())
+        if isinstance(dataset, Dataset) and (shape := self.packed_shape()):
+            lengths = _sides(dataset) if shape.target_tokens else _lengths(dataset)
+            sampler: LengthBatchSampler = PackedBatchSampler(lengths, batch_size, shape.capacities, **self._dealing())
             packed = partial(collate, shape=shape)
             return BatchLoader(dataset, sampler, self._trained, collate_fn=packed, **self._workers())
         if isinstance(dataset, Dataset):
@@ -124,6 +127,13 @@ class TextDataModule(L.LightningDataModule):
         dataset = split_dataset_by_node(dataset, trainer.global_rank, trainer.world_size)
         dataset = dataset.shuffle(seed=self._seed, buffer_size=self.shuffle_buffer)
         return StreamLoader(dataset, self._trained, batch_size=batch_size, collate_fn=collate, **self._workers())
+
+    def packed_shape(self) -> PackedShape | None:
+        """Return the shape of packed training batches, None where the recipe or the system does not pack."""
+        if not self.pack_tokens or not self.codec.can_pack:
+            return None
+        targets = (self.pack_target_tokens or self.pack_tokens) if self.codec.is_encoder_decoder else 0
+        return PackedShape(self.micro_batch_size, self.pack_tokens, targets)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, with their examples."""
@@ -223,7 +233,7 @@ def encode(batch: dict[str, list[str]], codec: Codec) -> dict[str, list[Any]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def collate_training(rows: list[dict[str, Any]], codec: Codec, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+def collate_training(rows: list[dict[str, Any]], codec: Codec, shape: PackedShape | None = None) -> dict[str, Any]:
     """Collate a batch, packed into `shape` if given, and count here what the device should not be asked for.
 
     Returns:
@@ -243,6 +253,10 @@ def collate_with_examples(rows: list[dict[str, Any]], codec: Codec) -> dict[str,
 
 def _lengths(dataset: Dataset) -> np.ndarray:
     return token_counts(dataset, ("input_prompt_ids", "target_ids"))
+
+
+def _sides(dataset: Dataset) -> np.ndarray:
+    return np.stack([token_counts(dataset, (name,)) for name in ("input_prompt_ids", "target_ids")], axis=1)
 
 
 def token_counts(dataset: Dataset, columns: tuple[str, ...]) -> np.ndarray:

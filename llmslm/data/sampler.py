@@ -94,15 +94,15 @@ class LengthBatchSampler(Sampler[list[int]]):
 
 
 class PackedBatchSampler(LengthBatchSampler):
-    """Training batches of examples that fill `batch_size` rows of `row_tokens` tokens, several examples a row.
+    """Training batches of examples that fill `batch_size` rows, several examples a row.
 
     Examples are shuffled and packed within windows, best fit first; the rows are shuffled and dealt out in batches. A
     batch lists its examples row by row: `pack_rows` finds the same rows, or fewer.
 
     Args:
-        lengths: tokens of each example.
+        lengths: (examples,) or (examples, sides), tokens of each example, on each side that a row has.
         batch_size: rows a batch and rank.
-        row_tokens: tokens of a row.
+        capacities: tokens of a row, on each side.
         seed: of the shuffle.
         rank: this process.
         world_size: number of processes.
@@ -117,19 +117,23 @@ class PackedBatchSampler(LengthBatchSampler):
         self,
         lengths: Sequence[int] | np.ndarray,
         batch_size: int,
-        row_tokens: int,
+        capacities: tuple[int, ...],
         *,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__(lengths, batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
-        if self.lengths.max(initial=0) > row_tokens:
-            raise UserError(
-                f"an example has {self.lengths.max()} tokens (prompt and target), a packed row {row_tokens}; "
-                "raise data.pack_tokens, or lower data.max_prompt_tokens or data.max_target_tokens"
-            )
-        self.row_tokens = row_tokens
+        sides = np.asarray(lengths).reshape(-1, len(capacities))
+        for longest, capacity in zip(sides.max(axis=0, initial=0), capacities, strict=True):
+            if longest > capacity:
+                raise UserError(
+                    f"an example has {longest} tokens, a packed row {capacity}; raise data.pack_tokens "
+                    "(data.pack_target_tokens), or lower data.max_prompt_tokens or data.max_target_tokens"
+                )
+        # One number an example: what it takes of the side that it fills most, in tokens of the first side.
+        taken = np.ceil(sides * capacities[0] / np.asarray(capacities)).max(axis=1).astype(int)
+        super().__init__(taken, batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
+        self.row_tokens = capacities[0]
 
     def __len__(self) -> int:
         rows = int(self.lengths.sum()) // self.row_tokens  # no packing needs fewer, so each epoch has so many batches

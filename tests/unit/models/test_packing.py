@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
+from llmslm.data.codec import IGNORED, Codec, PackedShape, TextFormat, target_positions
 from llmslm.errors import UserError
 from llmslm.models.head import logits_at
+from llmslm.models.language_model import ModelSource
 from llmslm.models.packing import check_packing
+from llmslm.module import SystemModule
 from tests import tiny
 
 ROWS = [
@@ -14,7 +16,6 @@ ROWS = [
     {"input_prompt_ids": [9], "target_ids": [4, 1]},
     {"input_prompt_ids": [3, 3, 5, 8], "target_ids": [6, 1]},
 ]
-LAYOUT = {"text_format": TextFormat(), "is_encoder_decoder": False}
 
 
 class Tokenizer:
@@ -23,29 +24,48 @@ class Tokenizer:
     pad_token_id, eos_token_id = 0, 1
 
 
-def summed_loss(model, batch):
-    labels = batch.pop("labels")
-    logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+def summed_loss(model, collated):
+    module = SystemModule(ModelSource(source="unused"), ModelSource(source="unused"), system="slm")
+    module.model, module.codec = model, codec_of(model)
+    loss, tokens = module.loss(collated)
+    return loss * tokens
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def codec_of(model):
+    enc_dec = model.config.is_encoder_decoder
+    return Codec(Tokenizer(), text_format=TextFormat(), is_encoder_decoder=enc_dec, decoder_start_token_id=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "t5"])
 def test_packing_changes_no_loss(family):
     model = tiny.build(family).eval()
     check_packing(model)
-    codec = Codec(Tokenizer(), **LAYOUT)
-    packed = codec.collate_packed(ROWS, (2, 10))
-    assert packed["position_ids"][0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 0]
-    assert codec.sizes(ROWS, packed) == (3, 8, 7, 0, 20)
-    torch.testing.assert_close(summed_loss(model, packed), summed_loss(model, codec.collate(ROWS)), rtol=1e-5, atol=0)
+    codec = codec_of(model)
+    shape = PackedShape(2, 10, 6) if family == "t5" else PackedShape(2, 10)
+    packed = codec.collate_packed(ROWS, shape)
+    assert codec.sizes(ROWS, packed) == (3, 8, 7, 0, 32 if family == "t5" else 20)
+    expected = summed_loss(model, codec.collate(ROWS))
+    torch.testing.assert_close(summed_loss(model, packed), expected, rtol=1e-5, atol=0)
 
 
-def test_a_model_that_mixes_examples_is_refused():
-    model = tiny.build("gpt2").eval()
-    forward = model.forward
-    model.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
-    with pytest.raises(UserError, match=r"gpt2 does not keep packed examples apart .*data\.pack_tokens"):
-        check_packing(model)
+def test_positions_start_again_with_each_example():
+    packed = codec_of(tiny.build("llama")).collate_packed(ROWS, PackedShape(2, 10))
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
+    assert packed["labels"][0].tolist() == [*[IGNORED] * 3, 8, 9, 1, IGNORED, 4, 1, IGNORED]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_padding_of_a_packed_row_is_no_nan(implementation):
+    model = tiny.build("t5").train()
+    model.set_attn_implementation(implementation)
+    loss = summed_loss(model, codec_of(model).collate_packed(ROWS, PackedShape(4, 10, 8)))
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_a_model_that_counts_positions_by_itself_is_refused():
+    with pytest.raises(UserError, match=r"bart does not keep packed examples apart .*data\.pack_tokens"):
+        check_packing(tiny.build("bart"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
