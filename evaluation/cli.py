@@ -80,7 +80,7 @@ def _compare(options: argparse.Namespace) -> None:
     from evaluation.examples import load_examples, load_task_examples
     from evaluation.leaderboard.rows import leaderboard_rows
     from evaluation.leaderboard.table import markdown_table
-    from evaluation.records import read_record
+    from evaluation.record import read_record
 
     names = (
         *("out", "max_new_tokens", "batch_size", "metrics", "seed", "resamples", "controls"),

@@ -4,25 +4,21 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.examples import Examples, load_examples, text_hash
 from evaluation.memory import NOT_MEASURED, peak_memory
 from evaluation.predictions import ALONE, Prediction, forget, predict
-from evaluation.provenance import folder_hash, provenance
 from evaluation.ranks import Ranks, join_ranks, leave_ranks
-from evaluation.records import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
+from evaluation.record import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
 from evaluation.speed import RUNS, WARMUPS, measure_speed
-from evaluation.systems import CONTROLS, LLM, LLM_TO_SLM, ControllableSystem, EvaluatedSystem, file_stem
-from llmslm.checkpoint import find_system
+from evaluation.systems import LLM, Arm, control_arms, file_stem
 from llmslm.errors import UserError
-from llmslm.system import System
+from llmslm.provenance import provenance
 
 if TYPE_CHECKING:
     from llmslm.data.sources import Split
@@ -55,22 +51,6 @@ class Settings:
     """Measured rounds of each mode and batch size; 0 measures neither speed nor memory."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A system in a comparison."""
-
-    system: EvaluatedSystem
-    checkpoint: str | None = None
-    """Content hash of the folder it was loaded from; without one, earlier predictions are not taken over."""
-    card: Mapping[str, Any] = field(default_factory=dict)
-    """What is known of its training."""
-    device: str = "cpu"
-    """Its kind: cpu or cuda."""
-    dtype: str | None = None
-    target_limit: int | None = None
-    """Tokens from which a reference is cut before it is scored."""
-
-
 def compare_folders(
     folders: Mapping[str, str],
     data: str | Examples,
@@ -80,6 +60,8 @@ def compare_folders(
     limit: int | None = None,
     device: str | None = None,
     dtype: str = "float32",
+    peers: Sequence[str] = (),
+    specs: Sequence[str] = (),
 ) -> list[Path]:
     """Load systems from their folders and compare them on a data source, on all ranks that were started.
 
@@ -91,34 +73,24 @@ def compare_folders(
         limit: evaluate at most so many examples.
         device: a torch device; a GPU if there is one, by default.
         dtype: float32 or bfloat16, for all systems.
+        peers: names of `evaluation.arms.PEERS`.
+        specs: further systems; see `evaluation.arms.load_arms`.
 
     Returns:
         The records written, in the order of the systems, controls last.
     """
+    import torch
+
+    from evaluation.arms import load_arms
+
     ranks = join_ranks()
     if device is None:
         device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
     examples = data if isinstance(data, Examples) else load_examples(data, split, limit, settings.seed)
-    arms = [load_arm(name, folder, device, dtype) for name, folder in folders.items()]
+    arms = load_arms(folders, device, dtype, peers, specs)
     paths = compare(arms, examples, settings, ranks)
     leave_ranks(ranks)
     return paths
-
-
-def load_arm(name: str, folder: str, device: str, dtype: str) -> Arm:
-    """Load one system.
-
-    Raises:
-        UserError: if the folder holds none, or a system of another kind than `name` says.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device} was asked for, but PyTorch sees no GPU here (--device)")
-    path = find_system(folder)
-    system = System.load(path, device=device, dtype=getattr(torch, dtype))
-    if system.name != name:
-        raise UserError(f"{folder} holds a {system.name} system; expected {name} (--{name.replace('_', '-')})")
-    limit = system.codec.text_format.max_target_tokens
-    return Arm(system, folder_hash(path), system.card, torch.device(device).type, dtype, limit)
 
 
 def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: Ranks = ALONE) -> list[Path]:
@@ -134,7 +106,7 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
         The records written, in the order of the arms, controls last; nothing on ranks but the first.
     """
     check_metrics(settings.metrics)
-    arms = [*arms, *(_control_arms(arms) if settings.controls else ())]
+    arms = [*arms, *(control_arms(arms) if settings.controls else ())]
     settings = replace(settings, max_new_tokens=_budget(arms, settings))
     origin = provenance()
     comparison = _comparison_hash(arms, examples, settings, origin)
@@ -160,20 +132,6 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
 def _budget(arms: Sequence[Arm], settings: Settings) -> int:
     limits = [arm.target_limit for arm in arms if arm.target_limit is not None]
     return settings.max_new_tokens or max(limits, default=DEFAULT_BUDGET)
-
-
-def _control_arms(arms: Sequence[Arm]) -> list[Arm]:
-    return [
-        replace(arm, system=arm.system.with_features(control))
-        for arm in arms
-        if arm.system.name == LLM_TO_SLM and isinstance(arm.system, ControllableSystem)
-        for control in CONTROLS
-    ]
-
-
-def _is_control(arm: Arm) -> bool:
-    """A control costs what its system costs: it is not timed."""
-    return "/" in arm.system.name
 
 
 def _comparison_hash(arms: Sequence[Arm], examples: Examples, settings: Settings, origin: Mapping[str, Any]) -> str:
@@ -273,7 +231,7 @@ def _measure_speed(arms: Sequence[Arm], examples: Examples, settings: Settings) 
     if not settings.runs:
         return {}
     return measure_speed(
-        {arm.system.name: arm.system for arm in arms if not _is_control(arm)},
+        {arm.system.name: arm.system for arm in arms if not arm.is_control},
         examples.prompts,
         max_new_tokens=_budget(arms, settings),
         batch_sizes=settings.speed_batch_sizes,
@@ -283,7 +241,7 @@ def _measure_speed(arms: Sequence[Arm], examples: Examples, settings: Settings) 
 
 
 def _memory(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
-    if not settings.runs or _is_control(arm):
+    if not settings.runs or arm.is_control:
         return dict(NOT_MEASURED)
     return peak_memory(
         arm.system,

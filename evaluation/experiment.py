@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmslm.checkpoint import SYSTEM_FOLDER, write_text
+from llmslm.checkpoint import SYSTEM_FOLDER
+from llmslm.mlflow_store import EXPERIMENT, tracking_uri
 from llmslm.recipe import find_recipe, load_source
+from llmslm.writing import write_text
 
 SYSTEMS = ("llm", "slm", "llm_to_slm")
 TRAINED = "trained.json"
-EXPERIMENT = "llmslm"
 
 
 def run(config: str, out: str = "runs", limit: int | None = None, overrides: Sequence[str] = ()) -> None:
@@ -76,8 +77,6 @@ def parent_run(folder: Path, name: str) -> str:
     """Return the MLflow run that all runs of this comparison belong under; it is made once per folder and store."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
-
-    from llmslm.callbacks.tracking import tracking_uri
 
     client = MlflowClient(tracking_uri())
     remembered = folder / "mlflow_parent.txt"

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from evaluation.examples import Examples
 from evaluation.ranks import Ranks
-from evaluation.records import raise_if_full, write_text
 from evaluation.systems import EvaluatedSystem
 from llmslm.errors import UserError
+from llmslm.writing import raise_if_full, write_text
 
 ALONE = Ranks()
 

@@ -1,7 +1,8 @@
-"""What the evaluation needs of a system: a small protocol, met by `llmslm.system.System` and by yours."""
+"""What the evaluation needs of a system: a small protocol, met by `llmslm.system.System` and by yours; its arms."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 LLM = "llm"
 SLM = "slm"
@@ -65,6 +66,39 @@ class ControllableSystem(Protocol):
 
     def with_features(self, control: str) -> EvaluatedSystem:
         """Return a twin whose features are "zero" or "shuffled" (those of another prompt)."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A system in a comparison."""
+
+    system: EvaluatedSystem
+    checkpoint: str | None = None
+    """Content hash of what it was loaded from; without one, earlier predictions are not taken over."""
+    card: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of its training."""
+    device: str = "cpu"
+    """Its kind: cpu or cuda."""
+    dtype: str | None = None
+    target_limit: int | None = None
+    """Tokens from which a reference is cut before it is scored."""
+    folder: str | None = None
+    """Where it was loaded from."""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is another system without its message; it costs what that one costs."""
+        return "/" in self.system.name
+
+
+def control_arms(arms: Sequence[Arm]) -> list[Arm]:
+    """Return llm_to_slm without its message and with that of another prompt."""
+    return [
+        replace(arm, system=arm.system.with_features(control), folder=None)
+        for arm in arms
+        if arm.system.name == LLM_TO_SLM and isinstance(arm.system, ControllableSystem)
+        for control in CONTROLS
+    ]
 
 
 def file_stem(task: str, system: str) -> str:

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from evaluation.records import write_text
 from llmslm.errors import UserError
+from llmslm.writing import write_text
 
 FILE = Path(__file__).with_name("targets.json")
 TOPICS = ("method", "decode", "evaluation", "training", "headline", "scaling")
@@ -67,8 +67,8 @@ def record_measurement(
     Raises:
         UserError: if there is no such target.
     """
-    from evaluation import provenance
-    from llmslm.provenance import commit
+    from llmslm.provenance import commit, hardware_name
+    from llmslm.provenance import hardware as this_machine
 
     targets = read_targets(path)
     index = next((index for index, target in enumerate(targets) if target.id == name), None)
@@ -80,7 +80,7 @@ def record_measurement(
         measured=measured,
         command=command,
         commit=commit()[0],
-        hardware=hardware or provenance.hardware_name(provenance.hardware()),
+        hardware=hardware or hardware_name(this_machine()),
         date=datetime.now(UTC).date().isoformat(),
         met=targets[index].judge(measured),
     )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,21 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.predictions import read_predictions
-from evaluation.provenance import hardware_name
-from evaluation.records import SUFFIX, Record, write_record, write_text
+from evaluation.record import SUFFIX, Record, write_record
 from llmslm.errors import UserError
+from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, tracking_uri
+from llmslm.provenance import hardware_name
+from llmslm.writing import write_text
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
     from evaluation.leaderboard import Leaderboard
 
-DEFAULT_STORE = "sqlite:///mlflow.db"
-EXPERIMENT = "llmslm"
 RECORD, PREDICTIONS = "record.json", "predictions.json"
 RECORD_TAG = "llmslm.record"
 LEADERBOARD_TAG = "llmslm.leaderboard"
-PARENT_TAG = "mlflow.parentRunId"
 _SPLITS = {"validation": "val"}  # metric keys are those of training: val/bleu
 
 
@@ -56,11 +54,6 @@ def fetch_records(experiment: str, folder: Path) -> list[Path]:
     if not paths:
         raise UserError(f"MLflow at {tracking_uri()} has no evaluation in experiment {experiment!r} (--from-mlflow)")
     return paths
-
-
-def tracking_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, or a SQLite file in the working directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Systems on disk: one folder with config, trained weights, tokenizers and a card; written whole or not at all."""
 
-import errno
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from llmslm.data.tokenizer import load_tokenizer
 from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.modeling import LlmToSlm
+from llmslm.writing import raise_if_full
 
 CARD = "system.json"
 CARD_VERSION = 1
@@ -115,26 +115,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if is_disk_full(error):
-            raise UserError(f"the disk is full: {folder} was not written; free some space and run again") from error
+        raise_if_full(error, f"{folder} was not written; free some space and run again")
         raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that nobody ever reads half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Recognise a full disk, also where a library wraps the system's error in its own."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
 
 
 def _load_model(folder: Path, dtype: torch.dtype | None, **encoder: Any) -> PreTrainedModel:

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from llmslm.checkpoint import is_disk_full
 from llmslm.errors import UserError
+from llmslm.writing import is_disk_full
 
 SEAL = "seal.json"
 """In a checkpoint folder: size and checksum of each of its files."""

@@ -13,8 +13,8 @@ import time
 from types import ModuleType
 
 from evaluation.bootstrap import RESAMPLES, SEED
-from evaluation.provenance import provenance
 from evaluation.scoring import as_record, score, statistics_of
+from llmslm.provenance import provenance
 
 METRICS = ("bleu", "chrf", "rouge")
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.leaderboard.rows import Row, leaderboard_rows
-from evaluation.records import Record, find_records, read_record, write_bytes, write_text
+from evaluation.record import Record, find_records, read_record
+from llmslm.writing import write_bytes, write_text
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from evaluation.provenance import hardware_name
-from evaluation.records import Record
+from evaluation.record import Record
 from evaluation.scoring import is_lower_better
 from evaluation.systems import LLM, LLM_TO_SLM, SLM
+from llmslm.provenance import hardware_name
 
 _ORDER = (LLM, SLM, LLM_TO_SLM)
 OTHER_EXAMPLES = "other examples"

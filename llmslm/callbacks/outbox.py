@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llmslm.checkpoint import write_text
+from llmslm.writing import write_text
 
 Metric = tuple[str, float, int, int]
 """Name, value, milliseconds since 1970, step."""

@@ -15,17 +15,11 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from llmslm import provenance
 from llmslm.callbacks.outbox import Metric, Outbox
 from llmslm.callbacks.save_system import data_fingerprint
+from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, tracking_uri
 
-DEFAULT_STORE = "sqlite:///mlflow.db"
-PARENT_TAG = "mlflow.parentRunId"
 UNSENT = Path("mlflow_unsent")
 """Folder in the working directory: metrics that wait for their server, one file a run."""
 FLUSH_S = 30.0
-
-
-def tracking_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, or a SQLite file in the working directory (MLflow 3 refuses plain folders)."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE
 
 
 class MlflowLogger(MLFlowLogger):
@@ -41,7 +35,7 @@ class MlflowLogger(MLFlowLogger):
 
     def __init__(
         self,
-        experiment_name: str = "llmslm",
+        experiment_name: str = EXPERIMENT,
         run_name: str | None = None,
         parent_run: str | None = None,
         run_id: str | None = None,

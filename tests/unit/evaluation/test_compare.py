@@ -7,9 +7,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from evaluation.compare import Arm, Settings, compare
+from evaluation.compare import Settings, compare
 from evaluation.predictions import predict, read_partial, read_predictions
-from evaluation.records import find_records, read_record
+from evaluation.record import find_records, read_record
+from evaluation.systems import Arm
 from llmslm.errors import UserError
 
 FAST = {"max_new_tokens": 16, "batch_size": 4, "warmups": 0, "runs": 1, "resamples": 50}

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import evaluation
-from evaluation.records import read_record
+from evaluation.record import read_record
 
 PAGE = Path(evaluation.__file__).parents[1] / "docs" / "evaluation.md"
 

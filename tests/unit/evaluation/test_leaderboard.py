@@ -8,12 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from evaluation.compare import Arm, Settings, compare
+from evaluation.compare import Settings, compare
 from evaluation.leaderboard import build
 from evaluation.leaderboard.plot import pareto_front
 from evaluation.leaderboard.rows import best, leaderboard_rows
 from evaluation.leaderboard.table import markdown_table
-from evaluation.records import read_record
+from evaluation.record import read_record
+from evaluation.systems import Arm
 
 FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 2, "resamples": 50}
 

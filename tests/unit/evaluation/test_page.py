@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from evaluation.compare import Arm, Settings, compare
+from evaluation.compare import Settings, compare
 from evaluation.leaderboard import build
+from evaluation.systems import Arm
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the playwright package")
 CHROMIUM = shutil.which("chromium")

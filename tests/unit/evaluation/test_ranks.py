@@ -9,9 +9,10 @@ import pytest
 import torch
 from dummy import DummySystem, Scored
 
-from evaluation.compare import Arm, Settings, compare
+from evaluation.compare import Settings, compare
 from evaluation.ranks import join_ranks, leave_ranks
-from evaluation.records import read_record
+from evaluation.record import read_record
+from evaluation.systems import Arm
 
 FAST = {"max_new_tokens": 16, "batch_size": 3, "runs": 0, "resamples": 50}
 

@@ -6,10 +6,11 @@ import datasets
 import pytest
 import yaml
 
-from evaluation.compare import Arm, Settings, compare
+from evaluation.compare import Settings, compare
 from evaluation.examples import load_task_examples
-from evaluation.records import read_record
+from evaluation.record import read_record
 from evaluation.scoring import check_metrics
+from evaluation.systems import Arm
 from evaluation.tasks import FOLDER, load_task, task_names
 from llmslm.errors import UserError
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from evaluation.compare import Arm, Settings, compare
+from evaluation.compare import Settings, compare
 from evaluation.leaderboard import build
-from evaluation.records import read_record
+from evaluation.record import read_record
+from evaluation.systems import Arm
 from evaluation.tracking import log_comparison, metrics, tracking_uri
 from llmslm.errors import UserError
 

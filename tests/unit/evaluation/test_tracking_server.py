@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from evaluation.cli import main
-from evaluation.compare import Arm, Settings, compare
-from evaluation.records import find_records, read_record
+from evaluation.compare import Settings, compare
+from evaluation.record import find_records, read_record
+from evaluation.systems import Arm
 
 POSTGRES = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 1, "resamples": 20}

@@ -1,14 +1,13 @@
 """Evaluation records: one JSON file a system and task, under the schema in record.schema.json."""
 
-import errno
 import json
-import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from llmslm.errors import UserError
+from llmslm.writing import write_text
 
 SCHEMA_VERSION = 1
 SCHEMA = Path(__file__).with_name("record.schema.json")
@@ -26,38 +25,6 @@ def write_record(path: Path, record: Record) -> None:
     """
     _validator().validate(record)
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is never seen half-written.
-
-    Raises:
-        UserError: if the disk is full.
-    """
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file aside and rename it.
-
-    Raises:
-        UserError: if the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        aside.write_bytes(data)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise_if_full(error, f"{path} was not written; free some space and run again")
-        raise
-
-
-def raise_if_full(error: OSError, advice: str) -> None:
-    """Turn the error of a full disk into a line for the user; any other passes."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise UserError(f"the disk is full: {advice}") from error
 
 
 def read_record(path: Path) -> Record:

@@ -1,0 +1,101 @@
+"""Systems to compare with: any model of transformers, and what makes an llm decode sooner without any training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llmslm.checkpoint import codec_for
+from llmslm.data.codec import TextFormat
+from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
+from llmslm.errors import UserError
+from llmslm.models.language_model import ModelSource, load_language_model
+from llmslm.system import System
+
+
+class PretrainedSystem(System):
+    """A language model of transformers as it comes, by its hub name or folder.
+
+    Args:
+        source: hub name, or a folder in the hub's format with its tokenizer.
+        name: in records; the last part of `source` by default.
+        text_format: how prompts are written and where they and targets end.
+        decoder: "engine" or transformers' own "generate".
+        device: torch device.
+        dtype: float32 or bfloat16.
+        revision: of a hub repository.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        name: str | None = None,
+        text_format: TextFormat | None = None,
+        decoder: Literal["engine", "generate"] = "engine",
+        device: str = "cpu",
+        dtype: str = "float32",
+        revision: str | None = None,
+    ) -> None:
+        key = "a system to compare with (--systems): model"
+        model = load_language_model(ModelSource(source, revision), None, key, getattr(torch, dtype))
+        codec = codec_for(model, load_tokenizer(source), None, text_format or TextFormat())
+        card = {"source": source, "revision": revision or getattr(model.config, "_commit_hash", None)}
+        super().__init__(name or Path(source).name, model.to(device), codec, card, decoder)
+
+
+class GenerateSystem(System):
+    """An llm decoded by transformers' `generate()`, with further arguments of it.
+
+    Args:
+        name: in records.
+        llm: the system whose weights and texts it shares.
+        one_by_one: decode the rows of a batch one after the other, where `generate` takes one only.
+        arguments: of `generate`, for example cache_implementation="static".
+    """
+
+    def __init__(self, name: str, llm: System, *, one_by_one: bool = False, **arguments: Any) -> None:
+        super().__init__(name, llm.model, llm.codec, llm.card, "generate")
+        self.one_by_one = one_by_one
+        self._arguments = arguments
+
+    def _new_tokens(self, prompts: Sequence[str], **settings: Any) -> Tensor:
+        if not self.one_by_one:
+            return super()._new_tokens(prompts, **settings)
+        rows = []
+        for prompt in prompts:
+            rows.append(super()._new_tokens([prompt], **settings)[0])
+            settings["on_first_token"] = None  # the batch's first token is known
+        return pad_sequence(rows, batch_first=True, padding_value=self._eos_ids()[0])
+
+    def _by_generate(self, inputs: dict[str, Any], *args: Any, **settings: Any) -> Tensor:
+        return super()._by_generate(inputs | self._arguments, *args, **settings)
+
+
+class SpeculativeSystem(GenerateSystem):
+    """An llm that checks several guessed tokens in one pass, so its cost is not one reading of weights a token."""
+
+
+def assisted(llm: System, assistant: System) -> SpeculativeSystem:
+    """Let a smaller model draft for the llm (assisted generation); two tokenizers are translated between.
+
+    Raises:
+        UserError: if the assistant is a composition, which transformers cannot let draft.
+    """
+    if assistant.language_model is not assistant.model:
+        raise UserError("an llm_to_slm system cannot assist in transformers; the slm does, and peer verified drafts so")
+    arguments: dict[str, Any] = {"assistant_model": assistant.model}
+    own, other = llm.codec.slm_tokenizer, assistant.codec.slm_tokenizer
+    if not same_tokenizer(own, other):
+        arguments |= {"tokenizer": own, "assistant_tokenizer": other}
+    return SpeculativeSystem("assisted", llm, one_by_one=True, **arguments)
+
+
+def prompt_lookup(llm: System, tokens: int = 10) -> SpeculativeSystem:
+    """Let the llm's own text draft: what followed the last words where they stood before (prompt lookup)."""
+    return SpeculativeSystem("prompt_lookup", llm, one_by_one=True, prompt_lookup_num_tokens=tokens)

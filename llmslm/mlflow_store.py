@@ -1,0 +1,13 @@
+"""Which MLflow store runs go to, and under which names; imports nothing of MLflow."""
+
+import os
+
+DEFAULT_STORE = "sqlite:///mlflow.db"
+EXPERIMENT = "llmslm"
+PARENT_TAG = "mlflow.parentRunId"
+"""MLflow's own tag: the run that a run belongs under."""
+
+
+def tracking_uri() -> str:
+    """Return MLFLOW_TRACKING_URI, or a SQLite file in the working directory (MLflow 3 refuses plain folders)."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_STORE

@@ -1,0 +1,50 @@
+"""Files that are written whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+from llmslm.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file aside and rename it, so that nobody ever reads half of it.
+
+    Raises:
+        UserError: if the disk is full.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file aside and rename it; missing folders are made.
+
+    Raises:
+        UserError: if the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(data)
+        aside.replace(path)
+    except OSError as error:
+        raise_if_full(error, f"{path} was not written; free some space and run again")
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def raise_if_full(error: BaseException, advice: str) -> None:
+    """Turn the error of a full disk into a line for the user; any other passes.
+
+    Raises:
+        UserError: if the disk is full.
+    """
+    if is_disk_full(error):
+        raise UserError(f"the disk is full: {advice}") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Recognise a full disk, also where a library wraps the system's error in its own."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
