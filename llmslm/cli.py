@@ -45,8 +45,8 @@ def _train(args: list[str]) -> None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from llmslm.checkpoint import is_disk_full
     from llmslm.training import plain, run
+    from llmslm.writing import is_disk_full
 
     try:
         run(args)
