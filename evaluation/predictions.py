@@ -134,9 +134,15 @@ def _line(row: Prediction) -> str:
 
 
 def _batches(examples: Examples, batch_size: int) -> list[list[int]]:
-    """Deal indices into batches of like length, longest first: what does not fit fails at once."""
+    """Deal indices into batches of like length, longest first: what does not fit fails at once.
+
+    A last one that would be alone joins the batch before it: a control takes its features from the others.
+    """
     order = sorted(range(len(examples)), key=lambda index: (-len(examples.prompts[index]), examples.ids[index]))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [batches[-2] + batches[-1]]
+    return batches
 
 
 def _shards(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 
 from llmslm.checkpoint import load_parts
 from llmslm.data.codec import IGNORED, Codec
+from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
 from llmslm.models.modeling import LlmToSlm
 
@@ -187,7 +188,7 @@ class System:
         """Return this system with the encoder's message destroyed, as a control.
 
         "zero" sets the projected states to zero; "shuffled" gives each prompt the states of the one before it in the
-        batch (of the previous batch's last prompt for the first one).
+        batch, the first one those of the last: batches of one prompt are refused.
         """
         return _ControlSystem(self, control)
 
@@ -210,7 +211,6 @@ class _ControlSystem(System):
         name = f"{system.name}/{control}_features"
         super().__init__(name, system.model, system.codec, system.card, system.decoder)
         self._control = control
-        self._previous: Tensor | None = None
 
     def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Run the prefill with the projector's output replaced."""
@@ -233,13 +233,9 @@ class _ControlSystem(System):
     def _replace(self, states: Tensor) -> Tensor:
         if self._control == "zero":
             return torch.zeros_like(states)
-        shifted = states.roll(1, dims=0)
-        if self._previous is not None:
-            length = min(self._previous.shape[0], states.shape[1])
-            shifted[0] = 0
-            shifted[0, :length] = self._previous[:length]
-        self._previous = states[-1].clone()
-        return shifted
+        if states.shape[0] < 2:
+            raise UserError("shuffled features are those of another prompt in the batch; give at least 2 (--batch-size)")
+        return states.roll(1, dims=0)
 
 
 class _FirstToken(StoppingCriteria):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmslm.data.codec import Codec, TextFormat
+from llmslm.errors import UserError
 from llmslm.models.alignment import SameTokenizer
 from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Add
@@ -96,11 +97,13 @@ def test_controls_change_the_message_and_leave_the_system_alone(family):
     assert system.log_likelihood(PROMPTS, PROMPTS) == before
 
 
-def test_shuffled_features_are_another_prompts_also_one_by_one():
+def test_shuffled_features_depend_on_the_batch_alone():
     shuffled = make("t5").with_features("shuffled")
-    shuffled.generate(["first"], max_new_tokens=2)
-    states = shuffled._previous.clone()
-    assert not torch.equal(shuffled._replace(torch.randn(1, *states.shape))[0], shuffled._previous)
+    first = shuffled.log_likelihood(PROMPTS, PROMPTS)
+    shuffled.log_likelihood(PROMPTS[::-1], PROMPTS)
+    assert shuffled.log_likelihood(PROMPTS, PROMPTS) == first
+    with pytest.raises(UserError, match="those of another prompt in the batch; give at least 2"):
+        shuffled.generate(["first"], max_new_tokens=2)
 
 
 def test_tokens_are_counted_to_the_end_of_sequence():
