@@ -20,13 +20,14 @@ from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
 from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, SameTokenizer
-from llmslm.models.encoder import Encoder, Layer
+from llmslm.models.encoder import Encoder, Layers
 from llmslm.models.fusion import Add, Fusion
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import check_packing, cross_attending, encoder_decoder_inputs
 from llmslm.models.projector import MlpProjector, Projector
+from llmslm.models.quantization import Quantization
 from llmslm.system import System
 
 SystemName = Literal["llm", "slm", "llm_to_slm"]
@@ -39,13 +40,17 @@ class EncoderOptions:
     """How the LLM serves as frozen encoder."""
 
     source: str | None = None
-    """Hub name or folder; None takes the recipe's llm: its source, or the one that this recipe trained."""
+    """Hub name, folder or GGUF file (a path, or package:NAME for the one that an installed package carries); None takes
+    the recipe's llm: its source, or the one that this recipe trained."""
     revision: str | None = None
     """Commit of the hub repository."""
-    layer: Layer = "last"
-    """Whose output is used: "last", an index into hidden_states, or a fraction of the depth."""
+    layer: Layers = "last"
+    """Whose output is used: "last", an index into hidden_states, or a fraction of the depth; or a list of these, of
+    which a mix is learned."""
     dtype: str | None = None
     """Weights' dtype, for example bfloat16; None keeps what is stored."""
+    quantization: Quantization | None = None
+    """Quantise the weights at load: 8bit (needs torchao or bitsandbytes) or 4bit (bitsandbytes or torchao)."""
 
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -110,14 +115,13 @@ class SystemModule(L.LightningModule):
     # --- what the data module asks for -----------------------------------------------------------------------------
 
     def tokenizer_sources(self) -> tuple[str | None, str | None]:
-        """Return where the tokenizers of encoder and slm come from: (None, None) where neither model has a source.
+        """Return where the tokenizers of encoder and slm come from, None for a model that is built from a config.
 
         For the "llm" system both are the llm's.
         """
-        encoder_source = self.encoder_options.source or self.llm_source.source
         if self.system == "llm":
             return self.llm_source.source, self.llm_source.source
-        return encoder_source, self.slm_source.source or encoder_source
+        return self.encoder_options.source or self.llm_source.source, self.slm_source.source
 
     def make_codec(self, datamodule: Any) -> Codec:
         """Build the system with the data module's tokenizers, and the codec that belongs to it."""
@@ -143,7 +147,13 @@ class SystemModule(L.LightningModule):
         if self.system == "slm":
             return slm.train()
         source, options = self.encoder_source(), self.encoder_options
-        encoder = Encoder.from_source(source, revision=options.revision, layer=options.layer, dtype=options.dtype)
+        encoder = Encoder.from_source(
+            source,
+            revision=options.revision,
+            layer=options.layer,
+            dtype=options.dtype,
+            quantization=options.quantization,
+        )
         widths = (encoder.hidden_size, slm.config.hidden_size)
         return LlmToSlm.compose(
             encoder,
@@ -341,6 +351,8 @@ class SystemModule(L.LightningModule):
         self.log(f"{stage}/perplexity", loss.exp())
         if self.bleu_examples > 0:
             self.log(f"{stage}/bleu", 100 * self.val_bleu.compute(), prog_bar=True)
+        if stage == "val" and isinstance(self.model, LlmToSlm):
+            self.log_dict(self.model.metrics())
 
 
 def shift_right(labels: Tensor, start_id: int, pad_id: int, documents: Tensor | None = None) -> Tensor:

@@ -35,7 +35,8 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         source: where the examples come from.
-        tokenizer: trained on the training split; None takes the tokenizers of the models' sources.
+        tokenizer: trained on the training split, for models that are built from configs; None takes the tokenizers of
+            the models' sources.
         micro_batch_size: examples per rank and forward.
         eval_batch_size: the same without gradients; micro_batch_size where None.
         prompt_template: text around the prompt, with {prompt} in it.
@@ -160,20 +161,21 @@ class TextDataModule(L.LightningDataModule):
         return self.trainer.lightning_module  # type: ignore[union-attr]
 
     def _load_tokenizers(self) -> None:
-        if self.trained_tokenizer is not None:
-            self.slm_tokenizer = self.trained_tokenizer.load(self.source)
-            return
+        """A model from a source reads its own tokens; others read the trained ones, or else the encoder's."""
+        trained = None if self.trained_tokenizer is None else self.trained_tokenizer.load(self.source)
         encoder_source, slm_source = self._module.tokenizer_sources()
-        if encoder_source is None or slm_source is None:
+        encoder_tokenizer = trained if encoder_source is None else load_tokenizer(encoder_source)
+        if encoder_tokenizer is None:
             raise UserError(
                 "no tokenizer: the models are built from configs, so set data.tokenizer, for example to "
                 "{class_path: llmslm.data.tokenizer.TrainedBpe, init_args: {vocab_size: 8192}}"
             )
-        self.slm_tokenizer = load_tokenizer(slm_source)
-        if encoder_source != slm_source:
-            encoder_tokenizer = load_tokenizer(encoder_source)
-            if not same_tokenizer(encoder_tokenizer, self.slm_tokenizer):
-                self.encoder_tokenizer = encoder_tokenizer
+        own = encoder_tokenizer
+        if slm_source != encoder_source:
+            own = trained if slm_source is None else load_tokenizer(slm_source)
+        self.slm_tokenizer = encoder_tokenizer if own is None else own
+        if not same_tokenizer(encoder_tokenizer, self.slm_tokenizer):
+            self.encoder_tokenizer = encoder_tokenizer
 
     def _tokenise(self, split: Split) -> Dataset | IterableDataset:
         dataset = self.source.load(split)
