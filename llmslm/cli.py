@@ -1,11 +1,18 @@
 """The `llmslm` command. Heavy imports happen inside the subcommands, so that --help answers at once."""
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llmslm.errors import UserError
+
+if TYPE_CHECKING:
+    from llmslm.system import System
 
 USAGE = """usage: llmslm COMMAND [OPTIONS]
 
@@ -17,6 +24,7 @@ commands:
   test       the same on its test split
   predict    write predictions for its test split
   generate   answer prompts:        llmslm generate --checkpoint runs/quickstart/llm_to_slm "prompt"
+             as text comes (--stream), for a file (--input, --output), exactly as the llm would (--verify LLM)
 
 RECIPE after --config is a YAML file or the name of a shipped recipe; a second --config (for example
 hardware/1gpu) overrides the first. `llmslm fit --help` lists all keys. Evaluation: llmslm-eval --help.
@@ -39,6 +47,11 @@ def main(args: list[str] | None = None) -> None:
         _generate(args[1:]) if args[0] == "generate" else _train(args)
     except UserError as error:
         _fail(str(error), 1)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
 
 
 def _train(args: list[str]) -> None:
@@ -61,36 +74,87 @@ def _train(args: list[str]) -> None:
 
 
 def _generate(args: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="llmslm generate", allow_abbrev=False, description="Answer prompts.")
-    parser.add_argument("prompts", nargs="*", help="prompts; one a line from standard input where none is given")
-    parser.add_argument("--checkpoint", required=True, help="run folder or system folder")
-    parser.add_argument("--max-new-tokens", type=int, default=None, help="default: the system's target limit")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
-    parser.add_argument("--device", default=None, help="cpu, cuda, ...; default: cuda where there is one")
-    options = parser.parse_args(args)
+    options = _generate_parser().parse_args(args)
+    _check_generate(options)
 
     import torch
 
+    from llmslm.generation.sampling import Sampling
     from llmslm.system import System
+    from llmslm.verified_system import VerifiedSystem
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    system = System.load(options.checkpoint, device=device)
+    if options.verify is not None:
+        system: System = VerifiedSystem.load_pair(options.checkpoint, options.verify, device=device)
+    else:
+        system = System.load(options.checkpoint, device=device)
     limit = options.max_new_tokens or system.codec.text_format.max_target_tokens
-    for batch in _batches(options.prompts or (line.rstrip("\n") for line in sys.stdin), options.batch_size):
-        for generation in system.generate(batch, max_new_tokens=limit):
-            sys.stdout.write(generation.text + "\n")
-            sys.stdout.flush()
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
+    settings = {"max_new_tokens": limit, "sampling": sampling if options.temperature else None}
+    if options.input is not None:
+        _generate_file(system, options, settings)
+    else:
+        _generate_to_stdout(system, options, settings)
+    if isinstance(system, VerifiedSystem):
+        counts = system.acceptance
+        sys.stderr.write(f"{counts.per_block:.2f} drafted tokens accepted per block of {counts.blocks}\n")
 
 
-def _batches(prompts: list[str] | Iterator[str], size: int) -> Iterator[list[str]]:
+def _generate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmslm generate", allow_abbrev=False, description="Answer prompts.")
+    parser.add_argument("prompts", nargs="*", help="prompts; one a line from standard input where none is given")
+    parser.add_argument("--checkpoint", required=True, help="run folder or system folder")
+    parser.add_argument(
+        "--verify", metavar="LLM", help="the llm that the checkpoint's encoder was taken from: its output"
+    )
+    parser.add_argument("--stream", action="store_true", help="write the text as it comes, prompt by prompt")
+    parser.add_argument("--input", help="file of prompts: .txt, one a line, or .jsonl with prompt and, if wanted, id")
+    parser.add_argument("--output", help=".jsonl for id, prompt and prediction; goes on where a stopped call was")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens; default: take the most probable")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: from all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that have this much of the mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    return parser
+
+
+def _check_generate(options: argparse.Namespace) -> None:
+    if (options.input is None) != (options.output is None):
+        raise UserError("give --input and --output together: a file of prompts, and the file for predictions")
+    if options.input is not None and (options.prompts or options.stream):
+        raise UserError("--input takes the prompts from a file and writes to one: leave out --stream and prompts")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} was given; expected 1 or more")
+
+
+def _generate_file(system: "System", options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    from llmslm.predict_file import predict_file
+
+    source, out = Path(options.input), Path(options.output)
+    sys.stderr.write(f"{predict_file(system, source, out, batch_size=options.batch_size, **settings)}\n")
+
+
+def _generate_to_stdout(system: "System", options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    prompts = options.prompts or (line.rstrip("\n") for line in sys.stdin)
+    for batch in _batches(prompts, 1 if options.stream else options.batch_size):
+        if options.stream:
+            system.stream(batch[0], on_text=_write, **settings)
+            _write("\n")
+        else:
+            _write("".join(generation.text + "\n" for generation in system.generate(batch, **settings)))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
     """Group prompts; nothing is read further ahead than one batch."""
-    batch: list[str] = []
-    for prompt in prompts:
-        batch.append(prompt)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    prompts = iter(prompts)
+    while batch := list(islice(prompts, size)):
         yield batch
 
 

@@ -1,6 +1,7 @@
 """A system as it is used: a model with its codec, loaded from a folder, that turns prompts into predictions."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from llmslm.checkpoint import load_parts
 from llmslm.data.codec import IGNORED, Codec
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.sampling import Sampling
+from llmslm.generation.streaming import TextStream
 from llmslm.models.modeling import LlmToSlm
 
 Control = Literal["zero", "shuffled"]
@@ -103,34 +106,56 @@ class System:
         max_new_tokens: int,
         min_new_tokens: int = 0,
         on_first_token: Callable[[], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
+        sampling: Sampling | None = None,
     ) -> list[Generation]:
-        """Generate greedily from one batch of prompts, as given.
+        """Generate from one batch of prompts, as given; greedily where `sampling` is not given.
 
         Args:
             prompts: texts; the codec adds the prompt template.
             max_new_tokens: the token budget of each prediction.
             min_new_tokens: no end of sequence before this many tokens; equal to max_new_tokens for a fixed length.
             on_first_token: called when the batch's first new token is known.
+            on_tokens: called with (batch, n) new tokens on the CPU as they come.
+            sampling: how tokens are drawn.
+
+        Raises:
+            UserError: if a prompt has no tokens or too many.
         """
-        inputs = self.prefill(prompts)
-        decode = self._by_engine if self.decoder == "engine" else self._by_generate
-        new_ids = decode(inputs, max_new_tokens, min_new_tokens, on_first_token)
+        limits = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        new_ids = self._new_tokens(
+            prompts, **limits, on_first_token=on_first_token, on_tokens=on_tokens, sampling=sampling
+        )
         counts = count_until(new_ids, self._eos_ids())
         texts = self.codec.decode([row[:count].tolist() for row, count in zip(new_ids, counts, strict=True)])
         return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
 
-    def _by_engine(
+    def stream(
         self,
-        inputs: dict[str, Any],
+        prompt: str,
+        *,
         max_new_tokens: int,
-        min_new_tokens: int,
-        on_first_token: Callable[[], None] | None,
-    ) -> Tensor:
+        on_text: Callable[[str], None],
+        sampling: Sampling | None = None,
+    ) -> Generation:
+        """Generate from one prompt; `on_text` gets the text piece by piece, as soon as its characters are whole."""
+        text = TextStream(functools.partial(self.codec.slm_tokenizer.decode, skip_special_tokens=True), on_text)
+
+        def on_tokens(tokens: Tensor) -> None:
+            text.feed(tokens[0].tolist())
+
+        generation = self.generate([prompt], max_new_tokens=max_new_tokens, on_tokens=on_tokens, sampling=sampling)[0]
+        text.finish()
+        return generation
+
+    def _new_tokens(self, prompts: Sequence[str], **settings: Any) -> Tensor:
+        """Decode one batch: (batch, new_len) ids; settings as for `DecodeEngine.generate`."""
+        inputs = self.prefill(prompts)
+        if self.decoder == "generate":
+            return self._by_generate(inputs, **settings)
         if self._engine is None:
             self._engine = DecodeEngine(self.language_model)
-        return self._engine.generate(
-            **inputs, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, on_first_token=on_first_token
-        )
+        return self._engine.generate(**inputs, **settings)
 
     def _by_generate(
         self,
@@ -138,7 +163,11 @@ class System:
         max_new_tokens: int,
         min_new_tokens: int,
         on_first_token: Callable[[], None] | None,
+        on_tokens: Callable[[Tensor], None] | None,
+        sampling: Sampling | None,
     ) -> Tensor:
+        if on_tokens is not None or sampling is not None:
+            raise UserError('streams and samples come from the engine; load the system with decoder="engine"')
         stopping = StoppingCriteriaList([_FirstToken(on_first_token)] if on_first_token else [])
         config = GenerationConfig.from_dict(
             self.language_model.generation_config.to_dict()
@@ -234,7 +263,9 @@ class _ControlSystem(System):
         if self._control == "zero":
             return torch.zeros_like(states)
         if states.shape[0] < 2:
-            raise UserError("shuffled features are those of another prompt in the batch; give at least 2 (--batch-size)")
+            raise UserError(
+                "shuffled features are those of another prompt in the batch; give at least 2 (--batch-size)"
+            )
         return states.roll(1, dims=0)
 
 

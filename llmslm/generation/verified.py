@@ -52,7 +52,10 @@ class VerifiedEngine:
     def __init__(self, llm: PreTrainedModel, draft: LlmToSlm) -> None:
         self.llm, self.draft = llm, draft
         self.encoder = SharedEncoder(llm, draft.config.encoder_layer)
-        draft.attach_encoder(self.encoder)
+        try:
+            draft.attach_encoder(self.encoder)
+        except UserError as error:
+            raise UserError("the draft's encoder is not of this LLM; give the LLM that it was taken from") from error
         self._alone = DecodeEngine(llm)
         self._slm = DecodeEngine(draft.slm)
 

@@ -83,7 +83,7 @@ class TextFiles(BuiltSource):
 
     def _read(self, split: Split) -> list[Example]:
         path = self.paths[split]
-        records = _jsonl(path) if path.suffix == ".jsonl" else self._parquet(path)
+        records = read_jsonl(path) if path.suffix == ".jsonl" else self._parquet(path)
         examples = list(self._examples(path, records))
         if not examples:
             raise UserError(f"{path} has no rows (data.source.init_args.{split})")
@@ -124,7 +124,12 @@ class TextFiles(BuiltSource):
             raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _jsonl(path: Path) -> Iterator[_Record]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each object of a JSON Lines file stands ("line 3"), and its fields; empty lines are skipped.
+
+    Raises:
+        UserError: for a line that is no object, at the time when it is reached.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

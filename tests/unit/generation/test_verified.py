@@ -28,7 +28,7 @@ PAIRS = [
 pairs = pytest.mark.parametrize(("family", "slm_family"), PAIRS)
 
 
-def engine(family, slm_family, *, perfect=False, layer="last"):
+def engine(family, slm_family, *, perfect=False, layer="last", device="cpu"):
     """An LLM of one family and a random draft of another; or, perfect, the LLM itself, its states unused."""
     llm = tiny(family)
     if family == "bart":  # its tokens would all be the same
@@ -44,7 +44,7 @@ def engine(family, slm_family, *, perfect=False, layer="last"):
     if perfect:
         for parameter in projector.parameters():
             parameter.data.zero_()
-    return VerifiedEngine(llm, draft)
+    return VerifiedEngine(llm.to(device), draft.to(device))
 
 
 def batch(llm, rows, length=9, seed=0):
@@ -205,7 +205,7 @@ def test_the_draft_of_another_llm_is_refused():
     draft = engine("gpt2", "gpt2").draft
     other = tiny("gpt2")
     other.transformer.h[0].ln_1.bias.data += 1
-    with pytest.raises(UserError, match="is not the one that this system was trained with"):
+    with pytest.raises(UserError, match="the draft's encoder is not of this LLM"):
         VerifiedEngine(other, draft)
     verified = engine("gpt2", "gpt2")
     with pytest.raises(UserError, match="max_new_tokens=0"):
