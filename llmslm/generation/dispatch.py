@@ -1,12 +1,15 @@
 """Which decode step serves a device."""
 
+from llmslm.generation.native import NativeStep, can_run
 from llmslm.generation.plan import Decoder
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import TorchStep
 
 
 def step_for(decoder: Decoder, state: DecodeState) -> TorchStep:
-    """The fused step on CUDA, where it alone needs no host; plain torch elsewhere."""
+    """The fused step on CUDA, where it alone needs no host; the native one on the CPU if it can; else plain torch."""
+    if state.device.type == "cpu" and can_run(decoder, state.batch):
+        return NativeStep(decoder, state)
     if state.device.type != "cuda":
         return TorchStep(decoder, state)
     from llmslm.generation.fused import FusedStep  # Triton exists beside CUDA builds of torch alone

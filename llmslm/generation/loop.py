@@ -49,6 +49,14 @@ class DecodeLoop(ABC):
         self.encoded(prompt, attention_mask)
         return None
 
+    def take(self, logits: Tensor) -> None:
+        """Choose the tokens that follow those just read, and move on."""
+        if self.state.mode == "plain":
+            self.step.take_largest(logits, self.rules)
+        else:
+            self.rules.choose(logits, self.state)
+            self.state.move_on()
+
     def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:  # noqa: B027
         """Do what is done once for prompts of this shape; this disturbs the state."""
 
@@ -92,12 +100,12 @@ class HostLoop(DecodeLoop):
         if self.causal is not None:
             filled = prompt.shape[1]
         for produced in range(max_new):
-            if logits is None:
-                logits = self.step.logits(filled)
-                state.move_on()
+            if logits is not None:
+                self.rules.choose(logits, state)
+                logits = None
+            else:
+                self.take(self.step.logits(filled))
                 filled += 1
-            self.rules.choose(logits, state)
-            logits = None
             if on_first_token is not None and not produced:
                 on_first_token()
             if on_tokens is not None:
@@ -213,9 +221,4 @@ class GraphLoop(DecodeLoop):
             self.rules.choose(logits, self.state)
 
     def _next_token(self) -> None:
-        logits = self.step.logits(0)
-        if self.state.mode == "plain":
-            self.step.take_largest(logits, self.rules)
-        else:
-            self.rules.choose(logits, self.state)
-            self.state.move_on()
+        self.take(self.step.logits(0))

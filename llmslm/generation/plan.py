@@ -30,12 +30,14 @@ class Linear:
     """y = activation(weight x + bias); weight is (out, in).
 
     If `gated`, weight holds gate rows, then as many plain rows, and y = activation(gate x) * (plain x).
+    `row_scale` (out,) multiplies the rows of a weight of 8 bits.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     activation: str | None = None
     gated: bool = False
+    row_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)

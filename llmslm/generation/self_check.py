@@ -42,7 +42,7 @@ def _stepped(decoder: Decoder, state: DecodeState, tokens: Tensor, filled: int) 
     step, logits = step_for(decoder, state), []
     for index, token in enumerate(tokens.unbind(dim=1)):
         state.token.copy_(token)
-        logits.append(step.logits(filled + index))
+        logits.append(step.logits(filled + index).clone())
         state.move_on()
     return torch.stack(logits, dim=1)
 
