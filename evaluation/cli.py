@@ -47,13 +47,20 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for system in ("llm", "slm", "llm_to_slm"):
         flag = f"--{system.replace('_', '-')}"
         systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
+    peers = "made of them: generate (the llm by transformers' generate()), static_cache, assisted, prompt_lookup"
+    systems.add_argument("--peers", nargs="+", default=[], metavar="NAME", help=peers)
+    own = "further ones: YAML files with class_path and init_args, or models of transformers by hub name or folder"
+    systems.add_argument("--systems", nargs="+", default=[], metavar="SPEC", help=own)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="recipe (name or YAML), or JSONL/Parquet with prompt and target")
     what.add_argument("--task", help="task (name or YAML): data, metrics, token budget under a version")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
     parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
-    metrics = "of bleu, chrf, ter, rouge, exact_match, smoothed_bleu (default: the task's, or all but ter and the last)"
+    metrics = (
+        "of bleu, chrf, ter, rouge, exact_match, smoothed_bleu (default: the task's, or all but ter and the last), and "
+        "models on this machine: comet=FILE.ckpt, bertscore=FOLDER[@LAYER]"
+    )
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=metrics)
     parser.add_argument("--controls", action="store_true", help="also llm_to_slm with zero and with shuffled features")
     numbers = parser.add_argument_group("settings")
@@ -74,8 +81,8 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _compare(options: argparse.Namespace) -> None:
     systems = {name: getattr(options, name) for name in ("llm", "slm", "llm_to_slm")}
     folders = {name: folder for name, folder in systems.items() if folder is not None}
-    if not folders:
-        raise UserError("no system was given; expected at least one of --llm, --slm, --llm-to-slm")
+    if not (folders or options.systems):
+        raise UserError("no system was given; expected at least one of --llm, --slm, --llm-to-slm, --systems")
     from evaluation.compare import Settings, compare_folders
     from evaluation.examples import load_examples, load_task_examples
     from evaluation.leaderboard.rows import leaderboard_rows
@@ -97,7 +104,8 @@ def _compare(options: argparse.Namespace) -> None:
     else:
         settings = Settings(**given)
         examples = load_examples(options.data, options.split, options.limit, settings.seed)
-    paths = compare_folders(folders, examples, settings, device=options.device, dtype=options.dtype)
+    where: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
+    paths = compare_folders(folders, examples, settings, **where, peers=options.peers, specs=options.systems)
     if not paths:  # a rank that is not the first
         return
     print(markdown_table(leaderboard_rows(read_record(path) for path in paths)))

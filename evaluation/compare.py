@@ -193,6 +193,7 @@ def _score_all(
     scored = {}
     for arm, rows in zip(arms, predictions, strict=True):
         columns: dict[str, list[Any]] = {
+            "prompt": examples.prompts,
             "prediction": [row.prediction for row in rows],
             "nats": [math.nan if row.nats is None else row.nats for row in rows],
             "target_tokens": [0 if row.id in cut else row.target_tokens for row in rows],
@@ -271,6 +272,7 @@ def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[P
         "hashes": {**examples.hashes(), **hashes},
         "settings": {**chosen, "dtype": arm.dtype, "device": arm.device},
         "training": dict(arm.card),
+        "folder": arm.folder,
         "predictions": path.relative_to(settings.out).as_posix(),
     }
 

@@ -9,7 +9,8 @@ from typing import Any
 from llmslm.errors import UserError
 from llmslm.writing import write_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added folder, cost and floor_s; records of version 1 are read as they are."""
 SCHEMA = Path(__file__).with_name("record.schema.json")
 SUFFIX = ".record.json"
 

@@ -1,14 +1,17 @@
 """From predictions to scores: values, 95 % intervals and paired tests against the llm."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from evaluation.bootstrap import RESAMPLES, SEED, Floats, Statistics, interval, paired, resample
 from llmslm.errors import UserError
 
 METRICS = ("bleu", "chrf", "ter", "rouge", "exact_match", "smoothed_bleu")
+WITH_MODEL = ("bertscore", "comet")
+"""Metrics that are models themselves; given as name=PATH."""
 DEFAULT_METRICS = ("bleu", "chrf", "rouge", "exact_match")
 LOWER_IS_BETTER = frozenset({"ter", "perplexity", "bits_per_byte"})
 """Every other score grows with quality."""
@@ -23,38 +26,61 @@ class Scored:
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Refuse unknown names before hours are spent on predictions.
+    """Refuse unknown names, and metrics whose package or model is missing, before hours are spent on predictions.
 
     Raises:
         UserError: naming the first one.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UserError(f"unknown metric {unknown[0]!r}; expected one of {', '.join(METRICS)} (--metrics)")
+    for metric in metrics:
+        name, _, model = metric.partition("=")
+        if name not in (*METRICS, *WITH_MODEL):
+            known = ", ".join([*METRICS, *(f"{each}=PATH" for each in WITH_MODEL)])
+            raise UserError(f"unknown metric {name!r}; expected one of {known} (--metrics)")
+        if (name in WITH_MODEL) != bool(model):
+            expected = f"{name}=PATH, a model on this machine" if name in WITH_MODEL else name
+            raise UserError(f"metric {metric!r} was given; expected {expected} (--metrics)")
+        if model:
+            _check_model(name, model)
+
+
+def _check_model(name: str, model: str) -> None:
+    from evaluation.metrics.bertscore import check_bertscore
+    from evaluation.metrics.comet import check_comet
+
+    {"bertscore": check_bertscore, "comet": check_comet}[name](model)
 
 
 def text_statistics(
-    metrics: Sequence[str], predictions: Sequence[str], references: Sequence[str] | Sequence[Sequence[str]]
+    metrics: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str] | Sequence[Sequence[str]],
+    prompts: Sequence[str] = (),
 ) -> list[Statistics]:
     """Compute the statistics of the named text metrics.
 
     Args:
-        metrics: of bleu, chrf (with chrF++), ter, rouge (1, 2, L, Lsum), exact_match, smoothed_bleu.
+        metrics: of bleu, chrf (with chrF++), ter, rouge (1, 2, L, Lsum), exact_match, smoothed_bleu, bertscore=PATH and
+            comet=PATH.
         predictions: generated texts.
         references: one gold text a prediction, or a list of them.
+        prompts: the source texts, which comet reads.
 
     Raises:
-        UserError: if a metric is unknown or the counts differ.
+        UserError: if a metric is unknown, its package or model is missing, or the counts differ.
     """
     check_metrics(metrics)
+    from evaluation.metrics.bertscore import bertscore_statistics
     from evaluation.metrics.bleu import bleu_statistics
     from evaluation.metrics.chrf import chrf_statistics
+    from evaluation.metrics.comet import comet_statistics
     from evaluation.metrics.exact_match import exact_match_statistics
     from evaluation.metrics.rouge import rouge_statistics
     from evaluation.metrics.smoothed_bleu import smoothed_bleu_statistics
     from evaluation.metrics.ter import ter_statistics
 
-    known = {
+    known: dict[str, Callable[..., list[Statistics]]] = {
+        "bertscore": bertscore_statistics,
+        "comet": partial(comet_statistics, sources=prompts),
         "bleu": bleu_statistics,
         "chrf": chrf_statistics,
         "ter": ter_statistics,
@@ -62,7 +88,10 @@ def text_statistics(
         "exact_match": exact_match_statistics,
         "smoothed_bleu": smoothed_bleu_statistics,
     }
-    return [statistics for name in metrics for statistics in known[name](predictions, references)]
+    statistics = []
+    for name, _, model in (metric.partition("=") for metric in metrics):
+        statistics += known[name](predictions, references, **{"model": model} if model else {})
+    return statistics
 
 
 def score(statistics: Sequence[Statistics], resamples: int = RESAMPLES, seed: int = SEED) -> Scored:
@@ -136,9 +165,9 @@ def statistics_of(
     Args:
         metrics: names of text metrics.
         references: the gold texts.
-        rows: columns `prediction`, and where the system scored its targets also `nats` and `target_tokens`.
+        rows: columns `prediction` and `prompt`, and where the system scored its targets `nats` and `target_tokens`.
     """
-    statistics = text_statistics(metrics, rows["prediction"], references)
+    statistics = text_statistics(metrics, rows["prediction"], references, rows.get("prompt", ()))
     if "nats" in rows and any(rows["target_tokens"]):
         from evaluation.metrics.perplexity import perplexity_statistics
 

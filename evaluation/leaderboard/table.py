@@ -18,6 +18,8 @@ SCORES = {
     "rouge2": "ROUGE-2",
     "rouge_l": "ROUGE-L",
     "rouge_lsum": "ROUGE-Lsum",
+    "comet": "COMET",
+    "bertscore": "BERTScore",
     "exact_match": "exact match",
     "perplexity": "perplexity",
     "bits_per_byte": "bits/byte",
@@ -25,7 +27,7 @@ SCORES = {
 """Scores in the order and the words in which they are shown."""
 DIGITS = {"perplexity": 2, "bits_per_byte": 3}
 """Digits after the point; one for all others."""
-MAIN = ("bleu", "chrf", "rouge_l", "perplexity", "bits_per_byte")
+MAIN = ("bleu", "smoothed_bleu", "chrf", "rouge_l", "comet", "bertscore", "perplexity", "bits_per_byte")
 SIGNIFICANT = 0.05
 LEGEND = (
     "± half the 95 % bootstrap interval (with several seeds: standard deviation over them); "

@@ -115,7 +115,7 @@ def test_bad_records_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not a record"):
         read_record(path)
     path.write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 1"):
+    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 2"):
         read_record(path)
     path.write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(UserError, match="is a required property"):
