@@ -199,8 +199,8 @@ class SystemModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """See to it that packed examples cannot mix."""
-        if self.trainer.datamodule.packed_shape() is not None:  # type: ignore[attr-defined]
-            check_packing(self._built)
+        if self.trainer.datamodule.packs:  # type: ignore[attr-defined]
+            check_packing(self._built, reads_states=self.system == "llm_to_slm")
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean cross-entropy in nats a target token, and the number of target tokens."""

@@ -1,7 +1,7 @@
 """Text to batches and ids to text, for one system: the same code serves training, evaluation and generation."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from llmslm.data.overlap import TokenSpans, kept_text, spans
 from llmslm.errors import UserError
+from llmslm.models.packing import document_positions
 
 IGNORED = -100
 Row = dict[str, list[int]]
@@ -53,15 +54,8 @@ class PackedShape(NamedTuple):
     """The shape of a batch of packed rows."""
 
     rows: int
-    tokens: int
-    """Of a row: prompts and targets of a decoder-only model, prompts of an encoder-decoder."""
-    target_tokens: int = 0
-    """Of a row's targets, for an encoder-decoder."""
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """Return what a row holds, as `Codec.packed_lengths` counts."""
-        return (self.tokens, self.target_tokens) if self.target_tokens else (self.tokens,)
+    capacities: tuple[int, ...]
+    """Tokens of a row, on each side of `Codec.packed_sides`."""
 
 
 class Codec:
@@ -120,8 +114,17 @@ class Codec:
 
     @property
     def can_pack(self) -> bool:
-        """Say whether several examples may share a row: not where a frozen encoder reads beside the slm."""
-        return not self.has_encoder
+        """Say whether several examples may share a row: with a frozen encoder, only where states go token by token."""
+        by_token = not self.is_encoder_decoder and self.prompt_layout in ("tokens", "placeholders")
+        return by_token or not self.has_encoder
+
+    @property
+    def packed_sides(self) -> tuple[tuple[str, ...], ...]:
+        """The sides of a packed row, each with the columns of an example that stand on it."""
+        if self.is_encoder_decoder:
+            return ("input_prompt_ids",), ("target_ids",)
+        both = ("input_prompt_ids", "target_ids")
+        return (both, ("prompt_ids",)) if self.has_encoder else (both,)
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> list[Row]:
         """Tokenise texts.
@@ -175,7 +178,7 @@ class Codec:
         )
 
     def collate_packed(self, rows: Sequence[Row], shape: PackedShape) -> dict[str, Tensor]:
-        """Make a training batch of packed rows, for systems without an encoder.
+        """Make a training batch of packed rows; each side has its own length.
 
         Args:
             rows: examples, in the order in which they are packed.
@@ -183,32 +186,32 @@ class Codec:
 
         Returns:
             For decoder-only models input_ids, position_ids and labels, (rows, tokens). Positions start at 0 with each
-            example, which is how transformers knows that it attends to nothing before. For encoder-decoder models
-            input_ids and documents, (rows, tokens), labels and target_documents, (rows, target_tokens): the number of
-            the example in its row, -1 = padding. Labels of -100 are ignored; there is no attention mask.
+            example, which is how transformers knows that it attends to nothing before. With a frozen encoder also
+            on_prompt, 1 on the prompts' positions, and prompt_ids and prompt_documents, (rows, prompt_tokens), with
+            the same examples in the same order. For encoder-decoder models input_ids and documents, (rows, tokens), and
+            labels and target_documents, (rows, target_tokens). Documents number the examples of a row, -1 = padding.
+            Labels of -100 are ignored; there is no attention mask.
         """
-        packed = pack_rows(self.packed_lengths(rows), shape.capacities)
+        lengths = [tuple(sum(len(row[name]) for name in side) for side in self.packed_sides) for row in rows]
+        packed = pack_rows(lengths, shape.capacities)
         if len(packed) > shape.rows:
             raise ValueError(f"{len(rows)} examples take {len(packed)} rows, the batch has {shape.rows}")
-        prompts = [[rows[i]["input_prompt_ids"] for i in members] for members in packed]
-        targets = [[rows[i]["target_ids"] for i in members] for members in packed]
+
+        def join(make: Callable[[Row], list[int]], side: int, value: int) -> tuple[Tensor, Tensor]:
+            return _join([[make(rows[i]) for i in row] for row in packed], (shape.rows, shape.capacities[side]), value)
+
         if self.is_encoder_decoder:
-            input_ids, documents = _join(prompts, shape.rows, shape.tokens, self.pad_id)
-            labels, target_documents = _join(targets, shape.rows, shape.target_tokens, IGNORED)
+            input_ids, documents = join(lambda row: row["input_prompt_ids"], 0, self.pad_id)
+            labels, target_documents = join(lambda row: row["target_ids"], 1, IGNORED)
             sides = {"input_ids": input_ids, "documents": documents}
             return sides | {"labels": labels, "target_documents": target_documents}
-        both = [[p + t for p, t in zip(*pair, strict=True)] for pair in zip(prompts, targets, strict=True)]
-        wanted = [
-            [[IGNORED] * len(p) + t for p, t in zip(*pair, strict=True)] for pair in zip(prompts, targets, strict=True)
-        ]
-        input_ids, documents = _join(both, shape.rows, shape.tokens, self.pad_id)
-        labels, _ = _join(wanted, shape.rows, shape.tokens, IGNORED)
-        return {"input_ids": input_ids, "position_ids": _positions(documents), "labels": labels}
-
-    def packed_lengths(self, rows: Sequence[Row]) -> list[tuple[int, ...]]:
-        """Return what each example takes of a packed row: tokens, or tokens and target tokens."""
-        lengths = [(len(row["input_prompt_ids"]), len(row["target_ids"])) for row in rows]
-        return list(lengths) if self.is_encoder_decoder else [(sum(pair),) for pair in lengths]
+        input_ids, documents = join(lambda row: row["input_prompt_ids"] + row["target_ids"], 0, self.pad_id)
+        labels, _ = join(lambda row: [IGNORED] * len(row["input_prompt_ids"]) + row["target_ids"], 0, IGNORED)
+        batch = {"input_ids": input_ids, "position_ids": document_positions(documents), "labels": labels}
+        if self.has_encoder:
+            batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
+            batch["prompt_ids"], batch["prompt_documents"] = join(lambda r: r["prompt_ids"], 1, self.encoder_pad_id)
+        return batch
 
     def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch to generate from: prompts alone, left-padded for decoder-only models."""
@@ -332,9 +335,9 @@ def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -
     return rows
 
 
-def _join(rows: list[list[list[int]]], count: int, length: int, value: int) -> tuple[Tensor, Tensor]:
+def _join(rows: list[list[list[int]]], shape: tuple[int, int], value: int) -> tuple[Tensor, Tensor]:
     """Put the sequences of each row behind one another; return the ids and each one's number in its row, -1 = none."""
-    ids, documents = torch.full((count, length), value), torch.full((count, length), -1)
+    ids, documents = torch.full(shape, value), torch.full(shape, -1)
     for place, sequences in enumerate(rows):
         begin = 0
         for number, sequence in enumerate(sequences):
@@ -343,14 +346,6 @@ def _join(rows: list[list[list[int]]], count: int, length: int, value: int) -> t
             documents[place, begin:end] = number
             begin = end
     return ids, documents
-
-
-def _positions(documents: Tensor) -> Tensor:
-    """Count from 0 in each document, and in the padding, of (rows, tokens)."""
-    column = torch.arange(documents.shape[1]).expand_as(documents)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return column - torch.where(begins, column, 0).cummax(1).values
 
 
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The LightningDataModule: a source, tokenised once for the system that is trained, in length-bucketed batches."""
 
 import hashlib
+import math
 import os
 import warnings
 from functools import partial
@@ -44,8 +45,8 @@ class TextDataModule(L.LightningDataModule):
         max_target_tokens: longest target, in the slm's tokens; longer targets are cut and counted.
         truncate_prompt: the side from which a longer prompt is cut; None refuses it.
         pack_tokens: tokens of a training row that holds several examples (of their prompts, for an encoder-decoder);
-            micro_batch_size then counts rows. None takes batches of similar lengths, as llm_to_slm always does.
-        pack_target_tokens: the same of the targets of an encoder-decoder; pack_tokens where None.
+            micro_batch_size then counts rows. Their other side (targets of an encoder-decoder, the frozen encoder's
+            prompts) gets the length that goes with it. None takes batches of similar lengths.
         num_workers: processes that collate ahead.
         shuffle_buffer: examples that a streamed source is shuffled within.
     """
@@ -61,7 +62,6 @@ class TextDataModule(L.LightningDataModule):
         max_target_tokens: int = 128,
         truncate_prompt: Literal["left", "right"] | None = None,
         pack_tokens: int | None = None,
-        pack_target_tokens: int | None = None,
         num_workers: int = 0,
         shuffle_buffer: int = 10_000,
     ) -> None:
@@ -74,7 +74,6 @@ class TextDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or micro_batch_size
         self.text_format = TextFormat(prompt_template, max_prompt_tokens, max_target_tokens, truncate_prompt)
         self.pack_tokens = pack_tokens
-        self.pack_target_tokens = pack_target_tokens
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.slm_tokenizer: PreTrainedTokenizerBase
@@ -114,9 +113,10 @@ class TextDataModule(L.LightningDataModule):
         """Shuffled batches of training rows."""
         dataset, batch_size = self._tokenised["train"], self.micro_batch_size
         collate = partial(collate_training, codec=self.codec)
-        if isinstance(dataset, Dataset) and (shape := self.packed_shape()):
-            lengths = _sides(dataset) if shape.target_tokens else _lengths(dataset)
-            sampler: LengthBatchSampler = PackedBatchSampler(lengths, batch_size, shape.capacities, **self._dealing())
+        if isinstance(dataset, Dataset) and self.pack_tokens is not None and self.packs:
+            sides = np.stack([token_counts(dataset, side) for side in self.codec.packed_sides], axis=1)
+            shape = PackedShape(batch_size, capacities(sides, self.pack_tokens))
+            sampler: LengthBatchSampler = PackedBatchSampler(sides, batch_size, shape.capacities, **self._dealing())
             packed = partial(collate, shape=shape)
             return BatchLoader(dataset, sampler, self._trained, collate_fn=packed, **self._workers())
         if isinstance(dataset, Dataset):
@@ -129,12 +129,10 @@ class TextDataModule(L.LightningDataModule):
         dataset = dataset.shuffle(seed=self._seed, buffer_size=self.shuffle_buffer)
         return StreamLoader(dataset, self._trained, batch_size=batch_size, collate_fn=collate, **self._workers())
 
-    def packed_shape(self) -> PackedShape | None:
-        """Return the shape of packed training batches, None where the recipe or the system does not pack."""
-        if not self.pack_tokens or not self.codec.can_pack:
-            return None
-        targets = (self.pack_target_tokens or self.pack_tokens) if self.codec.is_encoder_decoder else 0
-        return PackedShape(self.micro_batch_size, self.pack_tokens, targets)
+    @property
+    def packs(self) -> bool:
+        """Whether training rows hold several examples: the recipe asks for it, and the system can."""
+        return self.pack_tokens is not None and self.codec.can_pack
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, with their examples."""
@@ -257,8 +255,16 @@ def _lengths(dataset: Dataset) -> np.ndarray:
     return token_counts(dataset, ("input_prompt_ids", "target_ids"))
 
 
-def _sides(dataset: Dataset) -> np.ndarray:
-    return np.stack([token_counts(dataset, (name,)) for name in ("input_prompt_ids", "target_ids")], axis=1)
+def capacities(sides: np.ndarray, tokens: int) -> tuple[int, ...]:
+    """Return the length of a packed row on each side: `tokens` on the first, the others in the data's proportion.
+
+    Args:
+        sides: (examples, sides), tokens of each example.
+        tokens: of a row, on the first side.
+    """
+    totals, longest = sides.sum(axis=0), sides.max(axis=0)
+    others = [max(1.05 * tokens * total / totals[0], most) for total, most in zip(totals[1:], longest[1:], strict=True)]
+    return (tokens, *(8 * math.ceil(other / 8) for other in others))
 
 
 def token_counts(dataset: Dataset, columns: tuple[str, ...]) -> np.ndarray:

@@ -127,8 +127,8 @@ class PackedBatchSampler(LengthBatchSampler):
         for longest, capacity in zip(sides.max(axis=0, initial=0), capacities, strict=True):
             if longest > capacity:
                 raise UserError(
-                    f"an example has {longest} tokens, a packed row {capacity}; raise data.pack_tokens "
-                    "(data.pack_target_tokens), or lower data.max_prompt_tokens or data.max_target_tokens"
+                    f"an example has {longest} tokens, a packed row {capacity}; raise data.pack_tokens, "
+                    "or lower data.max_prompt_tokens or data.max_target_tokens"
                 )
         # One number an example: what it takes of the side that it fills most, in tokens of the first side.
         taken = np.ceil(sides * capacities[0] / np.asarray(capacities)).max(axis=1).astype(int)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from llmslm.errors import UserError
+from llmslm.models.packing import document_mask, document_positions
 from llmslm.models.quantization import Quantization, quantization_config
 from llmslm.models.source import pretrained
 
@@ -68,7 +69,9 @@ class Encoder(nn.Module):
         self.layer = layer
         self.depths = [layer_index(item, full_depth) for item in (layer if isinstance(layer, list) else [layer])]
         self._kept: dict[int, Tensor] = {}
-        self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+        takes = inspect.signature(model.forward).parameters
+        self._takes_use_cache, self._takes_positions = "use_cache" in takes, "position_ids" in takes
+        self._is_causal = any(getattr(module, "is_causal", False) for module in model.modules())
         self._inner_depths = set(self.depths) - {full_depth}
 
     def _set_hooks(self) -> list[RemovableHandle]:
@@ -154,21 +157,32 @@ class Encoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, prompt_ids: Tensor, prompt_attention_mask: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode prompts padded on either side.
 
         Args:
             prompt_ids: (batch, prompt_len) ids of the encoder's tokenizer.
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+            documents: (batch, prompt_len), the prompt that each token of a packed row belongs to, -1 = padding, which
+                is then on the right; None where a row is a prompt.
 
         Returns:
             hidden_states (batch, prompt_len, hidden_size, times the number of layers if that is a list) and their mask
             (batch, prompt_len), both right-padded: models with absolute positions read a prompt from position 0, as
             they were trained to.
         """
-        prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
-        kwargs = {"use_cache": False} if self._takes_use_cache else {}
-        output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
+        kwargs: dict[str, Any] = {"use_cache": False} if self._takes_use_cache else {}
+        if documents is None:
+            prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
+            kwargs["attention_mask"] = mask
+        else:
+            mask = prompt_attention_mask
+            kwargs["attention_mask"] = document_mask(documents, documents, causal=self._is_causal)
+            if self._takes_positions:
+                kwargs["position_ids"] = document_positions(documents)
+        output = self.model(input_ids=prompt_ids, **kwargs)
         return self._wanted(output.last_hidden_state), mask
 
     @torch.no_grad()

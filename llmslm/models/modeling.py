@@ -201,11 +201,13 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         parts = [part for part in (self.layer_mix, self.projector, self.alignment, self.fusion) if part is not None]
         return {name: value for part in parts for name, value in part.metrics().items()}
 
-    def encode(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, prompt_ids: Tensor, prompt_attention_mask: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run the frozen encoder: hidden_states (batch, prompt_len, encoder_hidden_size) and their mask."""
         if self.encoder is None:
             raise UserError("this composition has no encoder: load it with from_pretrained, or call attach_encoder")
-        hidden_states, mask = self.encoder(prompt_ids, prompt_attention_mask)
+        hidden_states, mask = self.encoder(prompt_ids, prompt_attention_mask, documents)
         return hidden_states, mask
 
     def embed_prompt(
@@ -216,6 +218,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_attention_mask: Tensor,
         hidden_states: Tensor | None = None,
         prompt_spans: Tensor | None = None,
+        prompt_documents: Tensor | None = None,
     ) -> SlmPrompt:
         """Encode, project and fuse.
 
@@ -227,6 +230,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             hidden_states: (batch, prompt_len, encoder_hidden_size), right-padded encoder states made before; those of
                 several layers side by side where the encoder's layer is a list.
             prompt_spans: (batch, input_prompt_len, 2), only with the "offsets" layout; see `ProjectedPrompt`.
+            prompt_documents: (batch, prompt_len), the example of each of prompt_ids, in packed rows.
         """
         token_embeds = None
         if self.alignment.needs_token_embeds:
@@ -236,7 +240,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         if hidden_states is None:
             if prompt_ids is None:
                 raise UserError("give prompt_ids, or hidden_states that were encoded before")
-            hidden_states, prompt_attention_mask = self.encode(prompt_ids, prompt_attention_mask)
+            hidden_states, prompt_attention_mask = self.encode(prompt_ids, prompt_attention_mask, prompt_documents)
         hidden_states = hidden_states.to(self.slm.dtype)
         if self.layer_mix is not None:
             hidden_states = self.layer_mix(hidden_states)
@@ -281,6 +285,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_attention_mask: Tensor | None = None,
         hidden_states: Tensor | None = None,
         prompt_spans: Tensor | None = None,
+        prompt_documents: Tensor | None = None,
+        on_prompt: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         prompt_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -298,6 +304,9 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
             hidden_states: (batch, prompt_len, encoder_hidden_size), encoder states made before, right-padded.
             prompt_spans: (batch, input_prompt_len, 2), where the codec makes them; see `ProjectedPrompt`.
+            prompt_documents: (batch, prompt_len), the example of each of prompt_ids, -1 = padding; for packed rows of a
+                decoder-only slm, which keeps its examples apart by position_ids that start again.
+            on_prompt: (batch, input_len), 1 on the prompts of packed rows.
             inputs_embeds: (batch, input_len, slm_hidden_size), handed to the slm as they are.
             prompt_inputs_embeds: (batch, k, slm_hidden_size), what the first k positions read (made by `generate`).
             labels: -100 = ignored; (batch, input_len) for decoder-only, (batch, target_len) for encoder-decoder slms.
@@ -313,7 +322,14 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         if encoder_outputs is not None:
             kwargs["encoder_outputs"] = encoder_outputs
         elif inputs_embeds is None and input_ids is not None:
-            if prompt_attention_mask is not None:
+            if prompt_documents is not None and on_prompt is not None:
+                # The k-th prompt token of a row is the k-th of the encoder's row: so they are packed.
+                known = (prompt_documents >= 0).long()
+                packed = self.embed_prompt(
+                    input_ids, on_prompt, prompt_ids, known, hidden_states, prompt_documents=prompt_documents
+                )
+                inputs_embeds = packed.inputs_embeds
+            elif prompt_attention_mask is not None:
                 # In decode steps a missing mask means "attend to the whole cache": do not invent a short one there.
                 attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                 ready = self.slm_inputs(

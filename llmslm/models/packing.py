@@ -31,6 +31,14 @@ def document_mask(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Ten
     return (mask | (queries == -1).unsqueeze(-1)).unsqueeze(1)
 
 
+def document_positions(documents: Tensor) -> Tensor:
+    """Count from 0 in each document, and in the padding, of (batch, len); the same shape."""
+    column = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return column - torch.where(begins, column, 0).cummax(1).values
+
+
 def encoder_decoder_inputs(documents: Tensor, target_documents: Tensor) -> dict[str, Tensor]:
     """Return the masks of a packed encoder-decoder, as transformers takes them: attention, decoder and cross.
 
@@ -70,11 +78,15 @@ def cross_attending(model: PreTrainedModel, mask: Tensor | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel) -> None:
+def check_packing(model: PreTrainedModel, *, reads_states: bool = False) -> None:
     """Run a model on an example alone and behind another one: its logits must agree.
 
     Of a decoder-only model, transformers makes the mask from positions that start again at 0. A model that ignores
     them, or counts absolute positions by itself, sees another example than it would alone.
+
+    Args:
+        model: any of the three systems'.
+        reads_states: whether it is a composition, which a frozen encoder's states reach.
 
     Raises:
         UserError: if they do not agree.
@@ -83,16 +95,20 @@ def check_packing(model: PreTrainedModel) -> None:
     model.eval()
     first, second = torch.arange(1, 1 + 2 * _LENGTH, device=model.device).view(2, 1, _LENGTH)
     both = torch.cat([first, second], 1)
+    documents = torch.arange(2, device=model.device).repeat_interleave(_LENGTH).unsqueeze(0)
+    alone_inputs, inputs, cross = {"input_ids": second}, {"input_ids": both}, None
     if model.config.is_encoder_decoder:
-        alone = model(input_ids=second, decoder_input_ids=second, use_cache=False).logits
-        documents = torch.arange(2, device=model.device).repeat_interleave(_LENGTH).unsqueeze(0)
-        masks = encoder_decoder_inputs(documents, documents)
-        with cross_attending(model, masks.pop("cross_attention_mask")):
-            packed = model(input_ids=both, decoder_input_ids=both, use_cache=False, **masks).logits
+        alone_inputs["decoder_input_ids"], inputs["decoder_input_ids"] = second, both
+        inputs |= encoder_decoder_inputs(documents, documents)
+        cross = inputs.pop("cross_attention_mask")
     else:
-        positions = torch.arange(_LENGTH, device=model.device).unsqueeze(0)
-        alone = model(input_ids=second, position_ids=positions, use_cache=False).logits
-        packed = model(input_ids=both, position_ids=positions.repeat(1, 2), use_cache=False).logits
+        inputs["position_ids"] = torch.arange(_LENGTH, device=model.device).repeat(1, 2)
+    if reads_states:
+        alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
+        inputs |= {"prompt_ids": both, "prompt_documents": documents, "on_prompt": torch.ones_like(both)}
+    alone = model(**alone_inputs, use_cache=False).logits
+    with cross_attending(model, cross):
+        packed = model(**inputs, use_cache=False).logits
     model.train(was_training)
     error = (packed[:, _LENGTH:] - alone).norm() / alone.norm()
     if not error < 0.02:  # rounding alone stays below, also in bf16; another example's tokens do not

@@ -43,8 +43,12 @@ class SharedEncoder(Encoder):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Encoder.forward`."""
+    def forward(
+        self, prompt_ids: Tensor, prompt_attention_mask: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `Encoder.forward`; packed rows are for training, which has no use for the whole LLM."""
+        if documents is not None:
+            return super().forward(prompt_ids, prompt_attention_mask, documents)
         reading = self.read(prompt_ids, prompt_attention_mask)
         return reading.hidden_states, reading.mask
 

@@ -17,5 +17,7 @@ def test_fused_optimizers_clip_in_mixed_precision(recipe):
     run(["fit", "--config", recipe, "--model.system=slm", *fused, "--trainer.precision=bf16-mixed"])
 
 
-def test_an_encoder_decoder_trains_on_packed_rows(recipe):
-    run(["fit", "--config", recipe, "--model.system=llm", "--data.pack_tokens=48", "--data.pack_target_tokens=16"])
+def test_all_systems_train_on_packed_rows(recipe, tmp_path):
+    for system in ("llm", "slm", "llm_to_slm"):
+        root = f"--trainer.default_root_dir={tmp_path / system}"
+        run(["fit", "--config", recipe, f"--model.system={system}", "--data.pack_tokens=48", root])

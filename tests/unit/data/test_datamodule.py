@@ -27,6 +27,9 @@ class Recorder(L.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.trained, self.validated, self.predicted = [], [], []
 
+    def tokenizer_sources(self):
+        return None, None
+
     def make_codec(self, data):
         return Codec(
             data.slm_tokenizer, text_format=data.text_format, is_encoder_decoder=True, decoder_start_token_id=0

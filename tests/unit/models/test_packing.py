@@ -5,11 +5,14 @@ import torch
 
 from llmslm.data.codec import IGNORED, Codec, PackedShape, TextFormat, target_positions
 from llmslm.errors import UserError
+from llmslm.models.fusion import Add, Replace
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource
 from llmslm.models.packing import check_packing
+from llmslm.models.projector import Resampler
 from llmslm.module import SystemModule
 from tests import tiny
+from tests.unit.models.compositions import compose
 
 ROWS = [
     {"input_prompt_ids": [5, 6, 7], "target_ids": [8, 9, 1]},
@@ -31,6 +34,28 @@ def summed_loss(model, collated):
     return loss * tokens
 
 
+@pytest.mark.parametrize("encoder", ["t5", "llama", "gpt2", "qwen2"])
+@pytest.mark.parametrize("fusion", [Add, Replace])
+def test_a_composition_packs_both_sides(encoder, fusion, tmp_path):
+    model = compose(encoder, "llama", tmp_path, fusion)
+    check_packing(model, reads_states=True)
+    codec = Codec(Tokenizer(), text_format=TextFormat(), is_encoder_decoder=False, has_encoder=True)
+    rows = [row | {"prompt_ids": row["input_prompt_ids"]} for row in ROWS]
+    packed = codec.collate_packed(rows, PackedShape(2, (10, 6)))
+    assert packed["on_prompt"][0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0, 0, 0]
+    assert packed["prompt_documents"][0].tolist() == [0, 0, 0, 1, -1, -1]
+    assert codec.sizes(rows, packed) == (3, 8, 7, 8, 32)
+    expected = summed_loss(model, codec.collate(rows))
+    torch.testing.assert_close(summed_loss(model, packed), expected, rtol=1e-5, atol=0)
+
+
+def test_what_mixes_the_states_of_a_row_is_refused(tmp_path):
+    model = compose("t5", "llama", tmp_path)
+    model.projector = Resampler(32, 32, states=2)
+    with pytest.raises(UserError, match=r"keep packed examples apart"):
+        check_packing(model, reads_states=True)
+
+
 def codec_of(model):
     enc_dec = model.config.is_encoder_decoder
     return Codec(Tokenizer(), text_format=TextFormat(), is_encoder_decoder=enc_dec, decoder_start_token_id=0)
@@ -41,7 +66,7 @@ def test_packing_changes_no_loss(family):
     model = tiny.build(family).eval()
     check_packing(model)
     codec = codec_of(model)
-    shape = PackedShape(2, 10, 6) if family == "t5" else PackedShape(2, 10)
+    shape = PackedShape(2, (10, 6) if family == "t5" else (10,))
     packed = codec.collate_packed(ROWS, shape)
     assert codec.sizes(ROWS, packed) == (3, 8, 7, 0, 32 if family == "t5" else 20)
     expected = summed_loss(model, codec.collate(ROWS))
@@ -49,16 +74,14 @@ def test_packing_changes_no_loss(family):
 
 
 def test_positions_start_again_with_each_example():
-    packed = codec_of(tiny.build("llama")).collate_packed(ROWS, PackedShape(2, 10))
+    packed = codec_of(tiny.build("llama")).collate_packed(ROWS, PackedShape(2, (10,)))
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
     assert packed["labels"][0].tolist() == [*[IGNORED] * 3, 8, 9, 1, IGNORED, 4, 1, IGNORED]
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_padding_of_a_packed_row_is_no_nan(implementation):
+def test_padding_of_a_packed_row_is_no_nan():
     model = tiny.build("t5").train()
-    model.set_attn_implementation(implementation)
-    loss = summed_loss(model, codec_of(model).collate_packed(ROWS, PackedShape(4, 10, 8)))
+    loss = summed_loss(model, codec_of(model).collate_packed(ROWS, PackedShape(4, (10, 8))))
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
