@@ -29,6 +29,14 @@ def compose(encoder_family, slm_family, tmp_path, fusion=Add, alignment=SameToke
     ).eval()
 
 
+def open_gates(model):
+    """Gates start closed, where states do not count yet."""
+    for name, parameter in model.fusion.named_parameters():
+        if name.startswith("gate"):
+            torch.nn.init.constant_(parameter, 0.8)
+    return model
+
+
 def left(values, mask):
     return torch.stack([row.roll(len(row) - int(n)) for row, n in zip(values, mask.sum(1), strict=True)])
 

@@ -13,7 +13,7 @@ from llmslm.models.fusion import CrossAttend, GatedAdd, Prefix, PrefixOnly, Repl
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import Resampler
 from tests import tiny
-from tests.unit.models.compositions import bare, compose, generate, left, training_batch, until_end
+from tests.unit.models.compositions import bare, compose, generate, left, open_gates, training_batch, until_end
 
 FUSIONS = [GatedAdd, Prefix, PrefixOnly, CrossAttend]
 CASES = [*itertools.product(FUSIONS, tiny.FAMILIES), (ReplaceEncoder, "t5"), (ReplaceEncoder, "bart")]
@@ -23,11 +23,7 @@ cases = pytest.mark.parametrize(("fusion", "slm"), CASES, ids=lambda x: getattr(
 
 def make(fusion, slm, tmp_path, **kwargs):
     """A composition whose gates are open, so that states matter."""
-    model = compose(ENCODERS[slm], slm, tmp_path, fusion=fusion, **kwargs)
-    for name, parameter in model.fusion.named_parameters():
-        if name.startswith("gate"):
-            torch.nn.init.constant_(parameter, 0.8)
-    return model
+    return open_gates(compose(ENCODERS[slm], slm, tmp_path, fusion=fusion, **kwargs))
 
 
 @cases
