@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -20,6 +21,7 @@ from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
 from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, SameTokenizer
+from llmslm.models.blocks import compile_blocks
 from llmslm.models.encoder import Encoder, Layers
 from llmslm.models.fusion import Add, Fusion
 from llmslm.models.head import logits_at
@@ -76,6 +78,7 @@ class SystemModule(L.LightningModule):
         schedule: learning rate after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
         bleu_examples: validation examples per rank that are generated for val/bleu; 0 switches the monitor off.
+        compile: train with compiled blocks; best with data.pack_tokens, whose batches have one shape.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class SystemModule(L.LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: int = 100,
         bleu_examples: int = 64,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         llm.check("model.llm")
@@ -106,6 +110,7 @@ class SystemModule(L.LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.bleu_examples = bleu_examples
+        self.compile_blocks = compile
         self.model: PreTrainedModel | None = None
         self.codec: Codec | None = None
         self.val_loss = MeanMetric()
@@ -198,7 +203,9 @@ class SystemModule(L.LightningModule):
         return self._built(**batch)
 
     def on_fit_start(self) -> None:
-        """See to it that packed examples cannot mix."""
+        """Compile what the recipe wants compiled, and see to it that packed examples cannot mix."""
+        if self.compile_blocks:
+            compile_blocks(self._built)
         if self.trainer.datamodule.packs:  # type: ignore[attr-defined]
             check_packing(self._built, reads_states=self.system == "llm_to_slm")
 
@@ -240,6 +247,14 @@ class SystemModule(L.LightningModule):
             self.val_bleu.update(predictions, [[example["target"]] for example in examples])
 
     test_step = validation_step
+
+    def on_validation_start(self) -> None:
+        """Run uncompiled: shapes vary, and each would be compiled until torch gives up, on training too."""
+        torch.compiler.set_stance("force_eager" if self.compile_blocks else "default")
+
+    def on_validation_end(self) -> None:
+        """Go back to what was compiled."""
+        torch.compiler.set_stance("default")
 
     def on_validation_epoch_start(self) -> None:
         """Start the monitors anew."""

@@ -2,8 +2,11 @@
 
 import pytest
 
+from llmslm.models.blocks import blocks, compile_blocks
 from llmslm.training import run
+from tests import tiny
 from tests.unit import toy
+from tests.unit.models.compositions import compose
 
 
 @pytest.fixture
@@ -21,3 +24,20 @@ def test_all_systems_train_on_packed_rows(recipe, tmp_path):
     for system in ("llm", "slm", "llm_to_slm"):
         root = f"--trainer.default_root_dir={tmp_path / system}"
         run(["fit", "--config", recipe, f"--model.system={system}", "--data.pack_tokens=48", root])
+
+
+def test_each_block_is_compiled_in_place():
+    model = tiny.build("llama")
+    names = list(model.state_dict())
+    assert compile_blocks(model) == 3
+    assert all(block._compiled_call_impl is not None for block in blocks(model))
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize(("family", "count"), [("llama", 3), ("gpt2", 3), ("qwen2", 3), ("t5", 6), ("bart", 4)])
+def test_blocks_are_found_in_each_family(family, count):
+    assert len(blocks(tiny.build(family))) == count
+
+
+def test_blocks_of_a_composition_are_those_of_both_models(tmp_path):
+    assert len(blocks(compose("t5", "llama", tmp_path))) == 3 + 3
