@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from evaluation.peers import GenerateSystem, PretrainedSystem, assisted, prompt_lookup
-from evaluation.systems import LLM, SLM, Arm, EvaluatedSystem
+from evaluation.peers import GenerateSystem, PretrainedSystem, assisted, prompt_lookup, verified
+from evaluation.systems import LLM, LLM_TO_SLM, SLM, Arm, EvaluatedSystem
 from llmslm.checkpoint import find_system
 from llmslm.data.codec import TextFormat
 from llmslm.errors import UserError
@@ -35,9 +35,10 @@ PEERS: Mapping[str, Peer] = {
     "static_cache": Peer((LLM,), partial(GenerateSystem, "llm_static_cache", cache_implementation="static")),
     "assisted": Peer((LLM, SLM), assisted),
     "prompt_lookup": Peer((LLM,), prompt_lookup),
+    "verified": Peer((LLM, LLM_TO_SLM), verified),
 }
 """The llm by transformers' generate() as it comes, with a static compiled cache, with drafts of the slm, with drafts
-from its own text."""
+from its own text, and with drafts of llm_to_slm."""
 
 
 def load_arms(

@@ -47,7 +47,9 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     for system in ("llm", "slm", "llm_to_slm"):
         flag = f"--{system.replace('_', '-')}"
         systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
-    peers = "made of them: generate (the llm by transformers' generate()), static_cache, assisted, prompt_lookup"
+    peers = (
+        "made of them: generate (the llm by transformers' generate()), static_cache, assisted, prompt_lookup, verified"
+    )
     systems.add_argument("--peers", nargs="+", default=[], metavar="NAME", help=peers)
     own = "further ones: YAML files with class_path and init_args, or models of transformers by hub name or folder"
     systems.add_argument("--systems", nargs="+", default=[], metavar="SPEC", help=own)

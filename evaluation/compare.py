@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation import cost
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.examples import Examples, load_examples, text_hash
 from evaluation.memory import NOT_MEASURED, peak_memory
@@ -121,7 +122,9 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     scored = _score_all(arms, predictions, examples, settings)
     speed = _measure_speed(arms, examples, settings)
     for arm, rows, path in zip(arms, predictions, paths, strict=True):
-        measured = _speed_fields(speed.get(arm.system.name, []), _memory(arm, examples, settings))
+        entries = speed.get(arm.system.name, [])
+        cost.add_floors(arm.system, examples.prompts, entries)
+        measured = _speed_fields(entries, _memory(arm, examples, settings)) | {"cost": _cost(arm, examples, settings)}
         head = {"schema_version": SCHEMA_VERSION, "comparison": comparison}
         quality = _quality(arm, examples, settings, scored)
         record = head | _identity(arm, examples, settings, rows) | quality | measured | {"provenance": origin}
@@ -250,6 +253,12 @@ def _memory(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
         max_new_tokens=_budget([arm], settings),
         batch_size=min(settings.speed_batch_sizes),
     )
+
+
+def _cost(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
+    if not settings.runs or arm.is_control:
+        return dict(cost.NOT_MEASURED)
+    return cost.measure_cost(arm.system, examples.prompts, _budget([arm], settings))
 
 
 def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[Prediction]) -> Record:

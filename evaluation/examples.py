@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmslm.data.sources import Source, Split
 
 FILES = (".jsonl", ".parquet")
+TARGETS = ("target", "reference")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def load_examples(data: str, split: "Split", limit: int | None, seed: int) -> Ex
 
     Args:
         data: a recipe (name or YAML path), whose data source is taken, or a JSONL or Parquet file with prompt
-            and target.
+            and target (or reference).
         split: train, validation or test; a single file is its own split.
         limit: evaluate at most so many, drawn with `seed` (of a stream: its first ones).
         seed: of the draw.
@@ -104,7 +105,23 @@ def _file_source(data: str, split: "Split") -> "Source":
 
     if not Path(data).is_file():
         raise UserError(f"there is no file {data}; expected a JSONL or Parquet file with prompt and target (--data)")
-    return TextFiles(**{split: data})
+    return TextFiles(**{split: data}, target_column=_target_column(Path(data)))
+
+
+def _target_column(path: Path) -> str:
+    """Name the column of the references, which files call target or reference."""
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            first = next((line for line in lines if line.strip()), "")
+        try:
+            columns = set(json.loads(first or "{}"))
+        except (json.JSONDecodeError, TypeError):
+            return TARGETS[0]  # the source names the broken line
+    else:
+        import pyarrow.parquet as pq
+
+        columns = set(pq.read_schema(path).names)
+    return next((name for name in TARGETS if name in columns), TARGETS[0])
 
 
 def _take(dataset: Any, limit: int | None, seed: int) -> tuple[list[dict[str, Any]], int | None]:

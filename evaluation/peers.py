@@ -1,5 +1,6 @@
 """Systems to compare with: any model of transformers, and what makes an llm decode sooner without any training."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
 from llmslm.errors import UserError
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.system import System
+from llmslm.verified_system import VerifiedSystem
 
 
 class PretrainedSystem(System):
@@ -99,3 +101,18 @@ def assisted(llm: System, assistant: System) -> SpeculativeSystem:
 def prompt_lookup(llm: System, tokens: int = 10) -> SpeculativeSystem:
     """Let the llm's own text draft: what followed the last words where they stood before (prompt lookup)."""
     return SpeculativeSystem("prompt_lookup", llm, one_by_one=True, prompt_lookup_num_tokens=tokens)
+
+
+def verified(llm: System, llm_to_slm: System) -> VerifiedSystem:
+    """Let llm_to_slm draft for the llm that its encoder was taken from.
+
+    The drafting slm is a copy: the encoder of `llm_to_slm` itself stays its own, or it would pass through all of the
+    llm's layers from now on.
+    """
+    model: Any = llm_to_slm.model
+    encoder, model.encoder = model.encoder, None
+    try:
+        twin = copy.deepcopy(model)
+    finally:
+        model.encoder = encoder
+    return VerifiedSystem(llm, System(llm_to_slm.name, twin, llm_to_slm.codec, llm_to_slm.card))

@@ -185,6 +185,9 @@ def _predict_batch(
     targets = [examples.references[index] for index in batch]
     generations = system.generate(prompts, max_new_tokens=max_new_tokens)
     scores = system.log_likelihood(prompts, targets)
+    for method, found in (("generate", generations), ("log_likelihood", scores)):
+        if len(found) != len(prompts):
+            raise UserError(f"{method} of {system.name} returned {len(found)} results for {len(prompts)} prompts")
     nats = [score.nats if math.isfinite(score.nats) else None for score in scores]
     return [
         Prediction(examples.ids[index], prompt, target, generation.text, generation.tokens, nat, score.tokens)

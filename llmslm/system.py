@@ -66,7 +66,6 @@ class System:
         self.codec = codec
         self.card = card
         self.decoder = decoder
-        self._engine: DecodeEngine | None = None
         if self.language_model.generation_config.pad_token_id is None:
             self.language_model.generation_config.pad_token_id = codec.pad_id
 
@@ -97,6 +96,11 @@ class System:
     def language_model(self) -> PreTrainedModel:
         """The model that produces tokens: the slm of a composition, or the model itself."""
         return self.model.slm if isinstance(self.model, LlmToSlm) else self.model
+
+    @functools.cached_property
+    def engine(self) -> DecodeEngine:
+        """Decodes the language model; made at first use."""
+        return DecodeEngine(self.language_model)
 
     @torch.inference_mode()
     def generate(
@@ -153,9 +157,7 @@ class System:
         inputs = self.prefill(prompts)
         if self.decoder == "generate":
             return self._by_generate(inputs, **settings)
-        if self._engine is None:
-            self._engine = DecodeEngine(self.language_model)
-        return self._engine.generate(**inputs, **settings)
+        return self.engine.generate(**inputs, **settings)
 
     def _by_generate(
         self,

@@ -1,5 +1,6 @@
 """Peers and systems of one's own: they predict what they must, and mistakes are named."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -7,13 +8,18 @@ import pytest
 import torch
 import yaml
 
-from evaluation.arms import load_arms, load_system
+from evaluation.arms import PEERS, load_arms, load_system
 from evaluation.compare import Settings, compare
 from evaluation.peers import GenerateSystem, PretrainedSystem, assisted, prompt_lookup
 from evaluation.record import read_record
 from llmslm.checkpoint import codec_for, save_system
-from llmslm.data.codec import TextFormat
+from llmslm.data.codec import Codec, TextFormat
 from llmslm.errors import UserError
+from llmslm.models.alignment import SameTokenizer
+from llmslm.models.encoder import Encoder
+from llmslm.models.fusion import Add
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.projector import MlpProjector
 from llmslm.system import System
 from tests import tiny
 from tests.unit.data.test_codec import byte_tokenizer
@@ -81,6 +87,25 @@ def test_arms_of_a_comparison(tmp_path, examples):
     texts = [record["hashes"]["predictions"] for record in records]
     assert texts[0] == texts[2] == texts[3] == texts[4] != texts[1]
     assert records[0]["folder"] == folders["llm"]
+
+
+def composed(llm):
+    """A llm_to_slm system on the llm's first layers."""
+    slm, tokenizer = model("llama", seed=2)
+    parts = {"projector": MlpProjector(32, 32), "alignment": SameTokenizer(32, 32), "fusion": Add(32, 32)}
+    together = LlmToSlm.compose(Encoder(copy.deepcopy(llm.model.model), layer=2), slm, **parts)
+    codec = Codec(tokenizer, text_format=FORMAT, is_encoder_decoder=False, has_encoder=True)
+    return System("llm_to_slm", together, codec, {})
+
+
+def test_verified_leaves_the_draft_alone():
+    llm = system("llm", "llama")
+    ours = composed(llm)
+    before, encoder = ours.generate(PROMPTS, max_new_tokens=6), ours.model.encoder
+    pair = PEERS["verified"].make(llm, ours)
+    assert pair.generate(PROMPTS, max_new_tokens=10) == llm.generate(PROMPTS, max_new_tokens=10)
+    assert ours.model.encoder is encoder
+    assert ours.generate(PROMPTS, max_new_tokens=6) == before
 
 
 MINE = """
