@@ -1,13 +1,11 @@
 """What a verified block keeps of its draft: by equality (greedy) or by the rejection rule of speculative sampling."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SHORTEST, LONGEST = 4, 16
-_WORTH = 0.25  # chance of being kept below which drafting one more token costs more than it brings
 _MEMORY = 0.8  # weight of the past at each block
 
 
@@ -69,18 +67,25 @@ def _leading(kept: Tensor) -> Tensor:
 
 
 class BlockLength:
-    """Chooses how many tokens to draft from how many were kept of late."""
+    """Chooses how many tokens to draft from how many were kept of late.
 
-    def __init__(self) -> None:
+    Args:
+        cost: of drafting one token, in passes of the verifier.
+    """
+
+    def __init__(self, cost: float) -> None:
+        self.cost = cost
         self._kept, self._judged = 3.0, 4.0
 
     @property
     def current(self) -> int:
-        """Tokens of the next block: as many as are each kept with a chance that is worth their drafting."""
-        rate = min(self._kept / self._judged, 0.99)
-        if rate <= _WORTH:
-            return SHORTEST
-        return min(max(round(math.log(_WORTH) / math.log(rate)), SHORTEST), LONGEST)
+        """Tokens of the next block: what gives the most output for its cost, if each is kept at the same odds."""
+        odds = min(self._kept / self._judged, 0.99)
+
+        def output_for_cost(size: int) -> float:
+            return (1 - odds ** (size + 1)) / (1 + self.cost * size)
+
+        return max(range(SHORTEST, LONGEST + 1), key=output_for_cost)
 
     def learn(self, kept: int, refused: int) -> None:
         """Take in a block: drafted tokens that were kept, and those that ended the block of their row."""

@@ -251,5 +251,23 @@ class NativeStep(TorchStep):
         return self._attended
 
 
+def product(x: Tensor, linear: Linear, residual: Tensor | None = None) -> Tensor:
+    """activation(weight x + bias) + residual for a few rows x (rows, in), where `can_run` holds; in x's dtype."""
+    found = library()
+    assert found is not None
+    rows = linear.weight.shape[0] // (2 if linear.gated else 1)
+    out = torch.empty(x.shape[0], rows)
+    tensors = {"in_": _float(x), "out": out, "weight": linear.weight, "residual": _float(residual)}
+    tensors |= {"row_scale": _float(linear.row_scale), "bias": _float(linear.bias)}
+    op = Op(kind=_LINEAR, dtype=_DTYPES[linear.weight.dtype], rows=rows, columns=linear.weight.shape[1])
+    op.activation, op.gated = _ACTIVATIONS[linear.activation], int(linear.gated)
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            setattr(op, name, tensor.data_ptr())
+    sizes = map(ctypes.c_int64, (1, x.shape[0], 0))
+    found.run((Op * 1)(op), *sizes, None, ctypes.c_int64(0), ctypes.c_int64(torch.get_num_threads()))
+    return out.to(x.dtype)
+
+
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach().float().contiguous()

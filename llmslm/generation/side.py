@@ -1,14 +1,16 @@
 """One model of a verified pair, after its prompt: it reads tokens at each row's own place and can take them back."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmslm.generation.block import BlockStep
+from llmslm.generation.dispatch import step_for
 from llmslm.generation.plan import Decoder
 from llmslm.generation.state import DecodeState
-from llmslm.generation.step import fill_cross_cache
+from llmslm.generation.step import TorchStep, fill_cross_cache
 
 
 class Side:
@@ -26,9 +28,11 @@ class Side:
         self, decoder: Decoder, state: DecodeState, base: Tensor, start: Tensor | None, prompt_positions: int
     ) -> None:
         self.state, self.base, self.start, self.prompt_positions = state, base, start, prompt_positions
-        self.known = decoder.embedding.shape[0]
+        self.known, self.bytes_read = decoder.embedding.shape[0], decoder.decoding_bytes()
         self.first_logits: Tensor | None = None
-        self._step = BlockStep(decoder, state)
+        self._block = BlockStep(decoder, state)
+        self._decoder = decoder
+        state.valid.fill_(True)
 
     def read(self, tokens: Tensor, index: Tensor, largest: int) -> Tensor:
         """Read the tokens of these indices; logits (batch, new, vocabulary) of what follows each.
@@ -41,9 +45,17 @@ class Side:
         if self.start is not None:
             tokens = torch.where(index == 0, self.start[:, None], tokens)
         # A token that this model does not know is read as its last one: only a draft's chance suffers.
-        return self._step.read(
-            tokens.clamp(max=self.known - 1), index + self.base[:, None], self.prompt_positions + largest + 1
-        )
+        tokens, positions = tokens.clamp(max=self.known - 1), index + self.base[:, None]
+        if tokens.numel() > 1 or tokens.device.type != "cpu":
+            return self._block.read(tokens, positions, self.prompt_positions + largest + 1)
+        self.state.token.copy_(tokens[:, 0])
+        self.state.position.copy_(positions[:, 0])
+        return self._single.logits(int(positions))[:, None]
+
+    @functools.cached_property
+    def _single(self) -> TorchStep:
+        """The step for one token, faster than a block of one; on CUDA, and with more rows, it wants other caches."""
+        return step_for(self._decoder, self.state)
 
     @property
     def first_index(self) -> int:

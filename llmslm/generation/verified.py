@@ -23,6 +23,8 @@ from llmslm.models.encoder import pad_right
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.shared_encoder import Reading, SharedEncoder
 
+_ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product whose weights are read once (measured)
+
 
 @dataclass(frozen=True)
 class VerifiedTokens:
@@ -105,7 +107,8 @@ class VerifiedEngine:
         min_new = max(min_new_tokens, self._alone.configured_minimum(start))
         choice = Choice(self.llm, prompt_ids, prompt_mask, min_new=min_new, max_new=max_new_tokens, sampling=sampling)
         places = max_new_tokens + LONGEST + 2
-        run = _Run(self._llm_side(reading, prompt_ids, places), self._draft_side(inputs, places), choice)
+        sides = self._llm_side(reading, prompt_ids, places), self._draft_side(inputs, places)
+        run = _Run(*sides, choice, BlockLength(_cost_of_drafting(*sides)))
         return run.decode(on_first_token, on_tokens)
 
     def _reason(self, positions: int) -> str | None:
@@ -145,6 +148,15 @@ class VerifiedEngine:
         return side
 
 
+def _cost_of_drafting(llm: Side, draft: Side) -> float:
+    """Cost of one more token in each block, in passes of the LLM: reading the draft's weights, and a longer pass."""
+    longer = 0.0
+    if llm.base.device.type == "cpu":
+        rows = llm.base.shape[0]
+        longer = _ROW_ON_CPU * rows / (1 + _ROW_ON_CPU * (rows - 1))
+    return draft.bytes_read / llm.bytes_read + longer
+
+
 class _Run:
     """One call's tokens: token 0 of each row is its start, the new ones count from 1.
 
@@ -152,16 +164,18 @@ class _Run:
         llm: verifies.
         draft: proposes.
         choice: of tokens.
+        length: of blocks.
     """
 
-    def __init__(self, llm: Side, draft: Side, choice: Choice) -> None:
-        self.llm, self.draft, self.choice = llm, draft, choice
+    def __init__(self, llm: Side, draft: Side, choice: Choice, length: BlockLength) -> None:
+        self.llm, self.draft, self.choice, self.length = llm, draft, choice, length
         batch, device = llm.base.shape[0], llm.base.device
         self.tokens = torch.zeros(batch, choice.max_new + LONGEST + 2, dtype=torch.long, device=device)
         self.produced = torch.zeros(batch, dtype=torch.long, device=device)
         self.open = torch.ones(batch, dtype=torch.bool, device=device)
         self.counts, self.still_open = [0] * batch, [True] * batch  # the same on the host, after each block
-        self.length, self.acceptance = BlockLength(), Acceptance()
+        self.acceptance = Acceptance()
+        self.unread = False  # whether the draft has not read the last token of a block that was kept whole
 
     def decode(
         self, on_first_token: Callable[[], None] | None, on_tokens: Callable[[Tensor], None] | None
@@ -193,18 +207,15 @@ class _Run:
         self._keep(verdict, index + 1, size)
 
     def _propose(self, size: int) -> Tensor | None:
-        """Write drafted tokens behind those of each row; the odds (batch, size, vocabulary) that they had if drawn.
-
-        The last drafted token of the block before may not have been read: two tokens are read first.
-        """
+        """Write drafted tokens behind those of each row; the odds (batch, size, vocabulary) that they had if drawn."""
         draft, largest = self.draft, max(self.counts) + size
         begin = self.produced[:, None]
-        two = torch.cat([(begin - 1).clamp(min=draft.first_index), begin], dim=1)
+        first = torch.cat([(begin - 1).clamp(min=draft.first_index), begin], dim=1) if self.unread else begin
         odds: list[Tensor] = []
         for drafted in range(size):
             logits, draft.first_logits = draft.first_logits, None
             if logits is None:
-                index = two if drafted == 0 else begin + drafted
+                index = first if drafted == 0 else begin + drafted
                 logits = draft.read(self.tokens.gather(1, index), index, largest)[:, -1]
             so_far = self.tokens.gather(1, begin + 1 + torch.arange(drafted, device=begin.device))
             token, chances = self.choice.propose(logits, self.produced + drafted, so_far)
@@ -227,6 +238,7 @@ class _Run:
         was_open, self.open = self.open, self.open & ~ends.any(dim=1) & (self.produced < self.choice.max_new)
         seen = torch.stack([self.produced, self.open, was_open, verdict.accepted, count]).tolist()
         self.counts, self.still_open = seen[0], [bool(value) for value in seen[1]]
+        self.unread = any(accepted == size for accepted in seen[3])
         self._count(size, [(a, c) for was, a, c in zip(*seen[2:], strict=True) if was])
 
     def _count(self, size: int, rows: list[tuple[int, int]]) -> None:

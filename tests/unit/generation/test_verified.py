@@ -65,7 +65,7 @@ def test_greedy_tokens_are_the_llms(family, slm_family, rows, perfect):
     assert torch.equal(result.tokens, expected)
     assert rows < 8 or expected.unique().numel() > 4, "the case is void if all tokens are the same"
     if perfect:
-        assert result.acceptance.passes <= 4, "blocks of 5, 13 and 16 tokens, and the LLM's own after each"
+        assert result.acceptance.passes <= 8, "blocks of 4 tokens or more, and the LLM's own after each"
     else:
         assert result.acceptance.per_block < 3
 
@@ -213,7 +213,7 @@ def test_the_draft_of_another_llm_is_refused():
 
 
 def test_blocks_grow_with_what_is_kept():
-    length = BlockLength()
+    length = BlockLength(cost=0.05)
     start = length.current
     for _ in range(20):
         length.learn(kept=length.current, refused=0)
@@ -221,3 +221,4 @@ def test_blocks_grow_with_what_is_kept():
     for _ in range(20):
         length.learn(kept=0, refused=1)
     assert length.current == SHORTEST
+    assert BlockLength(cost=1.0).current == SHORTEST
