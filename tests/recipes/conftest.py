@@ -15,7 +15,7 @@ from transformers import (
     T5Config,
 )
 
-from llmslm.data.sources.debian import release
+from llmslm.data.sources.debian import running_release
 
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 LLAMA = {
@@ -83,7 +83,7 @@ def make_dataset(init_args: dict, folder: Path) -> str:
 
 def make_debian_lists(cache: Path, language: str) -> None:
     """Lists as apt leaves them: English and translated descriptions, and the packages' sources."""
-    lists = cache / f"debian-lists-{release()}"
+    lists = cache / f"debian-lists-{running_release()}"
     lists.mkdir(parents=True)
     for code in {"en", language}:
         stanzas = [

@@ -1,7 +1,7 @@
 """Debian's package descriptions: translation pairs in any language that Debian has, and summaries.
 
 `apt-get` delivers the lists into a folder of our own: nothing of the system's own lists is touched, and no root is
-needed. The release is the running system's.
+needed.
 """
 
 import hashlib
@@ -36,12 +36,21 @@ class _Debian(BuiltSource):
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
         cache_dir: see `BuiltSource`.
+        release: Debian release, for example bookworm; None takes the running system's. Another's data must be in the
+            cache: built on such a system and copied, as for machines without apt.
     """
 
     languages: tuple[str, ...] = ()
 
-    def __init__(self, max_chars: int = 2000, max_eval: int | None = None, cache_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        max_chars: int = 2000,
+        max_eval: int | None = None,
+        cache_dir: str | None = None,
+        release: str | None = None,
+    ) -> None:
         super().__init__(cache_dir)
+        self.release = release or running_release()
         self.max_chars = max_chars
         self.max_eval = max_eval
 
@@ -49,7 +58,7 @@ class _Debian(BuiltSource):
         """Release, languages and limits; a stable release's lists change with its point releases only."""
         return {
             "version": _VERSION,
-            "release": release(),
+            "release": self.release,
             "languages": self.languages,
             "max_chars": self.max_chars,
             "max_eval": self.max_eval,
@@ -61,7 +70,12 @@ class _Debian(BuiltSource):
 
     def build(self) -> dict[Split, list[Example]]:
         """Fetch the lists, make pairs, split them by source package; no text of train is in validation or test."""
-        lists = self.cache_dir / f"debian-lists-{release()}"
+        if self.release != running_release():
+            raise UserError(
+                f"this machine runs {running_release()}, and {self.folder} is not there: build it on Debian "
+                f"{self.release} and copy it here, or leave out data.source.init_args.release"
+            )
+        lists = self.cache_dir / f"debian-lists-{self.release}"
         fetch_lists(lists, self.languages)
         splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
         seen: set[str] = set()
@@ -83,6 +97,7 @@ class DebianTranslation(_Debian):
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
         cache_dir: see `BuiltSource`.
+        release: Debian release, None takes the running system's; another's must be in the cache.
     """
 
     def __init__(
@@ -91,8 +106,9 @@ class DebianTranslation(_Debian):
         max_chars: int = 2000,
         max_eval: int | None = None,
         cache_dir: str | None = None,
+        release: str | None = None,
     ) -> None:
-        super().__init__(max_chars, max_eval, cache_dir)
+        super().__init__(max_chars, max_eval, cache_dir, release)
         self.target_language = target_language
         self.languages = ("en", target_language)
         self.name = f"debian-translation-en-{target_language}"
@@ -203,7 +219,7 @@ def _paragraphs(text: str) -> Iterator[str]:
             lines.append(line)
 
 
-def release() -> str:
+def running_release() -> str:
     """Return the code name of the running system, for example bookworm."""
     try:
         return platform.freedesktop_os_release().get("VERSION_CODENAME", "unknown")

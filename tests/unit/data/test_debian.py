@@ -30,7 +30,7 @@ def cache(tmp_path):
     italian[1] = description(1, "it", " First of 1\n goes on.", " Di tutti.")
     italian[2] = "Package: p2\nDescription-md5: 0\nDescription-it: orphan\n Non si trova.\n"
     english[3] = english[3].partition("\n First")[0] + "\n"
-    lists = tmp_path / f"debian-lists-{debian.release()}"
+    lists = tmp_path / f"debian-lists-{debian.running_release()}"
     lists.mkdir()
     for language, stanzas in (("en", english), ("it", italian)):
         (lists / f"mirror_dists_stable_main_i18n_Translation-{language}").write_text("\n".join(stanzas))
@@ -110,3 +110,11 @@ def test_a_machine_without_network(tmp_path, apt_get):
     ):
         DebianSummary(cache_dir=str(tmp_path)).prepare()
     assert not list(tmp_path.glob("debian-summary*"))
+
+
+def test_another_release_comes_from_the_cache_alone(tmp_path):
+    source = debian.DebianSummary(cache_dir=str(tmp_path), release="sarge")
+    with pytest.raises(UserError, match=r"build it on Debian sarge .*data\.source\.init_args\.release"):
+        source.prepare()
+    source.folder.mkdir()
+    source.prepare()
