@@ -213,6 +213,8 @@ class System:
             decoding = sum({id(p): p.numel() for p in parts}.values())
         else:
             decoding = sum(p.numel() for p in decoder.parameters())
+        if isinstance(self.model, LlmToSlm):
+            decoding += sum(p.numel() for p in self.model.fusion.step_parameters())
         return {"total": total, "trained": total - frozen, "decoding": decoding}
 
     def with_features(self, control: Control) -> "System":

@@ -32,6 +32,10 @@ class Fusion(Component):
     def attach(self, slm: PreTrainedModel) -> None:
         """Fit the slm, when the composition is built; called again where it is built anew from its config."""
 
+    def step_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are read for each generated token; none where the fusion ends with the prompt."""
+        return []
+
     @torch.no_grad()
     def reference(self, slm: PreTrainedModel, limit: int = 4096) -> Tensor:
         """Return a sample (any, slm_hidden_size) of what the slm reads where projected states will stand.
@@ -193,6 +197,10 @@ class CrossAttend(Fusion):
         self._read = [layer.keys_values(states) for layer in cast(list[CrossAttention], self.layers)]
         self._mask = projected.mask
         return own
+
+    def step_parameters(self) -> list[nn.Parameter]:
+        """Return all but the maps to keys and values, which are applied once a prompt."""
+        return [parameter for name, parameter in self.named_parameters() if "key_value" not in name]
 
     def reference(self, slm: PreTrainedModel, limit: int = 1) -> Tensor:
         """Return ones: keys and values are made of states of size 1."""
