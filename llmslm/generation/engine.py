@@ -7,7 +7,7 @@ On CUDA that step is fused kernels in a graph which feeds itself: nothing waits 
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from llmslm.errors import UserError
 from llmslm.generation.families import UnreadableModelError, read
 from llmslm.generation.loop import DecodeLoop, GraphLoop, HostLoop
+from llmslm.generation.memory import Call, require
 from llmslm.generation.plan import Decoder
 from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate
 from llmslm.generation.state import DecodeState, capacity_bucket, prompt_bucket
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+_ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class DecodeEngine:
             (batch, new_len) new tokens; rows that end early are filled with the pad token.
 
         Raises:
-            UserError: if the inputs do not fit the model.
+            UserError: if the inputs do not fit the model, or the call does not fit into memory.
         """
         prompt = self._prompt(input_ids, inputs_embeds, encoder_outputs, attention_mask, max_new_tokens)
         width = 1 if self.model.config.is_encoder_decoder else prompt.length
@@ -201,37 +203,59 @@ class DecodeEngine:
         length = length if limit is None else max(prompt.length, min(length, limit))
         return prompt.padded(length, left=not encoder_decoder)
 
-    def _loop(self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None) -> DecodeLoop:
-        encoder_decoder = self.model.config.is_encoder_decoder
-        on_cpu = self.device.type != "cuda"
-        length = prompt.length if on_cpu else prompt_bucket(prompt.length)
-        encoder_capacity = length if encoder_decoder else 0
-        capacity = max_new + (1 if encoder_decoder else length)
+    def call_sizes(self, batch: int, length: int, max_new_tokens: int, *, embedded: bool = False) -> Call:
+        """Sizes of what a greedy call of the engine allocates.
+
+        Args:
+            batch: rows.
+            length: of the prompts.
+            max_new_tokens: number of tokens after which a row ends in any case.
+            embedded: whether embeddings or encoder states are given, in place of ids.
+        """
+        on_cpu, encoder_decoder = self.device.type != "cuda", self.model.config.is_encoder_decoder
+        length = length if on_cpu else prompt_bucket(length)
+        capacity = max_new_tokens + (1 if encoder_decoder else length)
         capacity = capacity if on_cpu else capacity_bucket(capacity)
-        penalise = rules.repetition_penalty != 1.0
-        if sampling is not None:
-            penalise = sampling.repetition_penalty != 1.0
-        key = (prompt.batch, capacity, encoder_capacity, rules.mode(sampling), penalise, self._rules_key())
+        return Call(batch, length, capacity, length if encoder_decoder else 0, embedded=embedded)
+
+    def _loop(self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None) -> DecodeLoop:
+        penalty = rules.repetition_penalty if sampling is None else sampling.repetition_penalty
+        call = self.call_sizes(prompt.batch, prompt.length, max_new, embedded=prompt.values.dim() == 3)
+        call = replace(call, penalised=penalty != 1.0)
+        mode = rules.mode(sampling)
+        key = (call.batch, call.capacity, call.encoder_capacity, mode, call.penalised, self._rules_key())
         if key in self._loops:
             self._loops.move_to_end(key)
             return self._loops[key]
         while len(self._loops) >= self.keep:
             self._loops.popitem(last=False)
         assert self.decoder is not None
+        self._require_memory(call)
         state = DecodeState(
             self.decoder.shape,
-            batch=prompt.batch,
-            capacity=capacity,
-            encoder_capacity=encoder_capacity,
-            mode=rules.mode(sampling),
-            penalise=penalise,
+            batch=call.batch,
+            capacity=call.capacity,
+            encoder_capacity=call.encoder_capacity,
+            mode=mode,
+            penalise=call.penalised,
             device=self.device,
             dtype=self.decoder.embedding.dtype,
         )
-        start = self.start_token() if encoder_decoder else None
-        kind = HostLoop if on_cpu else GraphLoop
+        start = self.start_token() if self.model.config.is_encoder_decoder else None
+        kind = GraphLoop if self.device.type == "cuda" else HostLoop
         self._loops[key] = kind(self.model, self.decoder, state, rules, start)
         return self._loops[key]
+
+    def _require_memory(self, call: Call) -> None:
+        """Refuse what cannot fit, after giving up what is kept for other sizes."""
+        assert self.decoder is not None
+        try:
+            require(self.model, self.decoder, call)
+        except UserError:
+            if not self._loops:
+                raise
+            self._loops.clear()
+            require(self.model, self.decoder, call)
 
     def _rules_key(self) -> str:
         """What a kept loop has built in of the generation_config."""
@@ -279,7 +303,8 @@ class DecodeEngine:
         start = self.start_token() if self.model.config.is_encoder_decoder else None
         start = start if isinstance(start, int) else 0
         difference = relative_difference(self.model, decoder, start)
-        tolerance = _TOLERANCE.get(decoder.embedding.dtype, 0.05)
+        rounded = decoder.head.row_scale is not None
+        tolerance = _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
         if not difference <= tolerance:
             raise UnreadableModelError(
                 f"the lean step's logits differ from the model's own by {difference:.3g} of their spread"

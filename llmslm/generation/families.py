@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmslm.generation.int8 import Int8Linear
 from llmslm.generation.plan import CrossAttention, Decoder, Linear, Norm, SelfAttention, Sublayer
 from llmslm.generation.state import CacheShape
 
@@ -47,25 +48,37 @@ def read(model: PreTrainedModel, max_positions: int) -> Decoder:
         raise UnreadableModelError(f"{type(model).__name__} is not built as its family is: {error}") from error
 
 
-def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _weights(module: nn.Module) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight (out, in), bias, and the scales of rows of 8 bits."""
     if type(module) is Conv1D:
         weight, bias = cast(Tensor, module.weight), cast(Tensor, module.bias)
-        return weight.detach().t().contiguous(), bias.detach()
+        return weight.detach().t().contiguous(), bias.detach(), None
+    if type(module) is Int8Linear:
+        buffers = (module.weight, module.bias, module.row_scale)
+        return cast(tuple[Tensor, Tensor | None, Tensor | None], buffers)
     if type(module) is not nn.Linear:
         raise UnreadableModelError(f"a {type(module).__name__} stands where a plain linear layer is expected")
-    return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    return module.weight.detach(), None if module.bias is None else module.bias.detach(), None
 
 
 def _linear(*modules: nn.Module, activation: str | None = None, gated: bool = False) -> Linear:
     """Fuse linear layers that read the same input into one."""
-    pairs = [_weights(module) for module in modules]
-    if len(pairs) == 1:
-        return Linear(*pairs[0], activation=activation, gated=gated)
-    weight = torch.cat([weight for weight, _ in pairs])
-    if all(bias is None for _, bias in pairs):
-        return Linear(weight, None, activation, gated)
-    biases = [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in pairs]
-    return Linear(weight, torch.cat(biases), activation, gated)
+    parts = [_weights(module) for module in modules]
+    if len(parts) == 1:
+        weight, bias, scale = parts[0]
+        return Linear(weight, bias, activation, gated, scale)
+    weights, biases, scales = zip(*parts, strict=True)
+    if len({weight.dtype for weight in weights}) > 1:
+        raise UnreadableModelError("layers that read the same input have different dtypes")
+    bias = None
+    if any(bias is not None for bias in biases):
+        bias = torch.cat([_or_zeros(bias, weight) for weight, bias in zip(weights, biases, strict=True)])
+    return Linear(torch.cat(weights), bias, activation, gated, None if scales[0] is None else torch.cat(scales))
+
+
+def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    return torch.zeros(weight.shape[0], device=weight.device, dtype=dtype) if bias is None else bias
 
 
 def _activation(name: str) -> str:
@@ -211,7 +224,7 @@ def _read_bart(model: Any, _max_positions: int) -> Decoder:
         norm = _layer_norm(layer.encoder_attn_layer_norm)
         sublayers.append(Sublayer(_linear(cross.q_proj), _linear(cross.out_proj), crosses[-1], after=norm))
         sublayers.append(_bart_feed_forward(layer, config, first=False))
-    head = Linear(model.lm_head.weight.detach(), model.final_logits_bias.detach().flatten())
+    head = replace(_linear(model.lm_head), bias=model.final_logits_bias.detach().flatten())
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),
         head=head,

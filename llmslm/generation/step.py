@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmslm.generation.int8 import int8_product
 from llmslm.generation.plan import CrossAttention, Decoder, Linear, Norm, SelfAttention
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
@@ -29,6 +30,13 @@ def activated(x: Tensor, linear: Linear) -> Tensor:
     elif linear.activation is not None:
         gate = getattr(F, linear.activation)(gate)
     return gate if plain is None else gate * plain
+
+
+def product(x: Tensor, linear: Linear) -> Tensor:
+    """Weight x + bias, for x (..., in)."""
+    if linear.row_scale is None:
+        return F.linear(x.to(linear.weight.dtype), linear.weight, linear.bias)
+    return int8_product(x, linear.weight, linear.row_scale, linear.bias).to(x.dtype)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,8 +90,7 @@ class TorchStep:
 
     def linear(self, x: Tensor, linear: Linear, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """activation(linear(norm(x))) + residual."""
-        x = normalised(x, norm).to(linear.weight.dtype)
-        y = activated(F.linear(x, linear.weight, linear.bias), linear)
+        y = activated(product(normalised(x, norm), linear), linear)
         return y if residual is None else residual + y
 
     def attended(self, qkv: Tensor, inner: SelfAttention, filled: int) -> Tensor:
@@ -129,6 +136,6 @@ def fill_cross_cache(decoder: Decoder, state: DecodeState, hidden_states: Tensor
     """Keys and values of encoder states (batch, length, width), for every cross-attention."""
     length = hidden_states.shape[1]
     for cross in decoder.crosses:
-        both = F.linear(hidden_states, cross.key_value.weight, cross.key_value.bias)
+        both = product(hidden_states, cross.key_value)
         both = both.view(state.batch, length, 2, cross.heads, cross.head_dim).permute(2, 0, 3, 1, 4)
         state.cross[cross.layer, :, :, :, :length].copy_(both)

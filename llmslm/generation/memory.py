@@ -1,0 +1,203 @@
+"""What a call of the engine needs at its peak, predicted before it runs: weights, caches, the prompt's pass, workspace.
+
+The prompt's pass is walked with tensors that have shapes and no data, and their bytes are counted as they come and go.
+"""
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel
+
+from llmslm.errors import UserError
+from llmslm.generation.plan import Decoder
+from llmslm.generation.prefill import causal_mask
+from llmslm.generation.state import CacheShape
+
+_CUBLAS_WORKSPACE = 2 * 33 * 2**20  # of PyTorch's cuBLAS on Hopper: one of the stream, one of the captured graphs
+_SURE = 0.25  # of the free memory: a rough bound below it needs no exact prediction
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak."""
+
+    weights: int
+    """Of the model, and the engine's copies of them."""
+    state: int
+    """Caches and all that is kept from token to token."""
+    pass_: int
+    """Of the prompt's pass at its peak, beside the two."""
+    workspace: int
+    """Of libraries."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.state + self.pass_ + self.workspace
+
+    @property
+    def added(self) -> int:
+        """What a call adds to the weights."""
+        return self.total - self.weights
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes of a call: rows, prompt tokens, positions of both caches; whether a penalty or embeddings are given."""
+
+    batch: int
+    length: int
+    capacity: int
+    encoder_capacity: int
+    penalised: bool = False
+    embedded: bool = False
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as devices run it, without a matrix of scores; tensors without data would be given the plain form."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace scaled_dot_product_attention by its result's shape."""
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            values = args[2] if len(args) > 2 else (kwargs or {})["value"]
+            query = args[0] if args else (kwargs or {})["query"]
+            return query.new_empty(*query.shape[:-1], values.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is entered: `now` and at their `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it made."""
+        result = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), known)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, known: set[int]) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or key in known:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+def weight_bytes(model: PreTrainedModel, decoder: Decoder) -> int:
+    """Bytes of the model's weights and of the copies that its decoder has."""
+    linears = [linear for sublayer in decoder.sublayers for linear in (sublayer.into, sublayer.out)]
+    linears += [decoder.head, *(cross.key_value for cross in decoder.crosses)]
+    copies = [linear.weight for linear in linears]
+    tensors = [*model.parameters(), *model.buffers(), *copies]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def state_bytes(shape: CacheShape, call: Call, element_size: int) -> int:
+    """Bytes of a `DecodeState`."""
+    caches = shape.bytes(call.batch, call.capacity, call.encoder_capacity, element_size)
+    ids_and_masks = call.batch * (9 * call.capacity + call.encoder_capacity)
+    return caches + ids_and_masks + (call.batch * shape.vocabulary if call.penalised else 0)
+
+
+def predict(model: PreTrainedModel, decoder: Decoder, call: Call) -> Memory:
+    """Predict the peak of a call."""
+    element_size = decoder.embedding.element_size()
+    workspace = _CUBLAS_WORKSPACE if model.device.type == "cuda" else 0
+    logits = 4 * call.batch * decoder.shape.vocabulary
+    pass_ = max(_pass_bytes(model, decoder, call), 2 * logits)
+    return Memory(weight_bytes(model, decoder), state_bytes(decoder.shape, call, element_size), pass_, workspace)
+
+
+def require(model: PreTrainedModel, decoder: Decoder, call: Call, available: int | None = None) -> None:
+    """Refuse a call that cannot fit.
+
+    Args:
+        model: whose weights are there already.
+        decoder: of it.
+        call: its sizes.
+        available: bytes that are free; asked of the device if not given.
+
+    Raises:
+        UserError: with the batch that would fit.
+    """
+    free = _available(model.device) if available is None else available
+    if free is None or _rough_bound(model, decoder, call) < _SURE * free:
+        return
+    added = predict(model, decoder, call).added
+    if added <= free:
+        return
+    fits = int(call.batch * free / added)
+    advice = f"a batch of {fits} would fit" if fits else "not even one row would fit: shorten the prompt or the output"
+    raise UserError(
+        f"a batch of {call.batch} with {call.length} prompt tokens and {call.capacity} positions needs "
+        f"{added / 2**30:.2f} GiB beside the weights; {free / 2**30:.2f} GiB are free on {model.device}; {advice}"
+    )
+
+
+def _rough_bound(model: PreTrainedModel, decoder: Decoder, call: Call) -> int:
+    """More than a call can need."""
+    heads = max(decoder.shape.kv_heads, decoder.shape.cross_heads, getattr(model.config, "num_attention_heads", 1))
+    widest = max(max(sublayer.into.weight.shape) for sublayer in decoder.sublayers)
+    row = call.length * (12 * widest + 6 * heads * call.length) + 4 * decoder.shape.vocabulary
+    caches = state_bytes(decoder.shape, call, decoder.embedding.element_size())
+    return 2 * caches + 4 * call.batch * row + _CUBLAS_WORKSPACE
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None if that cannot be told."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+@torch.no_grad()
+def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
+    """Walk the prompt's pass on the meta device and count."""
+    module = model.get_encoder() if model.config.is_encoder_decoder else model
+    named = [*module.named_parameters(), *module.named_buffers()]
+    weights = {name: torch.empty_like(value, device="meta") for name, value in named}
+    dtype = decoder.embedding.dtype
+    size = (call.batch, call.length)
+    mask = torch.ones(size, dtype=torch.long, device="meta")
+    width = decoder.embedding.shape[1]
+    ids = torch.zeros(size, dtype=torch.long, device="meta")
+    prompt = torch.zeros(*size, width, dtype=dtype, device="meta") if call.embedded else ids
+    with LiveBytes() as live, _FusedAttention():
+        if not model.config.is_encoder_decoder:
+            inputs = {"inputs_embeds" if call.embedded else "input_ids": prompt}
+            inputs |= {"attention_mask": causal_mask(mask.bool(), dtype), "position_ids": mask.cumsum(dim=1)}
+            functional_call(module, weights, (), inputs | {"use_cache": True, "logits_to_keep": 1})
+        else:
+            if not call.embedded:
+                inputs = {"input_ids": ids, "attention_mask": torch.zeros(call.batch, 1, *2 * size[1:], device="meta")}
+                prompt = functional_call(module, weights, (), inputs).last_hidden_state
+            for cross in decoder.crosses:
+                torch.empty(*size, cross.key_value.weight.shape[0], dtype=dtype, device="meta")
+    return live.peak

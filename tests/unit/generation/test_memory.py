@@ -1,0 +1,81 @@
+"""The peak of a call is predicted, refused where it cannot fit, and does not grow from prompt to prompt."""
+
+import re
+
+import pytest
+
+from llmslm.errors import UserError
+from llmslm.generation import memory
+from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.int8 import to_int8
+from llmslm.generation.memory import LiveBytes, predict, require
+from tests.unit.generation.families import BUILD, prompts, tiny
+
+
+@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize(("batch", "length"), [(2, 8), (16, 60)])
+def test_the_prediction_is_near_the_peak(family: str, batch: int, length: int) -> None:
+    model = tiny(family)
+    engine = DecodeEngine(model)
+    assert engine.decoder is not None
+    predicted = predict(model, engine.decoder, engine.call_sizes(batch, length, 20)).added
+    with LiveBytes() as live:
+        engine.generate(**prompts(model, batch, length), max_new_tokens=20, min_new_tokens=20)
+    assert predicted == pytest.approx(live.peak, rel=0.15)
+
+
+def test_weights_of_8_bits_are_predicted_too() -> None:
+    model = tiny("gpt2")
+    whole = memory.weight_bytes(model, DecodeEngine(model).decoder)
+    to_int8(model)
+    engine = DecodeEngine(model)
+    predicted = predict(model, engine.decoder, engine.call_sizes(4, 30, 20))
+    assert predicted.weights < whole / 2
+    with LiveBytes() as live:
+        engine.generate(**prompts(model, 4, 30), max_new_tokens=20, min_new_tokens=20)
+    assert predicted.added == pytest.approx(live.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_cannot_fit_is_refused_and_what_is_advised_fits(family: str) -> None:
+    model = tiny(family)
+    engine = DecodeEngine(model)
+    call = engine.call_sizes(64, 40, 20)
+    free = predict(model, engine.decoder, call).added // 3
+    with pytest.raises(UserError, match=r"a batch of 64 with 40 prompt tokens .* a batch of \d+ would fit") as refusal:
+        require(model, engine.decoder, call, free)
+    fits = int(re.findall(r"a batch of (\d+) would", str(refusal.value))[0])
+    assert 18 <= fits <= 22
+    require(model, engine.decoder, engine.call_sizes(fits, 40, 20), free)
+    with pytest.raises(UserError, match="not even one row would fit: shorten"):
+        require(model, engine.decoder, call, 1000)
+
+
+def test_kept_states_are_given_up_before_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("gpt2")
+    engine = DecodeEngine(model)
+    engine.generate(**prompts(model, 2, 5), max_new_tokens=3)
+    monkeypatch.setattr(memory, "_available", lambda device: 10**9 if not engine._loops else 10)
+    engine.generate(**prompts(model, 3, 5), max_new_tokens=3)
+    assert len(engine._loops) == 1
+    monkeypatch.setattr(memory, "_available", lambda device: 10)
+    with pytest.raises(UserError, match="are free on cpu"):
+        engine.generate(**prompts(model, 4, 5), max_new_tokens=3)
+
+
+def test_a_thousand_prompts_leave_nothing_behind() -> None:
+    model = tiny("gpt2")
+    engine = DecodeEngine(model)
+    batches = [prompts(model, 2, 3 + seed % 5, seed) for seed in range(10)]
+    with LiveBytes() as live:
+        for inputs in batches:  # all sizes; the last ones stay
+            engine.generate(**inputs, max_new_tokens=2)
+        after_ten, peak = live.now, live.peak
+    for turn in range(490):
+        engine.generate(**batches[turn % 10], max_new_tokens=2)
+    with LiveBytes() as live:
+        for inputs in batches:
+            engine.generate(**inputs, max_new_tokens=2)
+    assert len(engine._loops) <= engine.keep
+    assert live.now <= after_ten
+    assert live.peak <= peak
