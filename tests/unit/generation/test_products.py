@@ -1,0 +1,27 @@
+"""A prompt's products on the CPU by another library: the same numbers, only where they are asked for."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmslm.generation.products import fast_products
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
+@pytest.mark.parametrize("shape", [(1, 24), (9, 24), (2, 9, 24)])
+@torch.no_grad()
+def test_the_numbers_are_the_same(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    with fast_products(CPU):
+        fast = layer(x)
+    torch.testing.assert_close(fast, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_left_alone() -> None:
+    layer = nn.Linear(24, 40)
+    with fast_products(CPU):
+        layer(torch.randn(9, 24)).sum().backward()
+    assert layer.weight.grad is not None
