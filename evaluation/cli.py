@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         ("leaderboard", _add_leaderboard),
         ("targets", _add_targets),
         ("experiment", _add_experiment),
-        ("decode-speed", _add_decode_speed),
+        ("speed", _add_speed),
     ):
         add(commands, name)
     return parser
@@ -194,16 +194,16 @@ def _experiment(options: argparse.Namespace) -> None:
     run(config=options.config, out=options.out)
 
 
-def _add_decode_speed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+def _add_speed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
     text = "time the decode engine and generate() on random weights of known shapes"
     parser = commands.add_parser(name, help=text, add_help=False, allow_abbrev=False)
-    parser.set_defaults(run=_decode_speed, has_own_options=True)
+    parser.set_defaults(run=_speed, has_own_options=True)
 
 
-def _decode_speed(options: argparse.Namespace) -> None:
-    from evaluation.decode_speed import main as decode_speed
+def _speed(options: argparse.Namespace) -> None:
+    from evaluation.decoding.command import main as speed
 
-    decode_speed(options.rest)
+    speed(options.rest)
 
 
 def _positive(text: str) -> int:

@@ -218,6 +218,10 @@ class DecodeEngine:
         capacity = capacity if on_cpu else capacity_bucket(capacity)
         return Call(batch, length, capacity, length if encoder_decoder else 0, embedded=embedded)
 
+    def forget(self) -> None:
+        """Give up the caches and graphs that are kept for further calls."""
+        self._loops.clear()
+
     def _loop(self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None) -> DecodeLoop:
         penalty = rules.repetition_penalty if sampling is None else sampling.repetition_penalty
         call = self.call_sizes(prompt.batch, prompt.length, max_new, embedded=prompt.values.dim() == 3)
@@ -254,7 +258,7 @@ class DecodeEngine:
         except UserError:
             if not self._loops:
                 raise
-            self._loops.clear()
+            self.forget()
             require(self.model, self.decoder, call)
 
     def _rules_key(self) -> str:

@@ -121,13 +121,20 @@ def state_bytes(shape: CacheShape, call: Call, element_size: int) -> int:
     return caches + ids_and_masks + (call.batch * shape.vocabulary if call.penalised else 0)
 
 
+def step_bytes(decoder: Decoder, call: Call) -> int:
+    """Bytes that a step keeps or makes for each token: its inputs and outputs between products, and the logits."""
+    width = decoder.embedding.shape[1]
+    widest = max(max(*sublayer.into.weight.shape, *sublayer.out.weight.shape) for sublayer in decoder.sublayers)
+    return 4 * call.batch * (2 * width + 2 * widest + decoder.shape.vocabulary)
+
+
 def predict(model: PreTrainedModel, decoder: Decoder, call: Call) -> Memory:
     """Predict the peak of a call."""
     element_size = decoder.embedding.element_size()
     workspace = _CUBLAS_WORKSPACE if model.device.type == "cuda" else 0
-    logits = 4 * call.batch * decoder.shape.vocabulary
-    pass_ = max(_pass_bytes(model, decoder, call), 2 * logits)
-    return Memory(weight_bytes(model, decoder), state_bytes(decoder.shape, call, element_size), pass_, workspace)
+    state = state_bytes(decoder.shape, call, element_size) + step_bytes(decoder, call)
+    pass_ = max(_pass_bytes(model, decoder, call), 4 * call.batch * decoder.shape.vocabulary)
+    return Memory(weight_bytes(model, decoder), state, pass_, workspace)
 
 
 def require(model: PreTrainedModel, decoder: Decoder, call: Call, available: int | None = None) -> None:

@@ -1,0 +1,51 @@
+"""The time that the bytes alone take: the floor under every measurement."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmslm.generation.engine import DecodeEngine
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a call takes, the device synchronised around it."""
+    synchronise(device)
+    start = time.perf_counter()
+    function()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes per second: of a large copy, read and written, on a GPU; of reading on the CPU. The median of 10.
+
+    A copy on a CPU may read what it writes, so that its bytes are not known; a decode step reads.
+    """
+    size = 2**31 if device.type == "cuda" else 2**28
+    source = torch.ones(size // 4, device=device)
+    if device.type == "cuda":
+        target = torch.empty_like(source)
+        times = [seconds(lambda: target.copy_(source), device) for _ in range(11)]
+        return 2 * size / statistics.median(times[1:])
+    return size / statistics.median([seconds(source.sum, device) for _ in range(11)][1:])
+
+
+def floor_s(engine: DecodeEngine, batch: int, prompt: int, new: int, bytes_per_s: float) -> float:
+    """Seconds that reading the weights and the filled caches takes, on average over the tokens; NaN if unknown."""
+    decoder = engine.decoder
+    if decoder is None:
+        return float("nan")
+    size = decoder.embedding.element_size()
+    crossed = bool(decoder.crosses)
+    filled = new // 2 + (0 if crossed else prompt)
+    read = decoder.decoding_bytes() + decoder.shape.bytes(batch, filled, prompt if crossed else 0, size)
+    return read / bytes_per_s
