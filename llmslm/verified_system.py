@@ -59,12 +59,10 @@ class VerifiedSystem(System):
             UserError: if one of them cannot be loaded, or they do not belong together.
         """
         model, codec, card = load_parts(draft_folder, dtype=dtype, load_encoder=False)
-        draft = System(card["system"], model, codec, card)
+        draft = System(card["system"], model.to(device), codec, card)
         llm = _load_llm(llm_source, draft, dtype)
         llm.model.to(device)
-        pair = cls(llm, draft)
-        draft.model.to(device)
-        return pair
+        return cls(llm, draft)
 
     def parameters(self) -> dict[str, int]:
         """Count parameters: of both, of the draft's trained part, and those of both decoders."""

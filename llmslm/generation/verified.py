@@ -5,6 +5,7 @@ the LLM's pass feeds the projector and the LLM's own decoding.
 """
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,15 @@ from llmslm.errors import UserError
 from llmslm.generation.acceptance import LONGEST, Acceptance, BlockLength, Verdict
 from llmslm.generation.choice import Choice
 from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.plan import Decoder
 from llmslm.generation.sampling import Sampling
-from llmslm.generation.side import Side, causal_side, encoded_side
+from llmslm.generation.side import Side
+from llmslm.generation.state import capacity_bucket, prompt_bucket
 from llmslm.models.encoder import pad_right
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.shared_encoder import Reading, SharedEncoder
 
+_KEEP = 8  # caches with their graphs, two for each size of a call
 _ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product whose weights are read once (measured)
 
 
@@ -60,6 +64,8 @@ class VerifiedEngine:
             raise UserError("the draft's encoder is not of this LLM; give the LLM that it was taken from") from error
         self._alone = DecodeEngine(llm)
         self._slm = DecodeEngine(draft.slm)
+        self.fixed = llm.device.type == "cuda"
+        self._sides: OrderedDict[tuple[int, ...], Side] = OrderedDict()
 
     @torch.no_grad()
     def generate(
@@ -125,27 +131,45 @@ class VerifiedEngine:
         return self._alone.generate(input_ids=prompt_ids, attention_mask=mask, **keywords)
 
     def _llm_side(self, reading: Reading, prompt_ids: Tensor, places: int) -> Side:
-        decoder = self._alone.decoder
-        assert decoder is not None
+        batch, length = reading.mask.shape
         if reading.past_key_values is None:
-            start = self._alone.start_token()
-            return encoded_side(decoder, reading.last_hidden_state, reading.mask, places, start)
-        return causal_side(decoder, reading.past_key_values, reading.mask, places, prompt_ids)
+            side = self._side(self._alone.decoder, batch, places, length)
+            side.take_states(reading.last_hidden_state, reading.mask, self._alone.start_token())
+        else:
+            side = self._side(self._alone.decoder, batch, length + places, 0)
+            side.take_prompt(reading.past_key_values, reading.mask, prompt_ids)
+        return side
 
     def _draft_side(self, inputs: dict[str, Any], places: int) -> Side:
-        decoder, slm, mask = self._slm.decoder, self.draft.slm, inputs["attention_mask"]
-        assert decoder is not None
+        slm, mask = self.draft.slm, inputs["attention_mask"]
+        batch, length = mask.shape
         if "encoder_outputs" in inputs:
-            start = self._slm.start_token()
-            return encoded_side(decoder, inputs["encoder_outputs"].last_hidden_state, mask, places, start)
+            side = self._side(self._slm.decoder, batch, places, length)
+            side.take_states(inputs["encoder_outputs"].last_hidden_state, mask, self._slm.start_token())
+            return side
         order = mask.argsort(dim=1, descending=True, stable=True)  # rows without gaps, from position 0
         embeds, mask = inputs["inputs_embeds"], mask.gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand_as(embeds))
         output = slm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
-        side = causal_side(decoder, output.past_key_values, mask, places)
-        last = output.last_hidden_state[torch.arange(mask.shape[0], device=mask.device), side.base]
+        side = self._side(self._slm.decoder, batch, length + places, 0)
+        side.take_prompt(output.past_key_values, mask)
+        last = output.last_hidden_state[torch.arange(batch, device=mask.device), side.base]
         side.first_logits = slm.get_output_embeddings()(last)
         return side
+
+    def _side(self, decoder: Decoder | None, batch: int, capacity: int, encoder_capacity: int) -> Side:
+        """Caches for one call; where graphs hold on to them, those of an earlier call of the size are used again."""
+        assert decoder is not None
+        if not self.fixed:
+            return Side(decoder, batch, capacity, encoder_capacity, fixed=False)
+        sizes = (batch, capacity_bucket(capacity), prompt_bucket(encoder_capacity))
+        key = (id(decoder), *sizes)
+        if key not in self._sides:
+            while len(self._sides) >= _KEEP:
+                self._sides.popitem(last=False)
+            self._sides[key] = Side(decoder, *sizes, fixed=True)
+        self._sides.move_to_end(key)
+        return self._sides[key]
 
 
 def _cost_of_drafting(llm: Side, draft: Side) -> float:
@@ -154,7 +178,7 @@ def _cost_of_drafting(llm: Side, draft: Side) -> float:
     if llm.base.device.type == "cpu":
         rows = llm.base.shape[0]
         longer = _ROW_ON_CPU * rows / (1 + _ROW_ON_CPU * (rows - 1))
-    return draft.bytes_read / llm.bytes_read + longer
+    return draft.decoder.decoding_bytes() / llm.decoder.decoding_bytes() + longer
 
 
 class _Run:

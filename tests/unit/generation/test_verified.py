@@ -71,6 +71,17 @@ def test_greedy_tokens_are_the_llms(family, slm_family, rows, perfect):
 
 
 @pairs
+def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
+    verified = engine(family, slm_family)
+    verified.fixed = True
+    for rows, length in ((1, 40), (4, 40), (4, 33)):
+        inputs, sides = batch(verified.llm, rows, length)
+        expected = by_generate(verified.llm, inputs, max_new_tokens=30)
+        assert torch.equal(verified.generate(**sides, max_new_tokens=30).tokens, expected)
+    assert len(verified._sides) == 4, "the caches of a call are used again by the next of its size"
+
+
+@pairs
 def test_rows_end_where_the_llms_do(family, slm_family):
     for perfect in (False, True):
         verified = engine(family, slm_family, perfect=perfect)
