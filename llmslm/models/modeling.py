@@ -26,6 +26,7 @@ from llmslm.models.fusion import Fusion
 from llmslm.models.layer_mix import LayerMix
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
+from llmslm.models.sides import complete_sides, pad_id
 from llmslm.models.source import beside
 
 
@@ -389,60 +390,22 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_ids = kwargs.pop("prompt_ids", None)
         prompt_mask = kwargs.pop("prompt_attention_mask", None)
         cached = {name: kwargs.pop(name, None) for name in ("hidden_states", "prompt_spans")}
-        input_ids, mask, prompt_ids, prompt_mask = self._complete_sides(input_ids, mask, prompt_ids, prompt_mask)
+        if input_ids is None or cached["hidden_states"] is None or prompt_mask is None:
+            sides = (input_ids, mask, prompt_ids, prompt_mask)
+            input_ids, mask, prompt_ids, prompt_mask = complete_sides(self.config, self.prompt_layout, *sides)
+        mask = torch.ones_like(input_ids) if mask is None else mask
         ready = self.slm_inputs(input_ids, mask, prompt_ids, prompt_mask, **cached)
         if self.config.is_encoder_decoder:
             return super().generate(**ready, **kwargs)
         # Generation counts ids: those in front, where the slm reads states without a token, are taken off again.
         embeds, mask = ready["inputs_embeds"], ready["attention_mask"]
         added = embeds.shape[1] - input_ids.shape[1]
-        input_ids = nn.functional.pad(input_ids, (added, 0), value=self._pad_id())
+        input_ids = nn.functional.pad(input_ids, (added, 0), value=pad_id(self.config))
         output = super().generate(input_ids, attention_mask=mask, prompt_inputs_embeds=embeds, **kwargs)
         if isinstance(output, Tensor):
             return output[:, added:]
         output.sequences = output.sequences[:, added:]
         return output
-
-    def _complete_sides(
-        self, input_ids: Tensor | None, mask: Tensor | None, prompt_ids: Tensor | None, prompt_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Fill in the side that was left out: with one tokenizer the two sides hold the same ids."""
-        if input_ids is None and prompt_ids is None:
-            raise UserError("generate needs a prompt: give prompt_ids (encoder side) or input_ids (slm side)")
-        if prompt_ids is None:
-            if self.prompt_layout == "placeholders" or not self._shares_tokens():
-                raise UserError("the two sides have different tokenizers: give prompt_ids in the encoder's")
-            prompt_ids, prompt_mask = input_ids, mask
-            if self.prompt_layout == "start":
-                input_ids = mask = None
-        assert prompt_ids is not None
-        prompt_mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
-        if input_ids is None:
-            input_ids, mask = self._slm_side(prompt_ids, prompt_mask)
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        return input_ids, mask, prompt_ids, prompt_mask
-
-    def _slm_side(self, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Make the slm's side, ids and mask, from the encoder's."""
-        if self.prompt_layout == "placeholders":
-            return torch.full_like(prompt_ids, self._pad_id()), prompt_mask
-        if self.prompt_layout == "start":
-            config = self.config
-            start = next((i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)), self._pad_id())
-            ids = prompt_ids.new_full((prompt_ids.shape[0], 1), start)
-            return ids, torch.ones_like(ids)
-        if not self._shares_tokens():
-            raise UserError("the two sides have different tokenizers: give input_ids in the slm's, beside prompt_ids")
-        return prompt_ids, prompt_mask
-
-    def _shares_tokens(self) -> bool:
-        """Whether one side's ids may serve as the other's, as far as the configs tell."""
-        sizes = {self.config.encoder_config.get_text_config().vocab_size, self.config.slm_config.vocab_size}
-        return self.prompt_layout in ("tokens", "start") or (self.prompt_layout == "own" and len(sizes) == 1)
-
-    def _pad_id(self) -> int:
-        pad = self.config.pad_token_id
-        return pad if isinstance(pad, int) else 0
 
     def _embed_tail(self, input_ids: Tensor, prompt_inputs_embeds: Tensor | None) -> Tensor:
         """Embed tokens; the first k positions read `prompt_inputs_embeds` where it is given."""

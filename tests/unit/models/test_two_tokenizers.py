@@ -66,3 +66,12 @@ def test_training_minimises_what_is_scored(system):
         loss, tokens = module.loss(collate_training(system.codec.encode(PROMPTS, TARGETS), system.codec))
     assert tokens == sum(score.tokens for score in scores)
     assert float(loss) == pytest.approx(sum(alone) / tokens, rel=1e-4)
+
+
+def test_states_that_were_encoded_before_serve_as_well(system):
+    model, batch = system.model, system.codec.collate_prompts(system.codec.encode(PROMPTS))
+    expected = model.generate(**batch, max_new_tokens=4, do_sample=False)
+    if not model.alignment.needs_token_embeds:
+        states, mask = model.encode(batch.pop("prompt_ids"), batch["prompt_attention_mask"])
+        batch |= {"hidden_states": states, "prompt_attention_mask": mask}
+    assert torch.equal(model.generate(**batch, max_new_tokens=4, do_sample=False), expected)
