@@ -18,6 +18,7 @@ from llmslm.errors import UserError
 from llmslm.generation.acceptance import LONGEST, Acceptance, BlockLength, Verdict
 from llmslm.generation.choice import Choice
 from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.memory import require
 from llmslm.generation.plan import Decoder
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.side import Side
@@ -103,6 +104,8 @@ class VerifiedEngine:
             keywords |= {"on_first_token": on_first_token, "on_tokens": on_tokens}
             tokens = self._llm_alone(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, **keywords)
             return VerifiedTokens(tokens, Acceptance())
+        places = max_new_tokens + LONGEST + 2
+        self._require_memory(prompt_ids.shape[0], prompt_ids.shape[1], places)
         reading = self.encoder.read(prompt_ids, prompt_mask)
         inputs = self.draft.slm_inputs(
             prompt_ids=prompt_ids,
@@ -112,7 +115,6 @@ class VerifiedEngine:
         )
         min_new = max(min_new_tokens, self._alone.configured_minimum(start))
         choice = Choice(self.llm, prompt_ids, prompt_mask, min_new=min_new, max_new=max_new_tokens, sampling=sampling)
-        places = max_new_tokens + LONGEST + 2
         sides = self._llm_side(reading, prompt_ids, places), self._draft_side(inputs, places)
         run = _Run(*sides, choice, BlockLength(_cost_of_drafting(*sides)))
         return run.decode(on_first_token, on_tokens)
@@ -122,6 +124,18 @@ class VerifiedEngine:
             if engine.decoder is None:
                 return f"the {name} cannot be read in blocks ({engine.reason})"
         return self._alone.reason_for_generate(positions)
+
+    def _require_memory(self, batch: int, length: int, places: int) -> None:
+        """Refuse what the LLM, by far the larger one, cannot hold, after giving up what is kept for other sizes."""
+        decoder, call = self._alone.decoder, self._alone.call_sizes(batch, length, places)
+        assert decoder is not None
+        try:
+            require(self.llm, decoder, call)
+        except UserError:
+            if not self._sides:
+                raise
+            self._sides.clear()
+            require(self.llm, decoder, call)
 
     def _llm_alone(self, prompt_ids: Tensor, mask: Tensor, **keywords: Any) -> Tensor:
         if not self.llm.config.is_encoder_decoder:

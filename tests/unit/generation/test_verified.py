@@ -223,6 +223,17 @@ def test_the_draft_of_another_llm_is_refused():
         verified.generate(**batch(verified.llm, 1)[1], max_new_tokens=0)
 
 
+def test_what_cannot_fit_is_refused_after_giving_up_what_is_kept(monkeypatch):
+    verified = engine("gpt2", "gpt2")
+    verified.fixed = True
+    sides = batch(verified.llm, 4)[1]
+    verified.generate(**sides, max_new_tokens=2)
+    monkeypatch.setattr("llmslm.generation.memory._available", lambda device: 1000)
+    with pytest.raises(UserError, match="batch"):
+        verified.generate(**sides, max_new_tokens=2)
+    assert not verified._sides
+
+
 def test_blocks_grow_with_what_is_kept():
     length = BlockLength(cost=0.05)
     start = length.current
