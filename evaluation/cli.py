@@ -126,6 +126,7 @@ def _add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     parent = "run that the evaluations become children of (default: one of their own)"
     parser.add_argument("--mlflow-parent", metavar="RUN_ID", help=parent)
     parser.add_argument("--no-mlflow", action="store_true", help="write the files only")
+    parser.add_argument("--no-models", action="store_true", help="log no weights, and register no system in MLflow")
     parser.set_defaults(run=_leaderboard)
 
 
@@ -145,7 +146,7 @@ def _leaderboard(options: argparse.Namespace) -> None:
     if not (options.no_mlflow or options.from_mlflow):
         from evaluation.tracking import log_comparison
 
-        logged = log_comparison(built, options.mlflow_parent)
+        logged = log_comparison(built, options.mlflow_parent, models=not options.no_models)
         print(f"mlflow: run {logged.parent_run_id} in {logged.tracking_uri}")
 
 

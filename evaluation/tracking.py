@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.predictions import read_predictions
 from evaluation.record import SUFFIX, Record, write_record
+from evaluation.registry import register_system
 from llmslm.errors import UserError
 from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, tracking_uri
 from llmslm.provenance import hardware_name
@@ -93,12 +94,13 @@ def _fetch(client: "MlflowClient", run_id: str, folder: Path) -> Path:
     return path
 
 
-def log_comparison(board: "Leaderboard", parent_run_id: str | None = None) -> Logged:
-    """Log records and leaderboard; what is there already is not logged again.
+def log_comparison(board: "Leaderboard", parent_run_id: str | None = None, *, models: bool = True) -> Logged:
+    """Log records and leaderboard, and register the systems; what is there already is not logged again.
 
     Args:
         board: as built.
         parent_run_id: the run to log under, for example that of the trainings; None makes (or finds) one.
+        models: whether to upload the systems themselves, whose weights may be large.
 
     Raises:
         UserError: if the store does not answer, or holds no such parent run.
@@ -106,6 +108,9 @@ def log_comparison(board: "Leaderboard", parent_run_id: str | None = None) -> Lo
     with _answering() as client:
         parent = _parent(client, board, parent_run_id)
         children = [_child(client, record, parent) for record in board.records]
+        if models:
+            for record, child in zip(board.records, children, strict=True):
+                register_system(client, record, child)
         for path in board.files.values():
             client.log_artifact(parent, str(path), "leaderboard")
     return Logged(tracking_uri(), parent, children)
@@ -157,6 +162,7 @@ def metrics(record: Record) -> dict[str, float]:
     for name, score in record["scores"].items():
         values |= {name: score["value"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
         values |= {f"{name}_{key}": value for key, value in score.get("versus_llm", {}).items()}
+    values |= record.get("cost", {})
     for entry in record["speed"]:
         prefix = f"{entry['mode']}_batch_{entry['batch_size']}"
         values |= {

@@ -12,10 +12,28 @@ from markupsafe import Markup
 from evaluation.leaderboard.plot import break_even, colour, png, quality_speed, svg
 from evaluation.leaderboard.rows import Row, best
 from evaluation.leaderboard.samples import Sample, read_samples
-from evaluation.leaderboard.table import DIGITS, LEGEND, MAIN, SCORES, SIGNIFICANT, number, parameter_count
+from evaluation.leaderboard.table import (
+    COSTS,
+    DIGITS,
+    LEGEND,
+    MAIN,
+    SCORES,
+    SIGNIFICANT,
+    Cost,
+    number,
+    parameter_count,
+)
 from evaluation.scoring import is_lower_better
 
 _FOLDER = Path(__file__).parent
+FIRST = tuple(name for name in MAIN if name != "perplexity")
+"""Scores left of the speeds; perplexity compares fewer systems than bits per byte."""
+SPEED_TITLES = (
+    *("system", "length", "batch", "tokens/s"),
+    *(f"{what} {point}" for what in ("first token ms,", "further ms,", "all ms,") for point in ("p50", "p90", "p99")),
+    "floor ms",
+)
+"""Of the speeds by batch size; the first seed where there are several."""
 
 
 @dataclass
@@ -26,6 +44,8 @@ class Section:
     hardware: str
     systems: list[str]
     samples: list[Sample]
+    speeds: list[list[str]]
+    """A line each system, mode and batch size, under SPEED_TITLES."""
     drawings: dict[str, str] = field(default_factory=dict)
     """SVG elements by name."""
     images: dict[str, bytes] = field(default_factory=dict)
@@ -60,16 +80,34 @@ class Column:
 
 def sections(rows: Sequence[Row]) -> list[Section]:
     """Draw plots and choose samples of each task and machine; marks rows whose predictions changed."""
-    found = []
+    found, systems = [], [row.system for row in rows]
     for task, hardware in dict.fromkeys((row.task, row.hardware) for row in rows):
         chosen = [row for row in rows if (row.task, row.hardware) == (task, hardware)]
-        section = Section(task, hardware, [row.system for row in chosen], read_samples(chosen))
-        for name, figure in (("quality-speed", quality_speed(chosen)), ("break-even", break_even(chosen))):
+        section = Section(task, hardware, [row.system for row in chosen], read_samples(chosen), _speeds(chosen))
+        for name, figure in (
+            ("quality-speed", quality_speed(chosen, systems)),
+            ("break-even", break_even(chosen, systems)),
+        ):
             if figure is not None:
                 section.drawings[name] = svg(figure)
                 section.images[name] = png(figure)
         found.append(section)
     return found
+
+
+def _speeds(rows: Sequence[Row]) -> list[list[str]]:
+    lines = []
+    for row in rows:
+        for entry in row.record["speed"]:
+            times = [
+                number(entry[name][point], digits, 1e3)
+                for name, digits in (("ttft_s", 1), ("tpot_s", 2), ("total_s", 1))
+                for point in ("p50", "p90", "p99")
+            ]
+            floor = number(entry.get("floor_s"), 3, 1e3)
+            speed = number(entry["tokens_per_s"])
+            lines.append([row.system, entry["mode"], str(entry["batch_size"]), speed, *times, floor])
+    return sorted(lines, key=lambda line: (line[1], int(line[2])))
 
 
 def page(rows: Sequence[Row], parts: Sequence[Section]) -> str:
@@ -80,7 +118,9 @@ def page(rows: Sequence[Row], parts: Sequence[Section]) -> str:
     environment.filters["raw"] = Markup
     names = [name for name in SCORES if any(name in row.scores for row in rows)]
     return environment.get_template("page.html").render(
-        columns=_columns(names),
+        columns=_columns(names, _costs(rows)),
+        systems=len({row.system for row in rows}),
+        speed_titles=SPEED_TITLES,
         lines=[{"row": row, "fields": _fields(row, rows, names)} for row in rows],
         sections=parts,
         tasks=list(dict.fromkeys(row.task for row in rows)),
@@ -95,22 +135,28 @@ def page(rows: Sequence[Row], parts: Sequence[Section]) -> str:
     )
 
 
-def _columns(names: Sequence[str]) -> list[Column]:
+def _costs(rows: Sequence[Row]) -> list[Cost]:
+    """Choose the costs that were measured for one of the rows."""
+    return [cost for cost in COSTS if any(row.mean(cost.read) is not None for row in rows)]
+
+
+def _columns(names: Sequence[str], costs: Sequence[Cost]) -> list[Column]:
     better = {name: "lower" if is_lower_better(name) else "higher" for name in names}
     scores = {name: Column(SCORES[name], f"{better[name]} is better") for name in names}
     return [
         Column("system", "as evaluated; a control has its name behind a slash", numeric=False),
         Column("task", "task and split", numeric=False),
-        *(scores[name] for name in names if name in MAIN),
+        *(scores[name] for name in names if name in FIRST),
         Column("speed-up fixed", "the llm's median time over this system's, every prediction equally long"),
         Column("speed-up natural", "with the end of sequence allowed; only if the length gate is met"),
         Column("first token", "ms, median, natural length, smallest batch"),
         Column("further tokens", "ms per token, median, natural length, smallest batch"),
         Column("tokens/s", "natural length, smallest batch"),
+        *(Column(cost.title, cost.explanation) for cost in costs),
         Column("memory", "MiB: weights and peak of one batch"),
         Column("parameters", "millions, in total; below: read for each generated token"),
         Column("length", "tokens produced over tokens of the references; the gate is 0.9"),
-        *(scores[name] for name in names if name not in MAIN),
+        *(scores[name] for name in names if name not in FIRST),
         Column("hardware", "where it was measured", numeric=False),
     ]
 
@@ -122,16 +168,17 @@ def _fields(row: Row, rows: Sequence[Row], names: Sequence[str]) -> list[Field]:
     return [
         Field(row.system, row.system, note=seeds),
         Field(row.task, row.task),
-        *(scores[name] for name in names if name in MAIN),
+        *(scores[name] for name in names if name in FIRST),
         _number(row.speedup["fixed"], 2, unit="×"),
         _number(row.speedup["natural"], 2, unit="×"),
         _number(row.mean(lambda record: record["ttft_s"]), 1, 1e3),
         _number(row.mean(lambda record: record["tpot_s"]), 2, 1e3),
         _number(row.mean(lambda record: record["tokens_per_s"]), 1),
+        *(_number(row.mean(cost.read), cost.digits, cost.scale) for cost in _costs(rows)),
         _number(row.mean(lambda record: record["peak_memory_bytes"]), 0, 2**-20),
         _number(parameter_count(row), 1, 1e-6, note=number(parameter_count(row, "decoding"), 1, 1e-6)),
         _number(row.mean(lambda record: record["length"]["ratio"]), 2),
-        *(scores[name] for name in names if name not in MAIN),
+        *(scores[name] for name in names if name not in FIRST),
         Field(row.hardware, row.hardware),
     ]
 

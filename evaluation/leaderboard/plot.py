@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 PLOTTED = ("bleu", "chrf", "rouge_l")
 COLOURS = {LLM: "#c2410c", SLM: "#0e7490", LLM_TO_SLM: "#6d28d9"}
-_OTHERS = ("#4d7c0f", "#be185d", "#475569", "#a16207", "#1d4ed8")
+_OTHERS = ("#4d7c0f", "#be185d", "#475569", "#ca8a04", "#1d4ed8", "#7f1d1d", "#f472b6", "#65a30d", "#94a3b8")
+_NAMED = 4  # more points than this are named below the panels: beside the points, names would hide each other
 _INK = "#6b7280"  # read on white and on black
 _STYLE: Any = {
     "font.size": 9,
@@ -60,11 +61,12 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front[::-1]
 
 
-def quality_speed(rows: Sequence[Row]) -> Figure | None:
+def quality_speed(rows: Sequence[Row], systems: Sequence[str]) -> Figure | None:
     """Plot quality over throughput, a panel a score; None if no row has both.
 
     Args:
         rows: of one task and machine.
+        systems: all of the page, which decide about colours.
     """
     rows = [row for row in rows if row.tokens_per_s("fixed") is not None]
     names = [name for name in PLOTTED if any(_value(row, name) is not None for row in rows)]
@@ -73,12 +75,15 @@ def quality_speed(rows: Sequence[Row]) -> Figure | None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(3.5 * len(names), 3.1), layout="constrained")
         for name, axes in zip(names, np.atleast_1d(figure.subplots(1, len(names))), strict=True):
-            _panel(axes, [row for row in rows if _value(row, name) is not None], name)
+            _panel(axes, [row for row in rows if _value(row, name) is not None], name, systems)
+        if len(rows) > _NAMED:
+            handles, labels = axes.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         figure.supxlabel(f"tokens per second (fixed length, batch {_batch(rows)})", fontsize=9, color=_INK)
     return figure
 
 
-def break_even(rows: Sequence[Row], longest: int = 1024) -> Figure | None:
+def break_even(rows: Sequence[Row], systems: Sequence[str], longest: int = 1024) -> Figure | None:
     """Plot the speed-up over the llm against the length of the prediction; None without an llm.
 
     The times are those of the fixed-length mode: first token, and so much for each further one.
@@ -92,7 +97,7 @@ def break_even(rows: Sequence[Row], longest: int = 1024) -> Figure | None:
         figure = Figure(figsize=(5.2, 3.1), layout="constrained")
         axes = figure.subplots()
         for row in timed:
-            shade = colour(row.system, [each.system for each in rows])
+            shade = colour(row.system, systems)
             axes.plot(lengths, _total(llm, lengths) / _total(row, lengths), color=shade, label=row.system)
         axes.axhline(1, color=_INK, linewidth=0.6, linestyle=":")
         axes.set_xscale("log", base=2)
@@ -121,8 +126,7 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def _panel(axes: "Axes", rows: Sequence[Row], name: str) -> None:
-    systems = [row.system for row in rows]
+def _panel(axes: "Axes", rows: Sequence[Row], name: str, systems: Sequence[str]) -> None:
     points = [(row.tokens_per_s("fixed") or 0.0, _value(row, name) or 0.0) for row in rows]
     sign = -1 if is_lower_better(name) else 1
     front = pareto_front([(x, sign * y) for x, y in points])
@@ -131,7 +135,11 @@ def _panel(axes: "Axes", rows: Sequence[Row], name: str) -> None:
     fastest = max(x for x, _ in points)
     for row, (x, y) in zip(rows, points, strict=True):
         shade = colour(row.system, systems)
-        axes.errorbar(x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2)
+        axes.errorbar(
+            x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2, label=row.system
+        )
+        if len(rows) > _NAMED:
+            continue
         offset, side = ((-7, 5), "right") if x > fastest / 2 else ((7, 5), "left")
         axes.annotate(row.system, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade)
     axes.set_title(SCORES[name], fontsize=9)

@@ -24,6 +24,13 @@ class Sample:
     reference: str
     predictions: dict[str, str]
 
+    def by_text(self) -> dict[str, list[str]]:
+        """Group the systems that wrote the same."""
+        groups: dict[str, list[str]] = {}
+        for system, text in self.predictions.items():
+            groups.setdefault(text, []).append(system)
+        return groups
+
 
 def read_samples(rows: Sequence[Row], count: int = 12) -> list[Sample]:
     """Choose examples that all systems of a task predicted, at random but always the same ones.

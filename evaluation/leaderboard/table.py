@@ -3,10 +3,12 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from evaluation.leaderboard.rows import Row, best
+from evaluation.record import Record
 
 SCORES = {
     "bleu": "BLEU",
@@ -28,6 +30,46 @@ SCORES = {
 DIGITS = {"perplexity": 2, "bits_per_byte": 3}
 """Digits after the point; one for all others."""
 MAIN = ("bleu", "smoothed_bleu", "chrf", "rouge_l", "comet", "bertscore", "perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a token costs, in a column that is shown where it was measured."""
+
+    key: str
+    title: str
+    explanation: str
+    read: Callable[[Record], float | None]
+    digits: int
+    scale: float
+
+
+COSTS = (
+    Cost(
+        "floor_s",
+        "floor",
+        "ms per token: weights and caches read once at the measured copy bandwidth; fixed length, smallest batch",
+        lambda record: next((entry["floor_s"] for entry in record["speed"] if "floor_s" in entry), None),
+        3,
+        1e3,
+    ),
+    Cost(
+        "token_flops",
+        "MFLOPs/token",
+        "operations of each further token, batch 1",
+        lambda record: record.get("cost", {}).get("token_flops"),
+        1,
+        1e-6,
+    ),
+    Cost(
+        "token_joules",
+        "J/token",
+        "GPU energy at fixed length, batch 1",
+        lambda record: record.get("cost", {}).get("token_joules"),
+        3,
+        1,
+    ),
+)
 SIGNIFICANT = 0.05
 LEGEND = (
     "± half the 95 % bootstrap interval (with several seeds: standard deviation over them); "
@@ -137,6 +179,7 @@ def _flat(row: Row) -> dict[str, Any]:
         line |= {name if key == "value" else f"{name}_{key}": getattr(cell, key) for key in fields}
     for key in ("ttft_s", "tpot_s", "tokens_per_s", "peak_memory_bytes"):
         line[key] = row.mean(lambda record, key=key: record[key])  # type: ignore[misc]
+    line |= {cost.key: row.mean(cost.read) for cost in COSTS}
     for mode, value in row.speedup.items():
         line |= {f"time_s_{mode}": row.time_s(mode), f"speedup_{mode}": value}
     line |= {f"parameters_{name}": parameter_count(row, name) for name in record["parameters"]}

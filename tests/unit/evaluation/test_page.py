@@ -57,6 +57,17 @@ def test_loads_without_errors_or_requests(page):
     assert page.problems == []
 
 
+def test_speeds_and_samples_can_be_read(page):
+    part = page.locator("section.part").first
+    part.locator("details.speeds summary").click()
+    lines = part.locator("details.speeds tbody tr")
+    assert lines.count() == 6
+    assert lines.first.inner_text().split()[:3] == ["llm", "fixed", "1"]
+    sample = part.locator(".sample").first
+    assert sample.locator("h4 span").count() == 3  # each system once, those of one text together
+    assert sample.locator(".answers > div").count() <= 4
+
+
 def test_filters_by_task_and_hardware(page):
     page.select_option("#task", "other")
     assert len(systems(page)) == 3
