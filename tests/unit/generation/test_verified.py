@@ -7,11 +7,12 @@ import torch
 
 from llmslm.errors import UserError
 from llmslm.generation.acceptance import LONGEST, SHORTEST, BlockLength
+from llmslm.generation.choice import Choice
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.verified import VerifiedEngine
 from llmslm.models.alignment import SameTokenizer
 from llmslm.models.encoder import Encoder
-from llmslm.models.fusion import Add
+from llmslm.models.fusion import Add, Prefix, ReplaceEncoder
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import MlpProjector
 from llmslm.models.shared_encoder import SharedEncoder
@@ -28,7 +29,7 @@ PAIRS = [
 pairs = pytest.mark.parametrize(("family", "slm_family"), PAIRS)
 
 
-def engine(family, slm_family, *, perfect=False, layer="last", device="cpu"):
+def engine(family, slm_family, *, perfect=False, layer="last", device="cpu", fusion=Add):
     """An LLM of one family and a random draft of another; or, perfect, the LLM itself, its states unused."""
     llm = tiny(family)
     if family == "bart":  # its tokens would all be the same
@@ -39,7 +40,7 @@ def engine(family, slm_family, *, perfect=False, layer="last", device="cpu"):
         torch.manual_seed(1)
         for parameter in slm.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
-    parts = {"projector": projector, "alignment": SameTokenizer(32, 32), "fusion": Add(32, 32)}
+    parts = {"projector": projector, "alignment": SameTokenizer(32, 32), "fusion": fusion(32, 32)}
     draft = LlmToSlm.compose(SharedEncoder(llm, layer), slm, **parts).eval()
     if perfect:
         for parameter in projector.parameters():
@@ -79,6 +80,30 @@ def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
         expected = by_generate(verified.llm, inputs, max_new_tokens=30)
         assert torch.equal(verified.generate(**sides, max_new_tokens=30).tokens, expected)
     assert len(verified._sides) == 4, "the caches of a call are used again by the next of its size"
+
+
+@pytest.mark.parametrize(
+    ("family", "slm_family", "fusion", "layer"),
+    [
+        ("bart", "llama", Add, "last"),
+        ("llama", "t5", Add, [1, "last"]),
+        ("t5", "gpt2", Prefix, "last"),
+        ("gpt2", "llama", Prefix, 1),
+        ("qwen2", "bart", ReplaceEncoder, "last"),
+    ],
+)
+def test_the_draft_is_what_the_composition_writes(family, slm_family, fusion, layer, monkeypatch):
+    verified = engine(family, slm_family, fusion=fusion, layer=layer)
+    sides, drafts = batch(verified.llm, 4)[1], []
+    if verified.draft.config.is_encoder_decoder != verified.llm.config.is_encoder_decoder:  # padded as the slm wants it
+        sides["input_ids"], sides["attention_mask"] = sides["input_ids"].flip(1), sides["attention_mask"].flip(1)
+    judge = Choice.judge
+    monkeypatch.setattr(Choice, "judge", lambda self, *args: drafts.append(args[2]) or judge(self, *args))
+    verified.generate(**sides, max_new_tokens=24, min_new_tokens=24)
+    ready = verified.draft.slm_inputs(**sides)
+    written = verified._slm.generate(**ready, max_new_tokens=24, min_new_tokens=24)
+    assert torch.equal(drafts[0], written[:, : drafts[0].shape[1]])
+    assert drafts[0].unique().numel() > 1
 
 
 @pairs
