@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, add in (
         ("compare", _add_compare),
         ("leaderboard", _add_leaderboard),
+        ("mt-bench", _add_mt_bench),
         ("targets", _add_targets),
         ("experiment", _add_experiment),
         ("speed", _add_speed),
@@ -43,16 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
     text = "evaluate trained systems on the same examples and write a record each"
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    systems = parser.add_argument_group("systems (at least one)")
-    for system in ("llm", "slm", "llm_to_slm"):
-        flag = f"--{system.replace('_', '-')}"
-        systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
-    peers = (
-        "made of them: generate (the llm by transformers' generate()), static_cache, assisted, prompt_lookup, verified"
-    )
-    systems.add_argument("--peers", nargs="+", default=[], metavar="NAME", help=peers)
-    own = "further ones: YAML files with class_path and init_args, or models of transformers by hub name or folder"
-    systems.add_argument("--systems", nargs="+", default=[], metavar="SPEC", help=own)
+    _add_systems(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="recipe (name or YAML), or JSONL/Parquet with prompt and target")
     what.add_argument("--task", help="task (name or YAML): data, metrics, token budget under a version")
@@ -75,16 +67,34 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     numbers.add_argument("--speed-batch-sizes", type=_positive, nargs="+", metavar="N", help=speed)
     numbers.add_argument("--warmups", type=_natural, help="uncounted rounds of each measurement (default: 10)")
     numbers.add_argument("--runs", type=_natural, help="counted rounds; 0 measures no speed (default: 10)")
-    numbers.add_argument("--device", help="torch device (default: a GPU if there is one)")
-    numbers.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32")
     parser.set_defaults(run=_compare)
 
 
-def _compare(options: argparse.Namespace) -> None:
+def _add_systems(parser: argparse.ArgumentParser) -> None:
+    systems = parser.add_argument_group("systems (at least one)")
+    for system in ("llm", "slm", "llm_to_slm"):
+        flag = f"--{system.replace('_', '-')}"
+        systems.add_argument(flag, metavar="DIR", help=f"folder of a trained {system} system")
+    peers = (
+        "made of them: generate (the llm by transformers' generate()), static_cache, assisted, prompt_lookup, verified"
+    )
+    systems.add_argument("--peers", nargs="+", default=[], metavar="NAME", help=peers)
+    own = "further ones: YAML files with class_path and init_args, or models of transformers by hub name or folder"
+    systems.add_argument("--systems", nargs="+", default=[], metavar="SPEC", help=own)
+    parser.add_argument("--device", help="torch device (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: float32")
+
+
+def _folders(options: argparse.Namespace) -> dict[str, str]:
     systems = {name: getattr(options, name) for name in ("llm", "slm", "llm_to_slm")}
     folders = {name: folder for name, folder in systems.items() if folder is not None}
     if not (folders or options.systems):
         raise UserError("no system was given; expected at least one of --llm, --slm, --llm-to-slm, --systems")
+    return folders
+
+
+def _compare(options: argparse.Namespace) -> None:
+    folders = _folders(options)
     from evaluation.compare import Settings, compare_folders
     from evaluation.examples import load_examples, load_task_examples
     from evaluation.leaderboard.rows import leaderboard_rows
@@ -148,6 +158,31 @@ def _leaderboard(options: argparse.Namespace) -> None:
 
         logged = log_comparison(built, options.mlflow_parent, models=not options.no_models)
         print(f"mlflow: run {logged.parent_run_id} in {logged.tracking_uri}")
+
+
+def _add_mt_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
+    text = "write answers to MT-Bench's questions for a judge elsewhere"
+    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    _add_systems(parser)
+    parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="FastChat's question.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of SYSTEM.jsonl")
+    budget = "token budget of an answer (default: 1024)"
+    parser.add_argument("--max-new-tokens", type=_positive, default=1024, help=budget)
+    parser.set_defaults(run=_mt_bench)
+
+
+def _mt_bench(options: argparse.Namespace) -> None:
+    from evaluation.mt_bench import read_questions, write_answers
+
+    folders = _folders(options)
+    questions = read_questions(options.questions)
+    import torch
+
+    from evaluation.arms import load_arms
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for arm in load_arms(folders, device, options.dtype, options.peers, options.systems):
+        print(write_answers(arm.system, questions, options.out, options.max_new_tokens))
 
 
 def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
