@@ -175,6 +175,8 @@ class DecodeEngine:
         assert decoder is not None
         if decoder.max_positions is not None and positions > decoder.max_positions:
             return f"{positions} tokens exceed the {decoder.max_positions} positions of the model"
+        if decoder.window is not None and positions > decoder.window:
+            return f"{positions} tokens exceed the sliding window of {decoder.window}"
         if config.forced_bos_token_id is not None and not self.model.config.is_encoder_decoder:
             return "generation_config.forced_bos_token_id of a decoder-only model"
         if self.model.config.is_encoder_decoder and not isinstance(self.start_token(), int):

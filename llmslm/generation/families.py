@@ -104,19 +104,25 @@ def _shape(model: PreTrainedModel, inner: SelfAttention, *, layers: int, cross: 
     return CacheShape(layers, inner.kv_heads, inner.head_dim, vocabulary, inner.heads if cross else 0)
 
 
-def _full_attention_only(config: Any) -> None:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if kinds != {"full_attention"} or window:
-        raise UnreadableModelError("sliding-window attention has no step of its own")
+def _gemma_norm(module: Any) -> Norm:
+    return Norm(module.weight.detach() + 1, None, module.eps, False)
 
 
-def _read_llama(model: Any, max_positions: int) -> Decoder:
+def _window(config: Any) -> int | None:
+    """How many tokens the layers with the least sight look back, themselves included; None if all see all."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise UnreadableModelError(f"layers of type {', '.join(sorted(kinds))} have no step of their own")
+    slides = "sliding_attention" in kinds or (not kinds and getattr(config, "use_sliding_window", True))
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _rms_norm) -> Decoder:
     """Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, gated feed-forward."""
     config, body = model.config, model.model
-    _full_attention_only(config)
     if body.rotary_emb.rope_type in ("dynamic", "longrope"):
         raise UnreadableModelError(f"rotary angles of type {body.rotary_emb.rope_type!r} change with the length")
+    activation = _activation(getattr(config, "hidden_activation", None) or config.hidden_act)
     sublayers = []
     for index, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -126,15 +132,15 @@ def _read_llama(model: Any, max_positions: int) -> Decoder:
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             scale=attention.scaling,
-            q_norm=_rms_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-            k_norm=_rms_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            q_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
             rotary=True,
         )
         into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        before = _rms_norm(layer.input_layernorm)
+        before = norm(layer.input_layernorm)
         sublayers.append(Sublayer(into, _linear(attention.o_proj), inner, before))
-        up = _linear(mlp.gate_proj, mlp.up_proj, activation=_activation(config.hidden_act), gated=True)
-        before = _rms_norm(layer.post_attention_layernorm)
+        up = _linear(mlp.gate_proj, mlp.up_proj, activation=activation, gated=True)
+        before = norm(layer.post_attention_layernorm)
         sublayers.append(Sublayer(up, _linear(mlp.down_proj), before=before))
     steps = torch.arange(max_positions, device=model.device)[None]
     cos, sin = body.rotary_emb(torch.empty(0, device=model.device, dtype=torch.float32), steps)
@@ -143,11 +149,17 @@ def _read_llama(model: Any, max_positions: int) -> Decoder:
         head=_linear(model.lm_head),
         sublayers=sublayers,
         shape=_shape(model, inner, layers=len(body.layers), cross=False),
-        final_norm=_rms_norm(body.norm),
+        final_norm=norm(body.norm),
         cos=cos[0].float().contiguous(),
         sin=sin[0].float().contiguous(),
         max_positions=max_positions,
+        window=_window(config),
     )
+
+
+def _read_gemma(model: Any, max_positions: int) -> Decoder:
+    decoder = _read_llama(model, max_positions, _gemma_norm)
+    return replace(decoder, embedding_scale=model.config.hidden_size**0.5)
 
 
 def _read_gpt2(model: Any, _max_positions: int) -> Decoder:
@@ -290,6 +302,7 @@ _READERS: dict[str, Callable[[Any, int], Decoder]] = {
     "mistral": _read_llama,
     "qwen2": _read_llama,
     "qwen3": _read_llama,
+    "gemma": _read_gemma,
     "gpt2": _read_gpt2,
     "opt": _read_opt,
     "bart": _read_bart,

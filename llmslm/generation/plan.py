@@ -108,6 +108,7 @@ class Decoder:
         distance_bias: (heads, distances), float32: added to a score by how far back its key lies; the last serves
             all that lie farther.
         max_positions: positions that the model can have; None if unlimited.
+        window: tokens that some layer sees at most; None if all see all. A step sees all, so it serves no longer texts.
     """
 
     embedding: Tensor
@@ -123,6 +124,7 @@ class Decoder:
     sin: Tensor | None = None
     distance_bias: Tensor | None = None
     max_positions: int | None = None
+    window: int | None = None
     crosses: list[CrossAttention] = field(default_factory=list)
 
     def decoding_bytes(self) -> int:

@@ -6,6 +6,8 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -67,6 +69,7 @@ BUILD: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_LLAMA)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=16)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_LLAMA, head_dim=8)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=BOS, **_IDS)
     ),

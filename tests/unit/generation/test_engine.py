@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
@@ -143,6 +143,19 @@ def test_positions_beyond_the_model_are_left_to_generate() -> None:
     model = tiny("llama")
     with pytest.warns(UserWarning, match="exceed the 128 positions"):
         DecodeEngine(model).generate(**prompts(model, 1, 120), max_new_tokens=10)
+
+
+def test_sliding_windows_are_served_as_long_as_they_hold_the_whole_text() -> None:
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": VOCABULARY, "eos_token_id": EOS, "pad_token_id": PAD}
+    torch.manual_seed(1)
+    model = MistralForCausalLM(MistralConfig(**settings, **ids, num_key_value_heads=2, sliding_window=16)).eval()
+    engine = DecodeEngine(model)
+    inputs = prompts(model, 3, 6)
+    assert torch.equal(engine.generate(**inputs, max_new_tokens=10), by_generate(model, inputs, max_new_tokens=10))
+    with pytest.warns(UserWarning, match="17 tokens exceed the sliding window of 16"):
+        longer = engine.generate(**inputs, max_new_tokens=11)
+    assert torch.equal(longer, by_generate(model, inputs, max_new_tokens=11))
 
 
 @pytest.mark.parametrize(
