@@ -20,10 +20,11 @@ import torch
 import transformers
 
 from evaluation.decoding.arms import ARMS, Arms, Batch, Run
-from evaluation.decoding.floor import bandwidth, floor_s
+from evaluation.decoding.clock import bandwidth
 from evaluation.decoding.measure import Row, measure, memory
 from evaluation.decoding.ratios import plot_break_even, ratios
 from evaluation.decoding.shapes import SHAPES, SYSTEMS, Models
+from evaluation.floor import floor_s
 from llmslm.errors import UserError
 from llmslm.provenance import commit, hardware, hardware_name
 from llmslm.writing import write_text
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check(arguments)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     device = torch.device(arguments.device)
     record = _provenance(arguments, device)
     print(f"{record['hardware']}, {record['bandwidth_bytes_per_s'] / 1e9:.0f} GB/s, {arguments.dtype}")
@@ -104,7 +106,7 @@ def _rows(models: Models, setting: dict[str, int], arguments: argparse.Namespace
     for system, arm in keys:
         row: Row = {"system": system, "shape": models.names[system], **setting, "arm": arm}
         row |= times.get((system, arm), nothing)
-        row["floor_s"] = floor_s(arms.engine(system), **setting, bytes_per_s=bytes_per_s)
+        row["floor_s"] = floor_s(arms.engine(system), **setting, bandwidth=bytes_per_s)
         row["tokens_per_s"] = row["total_s"] and setting["batch"] * setting["new"] / row["total_s"]["p50"]
         row["not_timed"] = reasons[system, arm]
         if arm == "engine":

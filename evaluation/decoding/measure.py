@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from evaluation.decoding.arms import Arms, Run
-from evaluation.decoding.floor import seconds, synchronise
+from evaluation.decoding.clock import seconds, synchronise
 from evaluation.speed import percentiles
 from llmslm.generation.memory import LiveBytes, predict
 

@@ -8,8 +8,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from evaluation.decoding import command, peer, shapes
-from evaluation.decoding.floor import floor_s
 from evaluation.decoding.ratios import ratios
+from evaluation.floor import floor_s
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
 
@@ -99,7 +99,7 @@ def test_the_floor_counts_weights_and_filled_cache() -> None:
     engine = DecodeEngine(GPT2LMHeadModel(CONFIG).eval())
     weights = 2 * (3 * 32 + 32 + 4 * 32 + 4 * 32) * 32 + 1001 * 32
     cache = 2 * 2 * 3 * (5 + 4 // 2) * 32
-    assert floor_s(engine, batch=3, prompt=5, new=4, bytes_per_s=1.0) == 4 * (weights + cache)
+    assert floor_s(engine, batch=3, prompt=5, new=4, bandwidth=1.0) == 4 * (weights + cache)
 
 
 def test_models_are_built_with_the_dtype_asked_for() -> None:

@@ -1,4 +1,4 @@
-"""The time that the bytes alone take: the floor under every measurement."""
+"""The clock of the measurements, and the bandwidth that their floor is reckoned with."""
 
 import statistics
 import time
@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from llmslm.generation.engine import DecodeEngine
 
 
 def synchronise(device: torch.device) -> None:
@@ -37,15 +35,3 @@ def bandwidth(device: torch.device) -> float:
         times = [seconds(lambda: target.copy_(source), device) for _ in range(11)]
         return 2 * size / statistics.median(times[1:])
     return size / statistics.median([seconds(source.sum, device) for _ in range(11)][1:])
-
-
-def floor_s(engine: DecodeEngine, batch: int, prompt: int, new: int, bytes_per_s: float) -> float:
-    """Seconds that reading the weights and the filled caches takes, on average over the tokens; NaN if unknown."""
-    decoder = engine.decoder
-    if decoder is None:
-        return float("nan")
-    size = decoder.embedding.element_size()
-    crossed = bool(decoder.crosses)
-    filled = new // 2 + (0 if crossed else prompt)
-    read = decoder.decoding_bytes() + decoder.shape.bytes(batch, filled, prompt if crossed else 0, size)
-    return read / bytes_per_s
