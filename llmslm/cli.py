@@ -23,6 +23,8 @@ commands:
   validate   loss and BLEU on the validation split of a recipe
   test       the same on its test split
   predict    write predictions for its test split
+  plan       memory per GPU and time per step: llmslm plan --config quickstart --config hardware/8gpu_fsdp
+  consolidate  make a system of a training checkpoint, sharded or not, on a CPU
   generate   answer prompts:        llmslm generate --checkpoint runs/quickstart/llm_to_slm "prompt"
              as text comes (--stream), for a file (--input, --output), exactly as the llm would (--verify LLM)
 
@@ -41,10 +43,11 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         sys.stdout.write(f"llmslm {metadata.version('llmslm')}\n")
         return
-    if args[0] not in (*TRAINER_COMMANDS, "generate"):
-        _fail(f"unknown command {args[0]!r}; expected one of {', '.join((*TRAINER_COMMANDS, 'generate'))}", 2)
+    others = {"generate": _generate, "plan": _plan, "consolidate": _consolidate}
+    if args[0] not in (*TRAINER_COMMANDS, *others):
+        _fail(f"unknown command {args[0]!r}; expected one of {', '.join((*TRAINER_COMMANDS, *others))}", 2)
     try:
-        _generate(args[1:]) if args[0] == "generate" else _train(args)
+        others[args[0]](args[1:]) if args[0] in others else _train(args)
     except UserError as error:
         _fail(str(error), 1)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -71,6 +74,23 @@ def _train(args: list[str]) -> None:
         if not is_disk_full(error):
             raise
         _fail("the disk is full: nothing more was written; free some space and resume with --ckpt_path last", 1)
+
+
+def _plan(args: list[str]) -> None:
+    from llmslm.plan_command import main as plan
+
+    plan(args)
+
+
+def _consolidate(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="llmslm consolidate", allow_abbrev=False, description="Checkpoint to system.")
+    parser.add_argument("--checkpoint", required=True, help="file or folder in the checkpoints folder of a run")
+    parser.add_argument("--output", default=None, help="folder to write; default: the run's system folder")
+    options = parser.parse_args(args)
+
+    from llmslm.consolidate import consolidate
+
+    sys.stdout.write(f"{consolidate(options.checkpoint, options.output)}\n")
 
 
 def _generate(args: list[str]) -> None:

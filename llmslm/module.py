@@ -30,6 +30,7 @@ from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import check_packing, cross_attending, encoder_decoder_inputs
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.models.quantization import Quantization
+from llmslm.parallel import Fsdp, gathered, token_share
 from llmslm.system import System
 
 SystemName = Literal["llm", "slm", "llm_to_slm"]
@@ -115,7 +116,6 @@ class SystemModule(L.LightningModule):
         self.codec: Codec | None = None
         self.val_loss = MeanMetric()
         self.val_bleu = SacreBLEUScore()
-        self._bleu_left = 0
 
     # --- what the data module asks for -----------------------------------------------------------------------------
 
@@ -144,6 +144,8 @@ class SystemModule(L.LightningModule):
         """Build the system once the data module knows its tokenizers."""
         if self.model is None:
             self.make_codec(self.trainer.datamodule)  # type: ignore[attr-defined]
+        if isinstance(self.trainer.strategy, Fsdp):
+            self.trainer.strategy.parallelize(self._built)
 
     def _build(self, slm_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if self.system == "llm":
@@ -234,15 +236,16 @@ class SystemModule(L.LightningModule):
         """Compute and log train/loss."""
         loss, tokens = self.loss(batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=tokens)
-        return loss
+        return loss * token_share(tokens, loss.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add to val/loss and val/perplexity, and generate some predictions for val/bleu."""
         loss, tokens = self.loss(batch)
         self.val_loss.update(loss.detach(), tokens)
-        examples = batch["examples"][: self._bleu_left]
-        if examples:
-            self._bleu_left -= len(examples)
+        # Counted in batches, of which all ranks have equally many: ranks that share an encoder read prompts together.
+        left = self.bleu_examples - batch_idx * self.trainer.datamodule.eval_batch_size  # type: ignore[attr-defined]
+        if left > 0:
+            examples = batch["examples"][:left]
             predictions = self.predict(examples)
             self.val_bleu.update(predictions, [[example["target"]] for example in examples])
 
@@ -258,7 +261,6 @@ class SystemModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the monitors anew."""
-        self._bleu_left = self.bleu_examples
         self.val_loss.reset()
         self.val_bleu.reset()
 
@@ -286,7 +288,8 @@ class SystemModule(L.LightningModule):
         was_training = model.training
         system = System(self.system, model, self._built_codec, card={}, decoder="generate")
         limit = self._built_codec.text_format.max_target_tokens
-        generations = system.generate([example["prompt"] for example in examples], max_new_tokens=limit)
+        with gathered(model):
+            generations = system.generate([example["prompt"] for example in examples], max_new_tokens=limit)
         model.train(was_training)
         return [generation.text for generation in generations]
 

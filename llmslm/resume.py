@@ -217,12 +217,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else 0
         for name, entry in metadata.state_dict_metadata.items()
     }
-    load(
-        flat,
-        storage_reader=reader,
-        planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=True,
-    )
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is not asked for
+        load(flat, storage_reader=reader, planner=planner, no_dist=True)
     paths = metadata.planner_data
     state = _nested({tuple(paths[name]): value for name, value in flat.items()})
     optimizers = [state[key] for key in sorted(key for key in state if key.startswith("optimizer_"))]

@@ -18,7 +18,9 @@ from llmslm.callbacks.safeguard import Safeguard
 from llmslm.callbacks.save_system import SaveSystem
 from llmslm.callbacks.throughput import LogThroughput
 from llmslm.callbacks.tracking import MlflowLogger, RecordRun
+from llmslm.callbacks.watch import WatchRanks, is_lost_rank
 from llmslm.data.datamodule import TextDataModule
+from llmslm.errors import UserError
 from llmslm.module import SystemModule
 from llmslm.recipe import find_recipe
 from llmslm.resume import CheckpointFiles, resolve
@@ -44,6 +46,7 @@ class Cli(LightningCLI):
         parser.add_lightning_class_args(SaveSystem, "save_system")
         parser.add_lightning_class_args(WritePredictions, "predictions")
         parser.add_lightning_class_args(Safeguard, "safeguard")
+        parser.add_lightning_class_args(WatchRanks, "watch")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -93,27 +96,35 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         callbacks: for programs that watch the run; recipes name their own.
 
     Raises:
-        UserError: for mistakes in recipe, data or models.
+        UserError: for mistakes in recipe, data or models, and where another rank is gone.
         jsonargparse.ArgumentError: for unknown keys and values of the wrong type.
     """
     args, Cli.recipe_name = resolve_recipes(args)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     strict = {"exit_on_error": False, "allow_abbrev": False}
-    Cli(
-        SystemModule,
-        TextDataModule,
-        args=args,
-        save_config_callback=RecordRun,
-        # The data module deals out batches itself, the same number to every rank.
-        trainer_defaults={
-            "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
-            "use_distributed_sampler": False,
-            "callbacks": [LogThroughput(), *callbacks],
-        },
-        parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
-        auto_configure_optimizers=False,
-    )
+    try:
+        Cli(
+            SystemModule,
+            TextDataModule,
+            args=args,
+            save_config_callback=RecordRun,
+            # The data module deals out batches itself, the same number to every rank.
+            trainer_defaults={
+                "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
+                "use_distributed_sampler": False,
+                "callbacks": [LogThroughput(), *callbacks],
+            },
+            parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
+            auto_configure_optimizers=False,
+        )
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        raise UserError(
+            "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
+            "start all again with --ckpt_path last"
+        ) from error
 
 
 def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:

@@ -1,7 +1,9 @@
 """Whole runs of the command line in processes of their own; a server that has imported everything forks them."""
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -11,8 +13,8 @@ from pathlib import Path
 
 from tests.unit import toy
 
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.preload"])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.preload"])
 SLM = toy.LLAMA | {"attention_dropout": 0.1}  # random numbers count
 
 
@@ -21,7 +23,7 @@ class Run:
 
     def __init__(self, args: list[str], folder: Path, environment: dict[str, str] | None = None, name: str = "run"):
         self.folder, self.output = Path(folder), Path(folder) / f"{name}.log"
-        self.process = _SERVER.Process(target=_run, args=(args, str(folder), str(self.output), environment or {}))
+        self.process = SERVER.Process(target=_run, args=(args, str(folder), str(self.output), environment or {}))
         self.process.start()
 
     @property
@@ -33,13 +35,20 @@ class Run:
         """Wait for the end; return the exit code, negative for a signal."""
         self.process.join(seconds)
         if self.process.exitcode is None:
-            self.process.kill()
-            raise AssertionError(f"still running after {seconds} s:\n{self.text}")
+            raise AssertionError(f"still running after {seconds} s:\n{self.stop()}")
         return self.process.exitcode
 
-    def send(self, signal: int) -> None:
+    def stop(self) -> str:
+        """End it, and return its output with the stacks of its threads."""
+        if self.process.is_alive():
+            self.send(signal.SIGUSR2)
+            time.sleep(0.5)
+            self.process.kill()
+        return self.text
+
+    def send(self, number: int) -> None:
         """Send a signal."""
-        os.kill(self.process.pid, signal)
+        os.kill(self.process.pid, number)
 
 
 def _run(args: list[str], folder: str, output: str, environment: dict[str, str]) -> None:
@@ -49,6 +58,7 @@ def _run(args: list[str], folder: str, output: str, environment: dict[str, str])
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.register(signal.SIGUSR2, sys.stderr)
     import torch
 
     from llmslm.cli import main

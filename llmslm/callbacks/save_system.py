@@ -5,10 +5,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from llmslm import provenance
 from llmslm.checkpoint import SYSTEM_FOLDER, save_system
+from llmslm.consolidate import rebuild, save_frame
 from llmslm.module import SystemModule
+from llmslm.parallel import Fsdp
+from llmslm.resume import CheckpointFiles
 
 
 class SaveSystem(Callback):
@@ -21,18 +25,28 @@ class SaveSystem(Callback):
     def __init__(self, recipe: str | None = None) -> None:
         self.recipe = recipe
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what belongs to the weights, so that any checkpoint can become a system without the recipe."""
+        module = cast(SystemModule, pl_module)
+        if trainer.fast_dev_run or not trainer.is_global_zero or module.model is None or module.codec is None:  # type: ignore[attr-defined]
+            return
+        save_frame(Path(trainer.default_root_dir), module.model, module.codec, self.card(trainer))
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save once, on rank 0."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module = cast(SystemModule, pl_module)
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if best:
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            module.load_state_dict(state, strict=False)
-        if module.model is None or module.codec is None:
+        state = best_weights(trainer)
+        if module.model is None or module.codec is None or not trainer.is_global_zero:
             return
-        save_system(Path(trainer.default_root_dir) / SYSTEM_FOLDER, module.model, module.codec, self.card(trainer))
+        model = module.model
+        if isinstance(trainer.strategy, Fsdp):
+            model = rebuild(model.config, state)
+            model.generation_config = module.model.generation_config
+        else:
+            module.load_state_dict(state, strict=False)
+        save_system(Path(trainer.default_root_dir) / SYSTEM_FOLDER, model, module.codec, self.card(trainer))
 
     def card(self, trainer: Trainer) -> dict[str, Any]:
         """Say what the system is and how it came to be."""
@@ -48,6 +62,17 @@ class SaveSystem(Callback):
             "data": data_fingerprint(trainer),
             "versions": provenance.versions(),
         }
+
+
+def best_weights(trainer: Trainer) -> dict[str, Tensor]:
+    """Read the weights of the best checkpoint, or gather the last ones where there is none; all ranks take part."""
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best and trainer.is_global_zero:
+        weights: dict[str, Tensor] = CheckpointFiles().load_checkpoint(best, weights_only=True)["state_dict"]
+        return weights
+    if isinstance(trainer.strategy, Fsdp) and not best:
+        return trainer.strategy.full_state_dict()
+    return {}
 
 
 def data_fingerprint(trainer: Trainer) -> str:

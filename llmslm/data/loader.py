@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from datasets import IterableDataset
 from torch.utils.data import DataLoader
 
@@ -49,16 +50,22 @@ class BatchLoader(DataLoader):
     def _position(self) -> tuple[int, int]:
         """Return the epoch, and the batches over all ranks that are done in it."""
         sampler, base = self._sampler, self._base
-        done = base["examples"] // sampler.batch_size + (self._trained() - base["trained"]) * sampler.world_size
-        epochs, done = divmod(done, len(sampler) * sampler.world_size)
-        return base["epoch"] + epochs, done
+        rounds, done = self._trained() - base["trained"], base["examples"] // sampler.batch_size
+        # A run that was resumed on more ranks may leave less than a round of the epoch in which it was resumed.
+        first = max(0, len(sampler) * sampler.world_size - done) // sampler.world_size
+        if rounds < first:
+            return base["epoch"], done + rounds * sampler.world_size
+        epochs, rounds = divmod(rounds - first, len(sampler))
+        return base["epoch"] + 1 + epochs, rounds * sampler.world_size
 
 
 class StreamLoader(DataLoader):
     """Loads the batches of a streamed dataset without end, each pass shuffled differently.
 
     It has no end because ranks and workers may have uneven parts of a stream: nobody waits for a rank that is through.
-    A resumed run reads the stream from its beginning up to the next batch, which also gives the shuffle buffer back.
+    A resumed run reads the stream from its beginning up to the next batch, which also gives the shuffle buffer back. On
+    another number of ranks the stream is dealt out differently: as much of it is passed over as was trained, but not
+    the same rows.
 
     Args:
         dataset: this rank's part of the stream.
@@ -69,6 +76,7 @@ class StreamLoader(DataLoader):
     def __init__(self, dataset: IterableDataset, trained: Callable[[], int], **kwargs: Any) -> None:
         super().__init__(dataset, **kwargs)
         self._trained = trained
+        self._base = {"batches": 0, "trained": 0}
         self._skip = 0
         self._running: Iterator[Any] | None = None
 
@@ -80,11 +88,13 @@ class StreamLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, the same on all ranks; Lightning asks when it writes a checkpoint."""
-        return {"trained": self._trained()}
+        trained, base = self._trained(), self._base
+        return {"batches": base["batches"] + (trained - base["trained"]) * _world_size(), "trained": trained}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a position; Lightning calls it before the first batch."""
-        self._skip = state["trained"]
+        self._base = state
+        self._skip = state["batches"] // _world_size()
 
     def _passes(self) -> Iterator[Any]:
         for number in itertools.count():
@@ -97,3 +107,7 @@ class StreamLoader(DataLoader):
                     yield batch
             if not batches:
                 raise UserError("a process has no rows of the stream; use fewer processes, or data without streaming")
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

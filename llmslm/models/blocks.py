@@ -13,7 +13,8 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             names |= set(module._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    # Sharding gives a block a class of its own, under the one that it had.
+    return [module for module in model.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
 def compile_blocks(model: nn.Module) -> int:

@@ -1,0 +1,345 @@
+"""`llmslm plan`: memory per GPU and time per step of a recipe on a given world, before anything is paid for.
+
+The system is built without weights and one step of it is run on tensors without memory (`llmslm.costs`), which gives
+activations and arithmetic as they will be; what sharding divides, gathers and sends is then counted.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from llmslm.costs import Cost, Counter, Device
+from llmslm.errors import UserError
+from llmslm.models.blocks import blocks
+from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.encoder import Encoder
+from llmslm.models.head import logits_at
+from llmslm.models.modeling import LlmToSlm
+from llmslm.parallel import EncoderPlace, checkpoint_activations
+
+Values = Mapping[str, Any]
+MOMENTS = {"AdamW": 8, "Adam": 8, "NAdam": 8, "RAdam": 8, "SGD": 4, "Adafactor": 0}
+"""Bytes of optimizer state a weight; an optimizer that is not named here counts as AdamW."""
+_PARTS = {"projector": "MlpProjector", "alignment": "SameTokenizer", "fusion": "Add"}
+
+
+@dataclass(frozen=True)
+class World:
+    """The devices of a run."""
+
+    device: Device
+    gpus: int
+    gpus_per_node: int
+    shard: int
+    """Neighbours that share one copy of the weights; 1: each has its own (one device, DDP)."""
+
+    @property
+    def shard_link(self) -> float:
+        """Bytes a second between those that share a copy."""
+        inside = self.shard <= self.gpus_per_node
+        return self.device.link_bytes_per_s if inside else self.device.network_bytes_per_s
+
+    @property
+    def copy_link(self) -> float:
+        """Bytes a second between copies."""
+        inside = self.gpus <= self.gpus_per_node
+        return self.device.link_bytes_per_s if inside else self.device.network_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a recipe decides about memory and time."""
+
+    model: Values
+    """The recipe's `model` section."""
+    vocab_size: int | None
+    rows: int
+    prompt_tokens: int
+    target_tokens: int
+    mixed: bool
+    accumulate: int
+    is_sharded: bool
+    encoder: EncoderPlace
+    reshard_after_forward: bool
+    activation_checkpointing: bool
+    fused_optimizer: bool
+    moment_bytes: int
+
+    @classmethod
+    def of(cls, recipe: Values, prompt_tokens: int | None = None, target_tokens: int | None = None) -> "Job":
+        """Read a recipe; batches are as long as its limits allow unless lengths are given."""
+        data, trainer = recipe.get("data", {}), recipe.get("trainer", {})
+        strategy = trainer.get("strategy") or "auto"
+        sharding = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
+        name = strategy if isinstance(strategy, str) else strategy["class_path"]
+        optimizer = recipe["model"].get("optimizer") or {"class_path": "torch.optim.AdamW"}
+        target = target_tokens or data.get("max_target_tokens", 128)
+        prompt = prompt_tokens or data.get("max_prompt_tokens", 512)
+        return cls(
+            model=recipe["model"],
+            vocab_size=(data.get("tokenizer") or {}).get("vocab_size"),
+            rows=data.get("micro_batch_size", 32),
+            prompt_tokens=prompt,
+            target_tokens=target,
+            mixed=str(trainer.get("precision", "32-true")) == "bf16-mixed",
+            accumulate=trainer.get("accumulate_grad_batches", 1),
+            is_sharded=name.rpartition(".")[2] in ("Fsdp", "FSDPStrategy", "fsdp"),
+            encoder=sharding.get("encoder", "sharded"),
+            reshard_after_forward=sharding.get("reshard_after_forward", True),
+            activation_checkpointing=sharding.get("activation_checkpointing", False),
+            fused_optimizer=bool((optimizer.get("init_args") or {}).get("fused", False)),
+            moment_bytes=MOMENTS.get(optimizer["class_path"].rpartition(".")[2], 8),
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Weights of a system, in numbers of them."""
+
+    trained: int
+    frozen: int
+    frozen_bytes: int
+    """Of one frozen weight."""
+    root: int
+    """Trained weights outside of blocks: embeddings, head, projector."""
+    block: int
+    """The largest trained block."""
+    frozen_block: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Sizes":
+        """Count a system, built with or without memory."""
+        encoder = model.encoder if isinstance(model, LlmToSlm) else None
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = [] if encoder is None else list(encoder.parameters())
+        own = [_numel(block) for block in blocks(model) if any(p.requires_grad for p in block.parameters())]
+        return cls(
+            trained,
+            sum(p.numel() for p in frozen),
+            frozen[0].element_size() if frozen else 0,
+            trained - sum(own),
+            max(own, default=0),
+            max((_numel(block) for block in blocks(encoder)), default=0) if encoder is not None else 0,
+        )
+
+
+def predict(job: Job, world: World) -> dict[str, Any]:
+    """Predict memory per GPU and the time of an optimizer step.
+
+    Returns:
+        Bytes by kind and their peak, seconds by kind and of a step, tokens a second of all GPUs, and what limits it.
+    """
+    half = job.mixed and job.is_sharded  # blocks are gathered in it
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # a speed that is not ours
+        sizes = Sizes.of(build(job))
+        cost = trial(build(job, torch.bfloat16 if half else torch.float32), job, world.device)
+    memory = _memory(job, world, sizes, cost)
+    seconds = _seconds(job, world, sizes, cost)
+    tokens = job.rows * (job.prompt_tokens + job.target_tokens) * world.gpus * job.accumulate
+    return {
+        "weights": {"trained": sizes.trained, "frozen": sizes.frozen},
+        "memory_bytes": memory,
+        "fits": memory["peak"] < world.device.memory_bytes * 0.94,  # the driver and fragments take some
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds["step"],
+        "mfu": cost.flops * job.accumulate / seconds["step"] / world.device.matmul_flops,
+        "limit": "communication" if seconds["communication"] > seconds["compute"] else "compute",
+    }
+
+
+# --- the step, on tensors without memory ------------------------------------------------------------------------------
+
+
+def build(job: Job, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build a recipe's system with random weights, or with none under a FakeTensorMode.
+
+    Args:
+        job: what of the recipe counts.
+        dtype: of all weights; None takes float32 for those that are trained, the recipe's for the frozen encoder.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        return _build(job, dtype).train()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
+    if (system := job.model.get("system", "llm_to_slm")) != "llm_to_slm":
+        config = _config(job, system)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_config(config, dtype=dtype or torch.float32)
+    encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
+    parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
+    options = job.model.get("encoder") or {}
+    config = LlmToSlmConfig(
+        encoder_config=encoder.config, slm_config=slm_config, encoder_layer=options.get("layer", "last"), **parts
+    )
+    model = LlmToSlm(config)
+    auto = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM
+    model.slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
+    model.fusion.attach(model.slm)
+    model.encoder = encoder
+    return model
+
+
+def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Make a batch of full rows."""
+    rows, prompt, target = job.rows, job.prompt_tokens, job.target_tokens
+    ones = torch.ones(rows, prompt, dtype=torch.long, device=device)
+    sides = {"prompt_ids": ones, "prompt_attention_mask": ones} if isinstance(model, LlmToSlm) else {}
+    if model.config.is_encoder_decoder:
+        targets = ones[:, :1].expand(rows, target).contiguous()
+        return sides | {"input_ids": ones, "attention_mask": ones, "decoder_input_ids": targets}
+    ids = ones[:, :1].expand(rows, prompt + target).contiguous()
+    return sides | {"input_ids": ids, "attention_mask": ids}
+
+
+def loss(model: PreTrainedModel, job: Job, tensors: dict[str, Tensor]) -> Tensor:
+    """Compute the loss as training does: logits of targets alone."""
+    rows, device = job.rows, tensors["input_ids"].device
+    start = 0 if model.config.is_encoder_decoder else job.prompt_tokens - 1
+    length = job.target_tokens if model.config.is_encoder_decoder else job.prompt_tokens + job.target_tokens
+    columns = torch.arange(start, start + job.target_tokens, device=device).repeat(rows)
+    places = torch.arange(rows, device=device).repeat_interleave(job.target_tokens)
+    with logits_at(model, places, columns, length):
+        logits = model(**tensors, use_cache=False).logits[0]
+    return nn.functional.cross_entropy(logits.float(), torch.ones_like(columns))
+
+
+def trial(model: PreTrainedModel, job: Job, device: Device) -> Cost:
+    """Run forward and backward of one micro-batch and count; call it under a FakeTensorMode."""
+    if job.activation_checkpointing:
+        checkpoint_activations(model.slm if isinstance(model, LlmToSlm) else model, preserve_rng_state=False)
+    if job.is_sharded:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # reduced and divided as soon as it is there
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    tensors = batch(model, job)
+    with Counter(device) as counter, torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False):
+        loss(model, job, tensors).backward()
+    return counter.cost
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _config(job: Job, key: str) -> Any:
+    options = job.model[key]
+    if options.get("source"):
+        return AutoConfig.from_pretrained(options["source"], revision=options.get("revision"))
+    values = dict(options["config"])
+    if job.vocab_size is not None:
+        values.setdefault("vocab_size", job.vocab_size)
+    values = {"decoder_start_token_id": 0, "pad_token_id": 0} | values
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _encoder(job: Job, dtype: torch.dtype | None) -> Encoder:
+    options = job.model.get("encoder") or {}
+    source = {"source": options["source"]} if options.get("source") else job.model["llm"]
+    config = _config(Job(**vars(job) | {"model": {"llm": source}}), "llm")
+    if dtype is None:
+        dtype = getattr(torch, options["dtype"]) if options.get("dtype") else getattr(config, "dtype", None)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
+    model = auto.from_config(config, dtype=dtype or torch.float32)
+    return Encoder(model.get_encoder() if config.is_encoder_decoder else model, options.get("layer", "last"))
+
+
+def _spec(value: Any, name: str) -> dict[str, Any]:
+    """Name a part as a composition's config does."""
+    value = {"class_path": value} if isinstance(value, str) else dict(value or {"class_path": _PARTS[name]})
+    path = value["class_path"]
+    return {
+        "class_path": path if "." in path else f"llmslm.models.{name}.{path}",
+        "init_args": value.get("init_args") or {},
+    }
+
+
+# --- what sharding divides, gathers and sends -------------------------------------------------------------------------
+
+
+def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:
+    """Count bytes per GPU: in the backward's worst moment, or in the optimizer's."""
+    shard = world.shard if job.is_sharded else 1
+    width = 2 if job.mixed else 4
+    encoder_shard = {"sharded": shard, "replicated": 1, "offloaded": float("inf")}[
+        job.encoder if job.is_sharded else "replicated"
+    ]
+    parts: dict[str, float] = {
+        "weights": sizes.trained * 4 / shard,
+        "encoder": sizes.frozen * sizes.frozen_bytes / encoder_shard,
+        "gradients": sizes.trained * 4 / shard,
+        "optimizer": sizes.trained * job.moment_bytes / shard,
+        "gathered": 0.0,
+        "activations": float(cost.peak_bytes),
+    }
+    if job.is_sharded:
+        kept = 2 * sizes.block if job.reshard_after_forward else sizes.trained - sizes.root
+        unit = max(kept, 0 if job.encoder == "replicated" else 2 * sizes.frozen_block)
+        # In the backward the last unit's weights and its gradients in float32 wait to be reduced.
+        parts["gathered"] = (sizes.root + unit) * width + max(sizes.root, 2 * sizes.block) * 4
+    elif world.gpus > 1:
+        parts["gathered"] = sizes.trained * 4.0  # DDP's buckets
+    held = parts["weights"] + parts["encoder"] + parts["optimizer"]
+    # Without shards the gradients are among what the trial counted; with them it dropped each one as it was there.
+    backward = held + parts["gathered"] + parts["activations"] + (parts["gradients"] if job.is_sharded else 0)
+    step = held + parts["gradients"] + (0 if job.fused_optimizer else sizes.trained * 4 / shard)
+    if not job.is_sharded:
+        step += parts["gathered"]
+        parts["activations"] = max(0.0, cost.peak_bytes - parts["gradients"])
+    return parts | {"peak": max(backward, step)}
+
+
+def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:
+    """Hold arithmetic against communication: they overlap, but for the first gather and the last reduction."""
+    shard = world.shard if job.is_sharded else 1
+    copies = world.gpus // shard
+    width = 2 if job.mixed else 4
+    share = (shard - 1) / shard
+    gathers = 2 if job.reshard_after_forward else 1
+    frozen = sizes.frozen * width if job.encoder == "sharded" else 0
+    gather = share * ((sizes.trained - sizes.root) * gathers * width + sizes.root * width + frozen) / world.shard_link
+    reduce = share * sizes.trained * 4 / world.shard_link
+    if job.encoder == "offloaded" and job.is_sharded:
+        gather += sizes.frozen * sizes.frozen_bytes / shard / 25e9 + share * sizes.frozen * width / world.shard_link
+    between = 2 * (copies - 1) / copies * sizes.trained / shard * 4 / world.copy_link
+    communication = job.accumulate * gather + reduce + between
+    exposed = share * sizes.root * (width + 4) / world.shard_link
+    passes = 8 if job.fused_optimizer else 16  # over weights, gradients and moments, clipping too
+    optimizer = sizes.trained * 4 * passes / shard / world.device.bytes_per_s
+    compute = job.accumulate * cost.seconds
+    step = max(compute, communication) + exposed + optimizer
+    return {
+        "compute": compute,
+        "communication": communication,
+        "exposed": exposed,
+        "optimizer": optimizer,
+        "step": step,
+    }
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def check(job: Job, world: World) -> None:
+    """Refuse a world that cannot be.
+
+    Raises:
+        UserError: if the shards do not divide the world, or a model of a recipe has neither source nor config.
+    """
+    if world.gpus % world.shard:
+        raise UserError(f"{world.gpus} GPUs cannot be divided into shards of {world.shard} (shard_size)")
+    for key in ("llm", "slm"):
+        if not (job.model.get(key) or {}).keys() & {"source", "config"}:
+            raise UserError(f"the recipe has neither model.{key}.source nor model.{key}.config")

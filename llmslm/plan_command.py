@@ -1,0 +1,214 @@
+"""The `llmslm plan` command: a recipe and a world in, a table or JSON out; `--measure` puts measurements beside it."""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from transformers import PreTrainedModel
+
+from llmslm.costs import DEVICES, Device
+from llmslm.errors import UserError
+from llmslm.parallel import make_mesh, parallelize
+from llmslm.plan import Job, World, batch, build, check, loss, predict
+from llmslm.recipe import find_recipe
+
+USAGE = """llmslm plan --config RECIPE [--config OVERLAY] [--gpus N] [--key.of.recipe VALUE ...]
+
+Predict memory per GPU and time per step of a recipe. What follows as --key.of.recipe overrides the recipe, for example
+--model.system slm or --data.micro_batch_size 16."""
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: for mistakes in the arguments or the recipe.
+    """
+    options, overrides = _parser().parse_known_args(args)
+    recipe = read(options.config, overrides)
+    job = Job.of(recipe, options.prompt_tokens, options.target_tokens)
+    trainer = recipe.get("trainer", {})
+    world = _world(options, trainer, job)
+    check(job, world)
+    prediction = predict(job, world)
+    if options.measure:
+        measured = measure(job, world)
+        if int(os.environ.get("RANK", "0")) == 0:
+            sys.stdout.write(json.dumps(_record(options.config, world, prediction, measured)) + "\n")
+    elif options.json:
+        sys.stdout.write(json.dumps(_record(options.config, world, prediction)) + "\n")
+    else:
+        sys.stdout.write(table(job, world, prediction))
+
+
+def read(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """Merge recipes in order and apply overrides, `--a.b value` or `--a.b=value`.
+
+    Raises:
+        UserError: if an override has no value, or there is no recipe.
+    """
+    recipe: dict[str, Any] = {}
+    for name in names:
+        recipe = _merged(recipe, yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")))
+    words = [word for text in overrides for word in (text.split("=", 1) if text.startswith("--") else [text])]
+    if len(words) % 2 or not all(key.startswith("--") and "." in key for key in words[::2]):
+        raise UserError(f"cannot read {' '.join(overrides)!r}; expected --key.of.recipe VALUE ...")
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key[2:].split(".")):
+            nested = {part: nested}
+        recipe = _merged(recipe, nested)
+    if "model" not in recipe:
+        raise UserError(f"{', '.join(names)} has no model section; give a recipe (--config)")
+    return recipe
+
+
+def table(job: Job, world: World, prediction: Mapping[str, Any]) -> str:
+    """Write a prediction for people."""
+    memory, seconds = prediction["memory_bytes"], prediction["seconds"]
+    kinds = {key: value for key, value in memory.items() if key != "peak"}
+    weights = prediction["weights"]
+    share = "one copy each" if world.shard == 1 else f"shards of {world.shard}"
+    rows = [
+        f"{world.gpus} x {world.device.name} ({world.gpus_per_node} a node), {share}",
+        f"{weights['trained']:,} trained weights, {weights['frozen']:,} frozen",
+        f"{job.rows} rows of {job.prompt_tokens} + {job.target_tokens} tokens a GPU, {job.accumulate} times a step",
+        "",
+        "memory per GPU (GB)",
+        *(f"  {kind:<12}{value / 1e9:>9.2f}" for kind, value in kinds.items()),
+        f"  {'peak':<12}{memory['peak'] / 1e9:>9.2f}  of {world.device.memory_bytes / 1e9:.0f}: "
+        + ("fits" if prediction["fits"] else "does not fit"),
+        "",
+        "time of a step (ms)",
+        *(f"  {kind:<14}{value * 1e3:>9.1f}" for kind, value in seconds.items()),
+        f"limited by {prediction['limit']}; {prediction['tokens_per_s']:,.0f} tokens/s, MFU {prediction['mfu']:.0%}",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[str, float]:
+    """Run the same steps on the devices that are here; under torchrun for more than one.
+
+    Returns:
+        peak_memory_bytes of this rank's device (0 without CUDA) and step_s, the median.
+    """
+    device = _join(world)
+    model = _prepared(job, world, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=job.fused_optimizer)
+    tensors = batch(model, job, device)
+    times = []
+    for step in range(warmups + steps):
+        if step == warmups and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        begin = _now(device)
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(job.accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
+                value = loss(model, job, tensors)
+            (value / job.accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        times.append(_now(device) - begin)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return {"peak_memory_bytes": float(peak), "step_s": statistics.median(times[warmups:])}
+
+
+def _prepared(job: Job, world: World, device: torch.device) -> Any:
+    """Build the system with random weights, sharded or copied as the recipe says."""
+    torch.manual_seed(0)
+    with device if job.encoder != "offloaded" else nullcontext():
+        model: PreTrainedModel = build(job)
+    if job.is_sharded:
+        parallelize(
+            model,
+            mesh=make_mesh(device.type, world.gpus, world.shard),
+            encoder=job.encoder,
+            reshard_after_forward=job.reshard_after_forward,
+            compute_dtype=torch.bfloat16 if job.mixed else None,
+            activation_checkpointing=job.activation_checkpointing,
+        )
+        return model
+    if job.activation_checkpointing:
+        parallelize(model, activation_checkpointing=True)
+    if world.gpus == 1:
+        return model
+    raise UserError("--measure takes one GPU, or a recipe with trainer.strategy llmslm.parallel.Fsdp")
+
+
+def _join(world: World) -> torch.device:
+    """Take this rank's device, and find the others."""
+    here = int(os.environ.get("WORLD_SIZE", "1"))
+    if here != world.gpus:
+        start = f"torchrun --nproc-per-node {world.gpus} -m llmslm plan ..."
+        raise UserError(f"--measure for {world.gpus} GPUs was started on {here}; start it with {start}")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if here > 1:
+        dist.init_process_group()
+    return device
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _record(
+    names: Sequence[str], world: World, prediction: Mapping[str, Any], measured: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    record = {"recipe": list(names), "device": world.device.name, "gpus": world.gpus, "shard": world.shard}
+    record |= {"predicted": dict(prediction)}
+    if measured is None:
+        return record
+    ratios = {
+        "peak_memory": prediction["memory_bytes"]["peak"] / measured["peak_memory_bytes"]
+        if measured["peak_memory_bytes"]
+        else None,
+        "step": prediction["seconds"]["step"] / measured["step_s"],
+    }
+    return record | {"measured": dict(measured), "predicted_over_measured": ratios}
+
+
+def _world(options: argparse.Namespace, trainer: Mapping[str, Any], job: Job) -> World:
+    devices = trainer.get("devices", 1)
+    gpus = options.gpus or (devices if isinstance(devices, int) and devices > 0 else 1) * trainer.get("num_nodes", 1)
+    strategy = trainer.get("strategy") or {}
+    given = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("shard_size")
+    device: Device = DEVICES[options.gpu]
+    return World(device, gpus, options.gpus_per_node, (given or gpus) if job.is_sharded else 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmslm plan", usage=USAGE, allow_abbrev=False)
+    parser.add_argument("--config", action="append", required=True, help="recipe or overlay; several are merged")
+    parser.add_argument("--gpus", type=int, default=None, help="GPUs in all; default: the recipe's devices x num_nodes")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu", choices=sorted(DEVICES), default="h200", help="kind of GPU")
+    parser.add_argument("--prompt-tokens", type=int, default=None, help="default: the recipe's data.max_prompt_tokens")
+    parser.add_argument("--target-tokens", type=int, default=None, help="default: the recipe's data.max_target_tokens")
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+    parser.add_argument("--measure", action="store_true", help="run the steps here too and print both as one JSON line")
+    return parser
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(under)
+    for key, value in over.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return both

@@ -1,0 +1,147 @@
+"""Whole runs on several gloo ranks: sharded checkpoints, resumed on other numbers of ranks, and what comes out."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from llmslm.consolidate import consolidate
+from llmslm.resume import CheckpointFiles, fault, newest
+from llmslm.system import System
+from tests.processes import Run, free_port
+from tests.unit import toy
+
+FSDP = {"class_path": "llmslm.parallel.Fsdp"}
+
+
+def torchrun(rank, world_size, port):
+    """The variables that torchrun sets."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    fixed = {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return {name: str(value) for name, value in (numbers | fixed).items()}
+
+
+def fit(folder, world_size, name, *args, strategy=FSDP, system="llm_to_slm"):
+    """Run `llmslm fit` on so many ranks to its end; return what rank 0 wrote."""
+    losses = [{"class_path": "tests.probe.Losses", "init_args": {"file": name}}]
+    fixed = [f"--model.system={system}", f"--trainer.devices={world_size}", f"--trainer.default_root_dir={name}"]
+    fixed += [f"--trainer.callbacks={json.dumps(losses)}", "--model.schedule=constant"]
+    fixed += [f"--trainer.strategy={strategy if isinstance(strategy, str) else json.dumps(strategy)}"]
+    port = free_port()
+    runs = []
+    for rank in range(world_size):
+        environment = {"LLMSLM_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+        environment |= torchrun(rank, world_size, port) if strategy != "auto" else {}
+        runs.append(
+            Run(["fit", "--config", str(folder / "toy.yaml"), *fixed, *args], folder, environment, f"{name}{rank}")
+        )
+    end = time.monotonic() + 90
+    while None in (codes := [run.process.exitcode for run in runs]) and not any(codes) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert codes == [0] * world_size, "".join(run.stop() for run in runs)
+    return runs[0].text
+
+
+def loss(folder, name, world_size):
+    """Mean over ranks of each micro-batch's loss, in the order in which they were trained."""
+    ranks = [(folder / f"{name}.{rank}.txt").read_text().splitlines() for rank in range(world_size)]
+    return [
+        math.fsum(float.fromhex(line.split()[1]) for line in lines) / world_size for lines in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained llm, and two ranks that trained a llm_to_slm with it for four steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    toy.write_recipe(folder, max_steps=4, val_check_interval=4, limit_val_batches=2, num_sanity_val_steps=0)
+    fit(folder, 1, "llm", strategy="auto", system="llm")
+    fit(folder, 2, "two", "--safeguard.every_n_steps=2", "--trainer.gradient_clip_val=1.0")
+    return folder
+
+
+def test_a_checkpoint_is_a_whole_folder_of_what_was_trained(folder):
+    path = newest(folder / "two" / "checkpoints")
+    assert path.is_dir()
+    state = CheckpointFiles().load_checkpoint(path, weights_only=True)
+    assert state["global_step"] == 4
+    assert {name.split(".")[1] for name in state["state_dict"]} == {"projector", "slm"}
+    assert len(state["optimizer_states"][0]["state"]) == len(state["state_dict"])
+    part = next(path.glob("__1_*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    assert "is damaged" in fault(path)
+    part.unlink()
+    assert "is missing or cut off" in fault(path)
+    with pytest.warns(UserWarning, match="is broken"):
+        assert newest(path.parent) != path
+
+
+def test_the_system_agrees_with_its_checkpoint_and_predicts(folder):
+    system = System.load(folder / "two")
+    best = next((folder / "two" / "checkpoints").glob("step-*.ckpt"))
+    output = consolidate(best, folder / "one_file")
+    with safe_open(output / "model.safetensors", "pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"projector", "slm"}  # noqa: SIM118 (no mapping)
+    again = System.load(output)
+    for name, value in system.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    prompts = ["say alpha 0", "say beta 7"]
+    assert system.generate(prompts, max_new_tokens=5) == again.generate(prompts, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_it_resumes_on_another_number_of_ranks(folder, world_size):
+    """The same weights and moments: the next two steps' losses are what one process without sharding has."""
+    start = next((folder / "two" / "checkpoints").glob("step-*.ckpt"))
+    args = [f"--ckpt_path={start}", "--trainer.max_steps=6", "--trainer.limit_val_batches=0"]
+    if not (folder / "plain.0.txt").exists():
+        fit(folder, 1, "plain", *args, strategy="auto")
+    name = f"resumed{world_size}"
+    fit(folder, world_size, name, *args)
+    if world_size == 1:
+        assert loss(folder, name, 1) == pytest.approx(loss(folder, "plain", 1), rel=1e-6)
+    else:
+        assert len(loss(folder, name, world_size)) == 2
+    states = [CheckpointFiles().load_checkpoint(p, weights_only=True) for p in (start, _last(folder / name))]
+    step = {int(state["step"]) for state in states[1]["optimizer_states"][0]["state"].values()}
+    assert step == {6}
+
+
+def _last(run):
+    return next(path for path in (run / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_file_of_one_device_goes_on_sharded(folder):
+    args = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    fit(folder, 1, "file", *args, strategy="auto")
+    args = [
+        f"--ckpt_path={folder}/file/checkpoints/last.ckpt",
+        "--trainer.max_steps=4",
+        "--trainer.limit_val_batches=0",
+    ]
+    fit(folder, 1, "unsharded", *args, strategy="auto")
+    fit(folder, 1, "sharded", *args)
+    assert loss(folder, "sharded", 1) == pytest.approx(loss(folder, "unsharded", 1), rel=1e-6)
+
+
+@pytest.mark.parametrize("strategy", [FSDP, "ddp"], ids=["fsdp", "ddp"])
+def test_two_ranks_train_as_one_on_the_same_global_batch(folder, strategy):
+    """One process that accumulates the micro-batches of two ranks; all targets have equally many tokens here.
+
+    Lightning divides the loss that it hands on by the number of micro-batches.
+    """
+    rows = [json.dumps({"prompt": f"say {'la ' * (i % 4)}{i}", "target": "x"}) for i in range(48)]
+    (folder / "equal.jsonl").write_text("\n".join(rows))
+    args = [f"--data.source.init_args.train={folder}/equal.jsonl", "--trainer.max_steps=3"]
+    args += ["--trainer.limit_val_batches=0"]
+    name = "ddp" if strategy == "ddp" else "fsdp"
+    if not (folder / "accumulated.0.txt").exists():
+        fit(folder, 1, "accumulated", *args, "--trainer.accumulate_grad_batches=2", strategy="auto")
+    fit(folder, 2, name, *args, strategy=strategy)
+    one = loss(folder, "accumulated", 1)
+    assert loss(folder, name, 2) == pytest.approx([a + b for a, b in zip(one[::2], one[1::2], strict=True)], rel=1e-5)

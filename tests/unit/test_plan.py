@@ -1,0 +1,116 @@
+"""The plan: what it counts is what training has, and what sharding divides is divided."""
+
+import json
+
+import pytest
+import torch
+
+from llmslm.cli import main
+from llmslm.costs import DEVICES
+from llmslm.errors import UserError
+from llmslm.plan import Job, Sizes, World, build, check, loss, predict
+from llmslm.plan import batch as full_batch
+from tests.unit import toy
+
+RECIPE = {
+    "model": {"llm": {"config": toy.T5}, "slm": {"config": toy.LLAMA}},
+    "data": {"tokenizer": {"vocab_size": 300}, "micro_batch_size": 4, "max_prompt_tokens": 16, "max_target_tokens": 8},
+    "trainer": {"precision": "bf16-mixed"},
+}
+FSDP = {"class_path": "llmslm.parallel.Fsdp"}
+ONE = World(DEVICES["h200"], 1, 8, 1)
+
+
+def job(system="llm_to_slm", strategy=None, **trainer):
+    recipe = RECIPE | {"model": RECIPE["model"] | {"system": system}}
+    extra = {"strategy": strategy} if strategy else {}
+    return Job.of(recipe | {"trainer": RECIPE["trainer"] | extra | trainer})
+
+
+def world(gpus, shard):
+    return World(DEVICES["h200"], gpus, 8, shard)
+
+
+@pytest.mark.parametrize("system", ["llm", "slm", "llm_to_slm"])
+def test_weights_are_those_of_the_real_system_and_a_step_runs(system):
+    model = build(job(system))
+    found = predict(job(system), ONE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found["weights"]["trained"] == sum(p.numel() for p in trained)
+    assert (found["weights"]["frozen"] > 0) == (system == "llm_to_slm")
+    loss(model, job(system), full_batch(model, job(system))).backward()
+    assert all(p.grad is not None for p in trained if p.numel() > 1)
+    assert found["memory_bytes"]["optimizer"] == 8 * found["weights"]["trained"]
+    assert 0 < found["seconds"]["compute"] <= found["seconds"]["step"]
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
+    small, large = predict(job(), ONE), predict(Job.of(RECIPE, prompt_tokens=256), ONE)
+    assert large["memory_bytes"]["activations"] > 8 * small["memory_bytes"]["activations"]
+    deep = {"llm": {"config": toy.T5}, "slm": {"config": toy.LLAMA | {"num_hidden_layers": 12}}, "system": "slm"}
+    peaks = []
+    for again in (False, True):
+        strategy = FSDP | {"init_args": {"activation_checkpointing": again}}
+        one = Job.of(RECIPE | {"model": deep, "trainer": {"precision": "bf16-mixed", "strategy": strategy}}, 256)
+        peaks.append(predict(one, world(2, 2))["memory_bytes"]["activations"])
+    assert peaks[1] < peaks[0] / 2
+
+
+def test_shards_divide_what_is_held():
+    whole, half = predict(job(strategy=FSDP), world(1, 1)), predict(job(strategy=FSDP), world(2, 2))
+    for kind in ("weights", "gradients", "optimizer", "encoder"):
+        assert half["memory_bytes"][kind] == whole["memory_bytes"][kind] / 2
+    assert whole["seconds"]["communication"] == 0
+    copies = predict(job(strategy=FSDP), world(16, 8))
+    assert copies["memory_bytes"]["weights"] == whole["memory_bytes"]["weights"] / 8
+    replicated = predict(job(strategy=FSDP | {"init_args": {"encoder": "replicated"}}), world(2, 2))
+    assert replicated["memory_bytes"]["encoder"] == whole["memory_bytes"]["encoder"]
+    offloaded = predict(job(strategy=FSDP | {"init_args": {"encoder": "offloaded"}}), world(2, 2))
+    assert offloaded["memory_bytes"]["encoder"] == 0
+
+
+def test_a_large_encoder_is_planned_without_its_weights():
+    llama = toy.LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    llama |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    model = {"llm": {"config": llama}, "slm": {"config": toy.LLAMA}, "encoder": {"dtype": "bfloat16"}}
+    large = Job.of({"model": model, "data": RECIPE["data"], "trainer": {"precision": "bf16-mixed", "strategy": FSDP}})
+    found = predict(large, world(64, 64))
+    assert found["weights"]["frozen"] == pytest.approx(69.5e9, rel=0.02)
+    assert found["memory_bytes"]["encoder"] == pytest.approx(69.5e9 * 2 / 64, rel=0.02)
+    assert found["fits"]
+    assert not predict(large, world(1, 1))["fits"]
+
+
+def test_the_command(workdir, capsys):
+    recipe = toy.write_recipe(workdir, precision="bf16-mixed")
+    main(["plan", "--config", recipe, "--config", "hardware/8gpu_fsdp", "--gpu", "h100", "--model.system", "slm"])
+    text = capsys.readouterr().out
+    assert "8 x h100 (8 a node), shards of 8" in text
+    assert "of 80: fits" in text
+    main(["plan", "--config", recipe, "--model.system=slm", "--data.micro_batch_size=2", "--json"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["gpus"] == record["shard"] == 1
+    main(["plan", "--config", recipe, "--model.system=slm", "--measure"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["measured"]["step_s"] > 0
+    assert record["predicted_over_measured"]["step"] > 0
+
+
+def test_mistakes(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    with pytest.raises(UserError, match="6 GPUs cannot be divided into shards of 4"):
+        check(job(), world(6, 4))
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", recipe, "--model.system"])
+    assert "expected --key.of.recipe VALUE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", "hardware/1gpu"])
+    assert "the recipe has neither model.llm.source nor model.llm.config" in capsys.readouterr().err
+
+
+def test_sizes_of_a_model():
+    model = build(job("slm"))
+    sizes = Sizes.of(model)
+    assert sizes.trained == sizes.root + sizes.block  # one block
+    assert sizes.frozen == sizes.frozen_block == 0
+    assert torch.get_default_dtype() == torch.float32
