@@ -59,7 +59,7 @@ class BlockStep(TorchStep):
 
     def linear(self, x: Tensor, linear: Linear, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         """See `TorchStep.linear`; torch's own products of a few rows take twice the time that the weights' bytes do."""
-        native_too = self._native and x.shape[0] <= WIDEST_BATCH and linear.weight.is_contiguous()
+        native_too = self._native and x.shape[0] <= WIDEST_BATCH[linear.weight.dtype] and linear.weight.is_contiguous()
         if not native_too:
             return super().linear(x, linear, norm, residual)
         return product(normalised(x, norm), linear, residual)

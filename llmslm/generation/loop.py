@@ -12,6 +12,7 @@ from llmslm.generation.dispatch import step_for
 from llmslm.generation.graphs import Captured
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
+from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
@@ -95,6 +96,18 @@ class HostLoop(DecodeLoop):
         on_tokens: OnTokens,
     ) -> None:
         """See `DecodeLoop.run`."""
+        with fast_products(self.state.device):
+            self._run(prompt, attention_mask, max_new, may_end, on_first_token, on_tokens)
+
+    def _run(
+        self,
+        prompt: Tensor,
+        attention_mask: Tensor,
+        max_new: int,
+        may_end: bool,
+        on_first_token: OnFirstToken,
+        on_tokens: OnTokens,
+    ) -> None:
         state, filled = self.state, 0
         logits = self.prefill(prompt, attention_mask)
         if self.causal is not None:

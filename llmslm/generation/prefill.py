@@ -5,7 +5,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmslm.generation.plan import Decoder
-from llmslm.generation.products import fast_products
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import fill_cross_cache
 
@@ -41,14 +40,13 @@ class CausalPrefill:
         valid = attention_mask.bool()
         positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         name = "input_ids" if prompt.dim() == 2 else "inputs_embeds"
-        with fast_products(prompt.device):
-            output = self.model(
-                **{name: prompt},
-                attention_mask=causal_mask(valid, self.dtype),
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        output = self.model(
+            **{name: prompt},
+            attention_mask=causal_mask(valid, self.dtype),
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         for index, layer in enumerate(output.past_key_values.layers):
             state.cache[index, 0, :, :, :length].copy_(layer.keys)
             state.cache[index, 1, :, :, :length].copy_(layer.values)
@@ -77,11 +75,10 @@ class EncodedPrefill:
     def __call__(self, prompt: Tensor, attention_mask: Tensor) -> None:
         """Read ids (batch, length) or the encoder's states (batch, length, width); the mask's 1 means attend."""
         state = self.state
-        with fast_products(prompt.device):
-            if prompt.dim() == 2:
-                encoder = self.model.get_encoder()
-                prompt = encoder(input_ids=prompt, attention_mask=attention_mask).last_hidden_state
-            fill_cross_cache(self.decoder, state, prompt)
+        if prompt.dim() == 2:
+            encoder = self.model.get_encoder()
+            prompt = encoder(input_ids=prompt, attention_mask=attention_mask).last_hidden_state
+        fill_cross_cache(self.decoder, state, prompt)
         state.encoder_valid.fill_(False)
         state.encoder_valid[:, : attention_mask.shape[1]].copy_(attention_mask.bool())
         state.token.fill_(self.start)

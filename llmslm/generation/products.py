@@ -1,4 +1,4 @@
-"""Faster matrix products for a prompt's pass on the CPU."""
+"""Faster matrix products of many rows on the CPU: a prompt's, or those of a wide batch."""
 
 import contextlib
 from typing import Any
