@@ -1,7 +1,7 @@
 """Systems to compare with: any model of transformers, and what makes an llm decode sooner without any training."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,13 +58,23 @@ class GenerateSystem(System):
         name: in records.
         llm: the system whose weights and texts it shares.
         one_by_one: decode the rows of a batch one after the other, where `generate` takes one only.
-        arguments: of `generate`, for example cache_implementation="static".
+        arguments: of `generate`, beside its settings.
+        settings: of the generation config, for example cache_implementation="static".
     """
 
-    def __init__(self, name: str, llm: System, *, one_by_one: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        llm: System,
+        *,
+        one_by_one: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__(name, llm.model, llm.codec, llm.card, "generate")
         self.one_by_one = one_by_one
-        self._arguments = arguments
+        self.generation_settings = settings
+        self._arguments = dict(arguments or {})
 
     def _new_tokens(self, prompts: Sequence[str], **settings: Any) -> Tensor:
         if not self.one_by_one:
@@ -95,7 +105,7 @@ def assisted(llm: System, assistant: System) -> SpeculativeSystem:
     own, other = llm.codec.slm_tokenizer, assistant.codec.slm_tokenizer
     if not same_tokenizer(own, other):
         arguments |= {"tokenizer": own, "assistant_tokenizer": other}
-    return SpeculativeSystem("assisted", llm, one_by_one=True, **arguments)
+    return SpeculativeSystem("assisted", llm, one_by_one=True, arguments=arguments)
 
 
 def prompt_lookup(llm: System, tokens: int = 10) -> SpeculativeSystem:

@@ -22,13 +22,16 @@ def register_system(client: "MlflowClient", record: Record, run_id: str) -> str 
         run_id: the run of the record.
 
     Returns:
-        The name it is registered under; None where the folder that was evaluated is not here any more.
+        The name it is registered under; None where the system folder that was evaluated is not here any more, and for
+        systems that have none.
     """
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
+    from llmslm.checkpoint import CARD
+
     checkpoint, folder = record["hashes"]["checkpoint"], Path(record.get("folder") or "")
-    if not record.get("folder") or not folder.is_dir() or folder_hash(folder) != checkpoint:
+    if not (folder / CARD).is_file() or folder_hash(folder) != checkpoint:
         return None
     name = f"{record['training'].get('recipe') or record['task']['name']}-{record['system']}"
     try:

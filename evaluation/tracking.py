@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,10 @@ def log_comparison(board: "Leaderboard", parent_run_id: str | None = None, *, mo
     """
     with _answering() as client:
         parent = _parent(client, board, parent_run_id)
-        children = [_child(client, record, parent) for record in board.records]
+        plots = {
+            _key(record): board.plots.get((row.task, row.hardware), []) for row in board.rows for record in row.records
+        }
+        children = [_child(client, record, parent, plots.get(_key(record), [])) for record in board.records]
         if models:
             for record, child in zip(board.records, children, strict=True):
                 register_system(client, record, child)
@@ -131,7 +134,7 @@ def _parent(client: "MlflowClient", board: "Leaderboard", run_id: str | None) ->
     return str(run.info.run_id)
 
 
-def _child(client: "MlflowClient", record: Record, parent: str) -> str:
+def _child(client: "MlflowClient", record: Record, parent: str, plots: Sequence[Path]) -> str:
     from mlflow.entities import Metric, Param
 
     key = _key(record)
@@ -149,6 +152,8 @@ def _child(client: "MlflowClient", record: Record, parent: str) -> str:
     )
     client.log_dict(run_id, record | {"predictions": Path(record["predictions"]).name}, RECORD)
     _log_predictions(client, run_id, Path(record["predictions"]))
+    for plot in plots:
+        client.log_artifact(run_id, str(plot), "plots")
     client.set_tag(run_id, RECORD_TAG, key)  # last: only a complete run counts as logged
     client.set_terminated(run_id)
     return run_id

@@ -66,6 +66,8 @@ class System:
         self.codec = codec
         self.card = card
         self.decoder = decoder
+        self.generation_settings: dict[str, Any] = {}
+        """Further settings of transformers' generate(), where it decodes."""
         if self.language_model.generation_config.pad_token_id is None:
             self.language_model.generation_config.pad_token_id = codec.pad_id
 
@@ -176,6 +178,7 @@ class System:
             | {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens or None, "max_length": None}
             | {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
             | {"pad_token_id": self.codec.pad_id, "eos_token_id": self._eos_ids()}
+            | self.generation_settings
         )
         ids = self.language_model.generate(**inputs, generation_config=config, stopping_criteria=stopping)
         return self._new_ids(ids, inputs)

@@ -19,6 +19,8 @@ class Leaderboard:
     markdown: str
     files: dict[str, Path]
     """By what they are: markdown, csv, page, plot, break-even."""
+    plots: dict[tuple[str, str], list[Path]]
+    """Those of the files that are plots, by task and hardware."""
 
 
 def build(paths: Iterable[str | Path], out: Path) -> Leaderboard:
@@ -43,12 +45,14 @@ def build(paths: Iterable[str | Path], out: Path) -> Leaderboard:
     write_text(files["csv"], csv_table(rows))
     files["page"] = out / "leaderboard.html"
     write_text(files["page"], page(rows, parts))
+    plots: dict[tuple[str, str], list[Path]] = {}
     for part in parts:
         for name, data in part.images.items():
             key = name if len(parts) == 1 else f"{name} {part.task}, {part.hardware}"
             files[key] = out / f"{part.slug}.{name}.png"
             write_bytes(files[key], data)
-    return Leaderboard(records, rows, markdown, files)
+            plots.setdefault((part.task, part.hardware), []).append(files[key])
+    return Leaderboard(records, rows, markdown, files, plots)
 
 
 def _read(path: Path) -> Record:

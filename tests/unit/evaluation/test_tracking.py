@@ -48,6 +48,7 @@ def test_a_child_for_each_record_under_one_parent(client, records, tmp_path):
     assert llm.info.status == "FINISHED"
     table = json.loads(Path(client.download_artifacts(llm.info.run_id, "predictions.json")).read_text())
     assert len(table["data"]) == record["examples"]["effective"]
+    assert len(client.list_artifacts(llm.info.run_id, "plots")) == 2
     names = {each.path for each in client.list_artifacts(logged.parent_run_id, "leaderboard")}
     assert {"leaderboard/leaderboard.html", "leaderboard/leaderboard.md"} <= names
     assert log_comparison(board) == logged
