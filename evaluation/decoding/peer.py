@@ -13,11 +13,16 @@ from transformers import PreTrainedModel
 _TYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8"}
 
 
-def reason_against(device: torch.device) -> str | None:
+def reason_against(device: torch.device, dtype: str) -> str | None:
     """Say why CTranslate2 cannot be timed here, or None."""
     if importlib.util.find_spec("ctranslate2") is None:
         return "ctranslate2 is not installed"
-    return None if device.type == "cpu" else "timed on the CPU only"
+    if device.type != "cpu":
+        return "timed on the CPU only"
+    import ctranslate2
+
+    known = ctranslate2.get_supported_compute_types("cpu")
+    return None if _TYPES[dtype] in known else f"ctranslate2 has no {dtype} on this processor"
 
 
 def run_of(model: PreTrainedModel, ids: Tensor, dtype: str) -> Callable[[int], Any]:
