@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llmslm.errors import UserError
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
     from llmslm.system import System
 
 USAGE = """usage: llmslm COMMAND [OPTIONS]
@@ -23,6 +25,8 @@ commands:
   validate   loss and BLEU on the validation split of a recipe
   test       the same on its test split
   predict    write predictions for its test split
+  features   encode a recipe's prompts once: llmslm features --config R --out DIR; then fit with
+             --model.encoder.features DIR
   plan       memory per GPU and time per step: llmslm plan --config quickstart --config hardware/8gpu_fsdp
   consolidate  make a system of a training checkpoint, sharded or not, on a CPU
   generate   answer prompts:        llmslm generate --checkpoint runs/quickstart/llm_to_slm "prompt"
@@ -43,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         sys.stdout.write(f"llmslm {metadata.version('llmslm')}\n")
         return
-    others = {"generate": _generate, "plan": _plan, "consolidate": _consolidate}
+    others = {"generate": _generate, "features": _features, "plan": _plan, "consolidate": _consolidate}
     if args[0] not in (*TRAINER_COMMANDS, *others):
         _fail(f"unknown command {args[0]!r}; expected one of {', '.join((*TRAINER_COMMANDS, *others))}", 2)
     try:
@@ -57,7 +61,27 @@ def main(args: list[str] | None = None) -> None:
         _fail("stopped", 130)
 
 
-def _train(args: list[str]) -> None:
+def _features(args: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="llmslm features",
+        allow_abbrev=False,
+        description=(
+            "Encode the prompts of a recipe once. Other arguments are those of `llmslm fit`. Under torchrun the ranks "
+            "share the work; a stopped call goes on where it was."
+        ),
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the features")
+    options, rest = parser.parse_known_args(args)
+
+    from llmslm.callbacks.write_features import WriteFeatures, Written
+
+    try:
+        _train(["fit", *rest, "--model.system=llm_to_slm", "--trainer.logger=false"], WriteFeatures(Path(options.out)))
+    except Written:
+        sys.stderr.write(f"features: {options.out}\n")
+
+
+def _train(args: list[str], *callbacks: "Callback") -> None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -65,7 +89,7 @@ def _train(args: list[str]) -> None:
     from llmslm.writing import is_disk_full
 
     try:
-        run(args)
+        run(args, callbacks)
     except ArgumentError as error:
         _fail(plain(error), 2)
     except MisconfigurationException as error:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
 from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
 from llmslm.errors import UserError
+from llmslm.features import StoredEncoder
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
 from llmslm.models.encoder import Encoder, Layers
@@ -54,6 +55,8 @@ class EncoderOptions:
     """Weights' dtype, for example bfloat16; None keeps what is stored."""
     quantization: Quantization | None = None
     """Quantise the weights at load: 8bit (needs torchao or bitsandbytes) or 4bit (bitsandbytes or torchao)."""
+    features: str | None = None
+    """Folder of `llmslm features`: train from stored states, without the LLM (and without val/bleu)."""
 
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -110,7 +113,8 @@ class SystemModule(L.LightningModule):
         self.optimizer_factory = optimizer
         self.schedule = schedule
         self.warmup_steps = warmup_steps
-        self.bleu_examples = bleu_examples
+        self.features = Path(encoder.features) if encoder.features and system == "llm_to_slm" else None
+        self.bleu_examples = 0 if self.features else bleu_examples
         self.compile_blocks = compile
         self.model: PreTrainedModel | None = None
         self.codec: Codec | None = None
@@ -154,13 +158,16 @@ class SystemModule(L.LightningModule):
         if self.system == "slm":
             return slm.train()
         source, options = self.encoder_source(), self.encoder_options
-        encoder = Encoder.from_source(
-            source,
-            revision=options.revision,
-            layer=options.layer,
-            dtype=options.dtype,
-            quantization=options.quantization,
-        )
+        if self.features is not None:
+            encoder: Encoder = StoredEncoder(self.features)
+        else:
+            encoder = Encoder.from_source(
+                source,
+                revision=options.revision,
+                layer=options.layer,
+                dtype=options.dtype,
+                quantization=options.quantization,
+            )
         widths = (encoder.hidden_size, slm.config.hidden_size)
         return LlmToSlm.compose(
             encoder,
@@ -209,7 +216,8 @@ class SystemModule(L.LightningModule):
         if self.compile_blocks:
             compile_blocks(self._built)
         if self.trainer.datamodule.packs:  # type: ignore[attr-defined]
-            check_packing(self._built, reads_states=self.system == "llm_to_slm")
+            stored = StoredEncoder(self.features).width if self.features else None
+            check_packing(self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean cross-entropy in nats a target token, and the number of target tokens."""

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -211,6 +211,8 @@ class Codec:
         if self.has_encoder:
             batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
             batch["prompt_ids"], batch["prompt_documents"] = join(lambda r: r["prompt_ids"], 1, self.encoder_pad_id)
+            order = [i for row in packed for i in row]
+            batch |= _stored_states([rows[i] for i in order], batch["prompt_documents"] >= 0)
         return batch
 
     def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -229,6 +231,13 @@ class Codec:
         tokenizers = [t.backend_tokenizer.to_str() if t.is_fast else repr(t) for t in self._tokenizers()]
         settings = (self.text_format, self.is_encoder_decoder, self.decoder_start_token_id, self.has_encoder)
         text = "\0".join([*tokenizers, repr(settings), self.prompt_layout, str(self.pad_id)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prompt_signature(self) -> str:
+        """Hash everything that decides about the encoder's tokens, for caches of its states."""
+        tokenizer, form = self.encoder_tokenizer or self.slm_tokenizer, self.text_format
+        words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+        text = "\0".join([words, form.prompt_template, str(form.max_prompt_tokens), str(form.truncate_prompt)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _tokenizers(self) -> list[PreTrainedTokenizerBase]:
@@ -299,7 +308,7 @@ class Codec:
         if not self.has_encoder:
             return {}
         prompt_ids, mask = pad([row["prompt_ids"] for row in rows], self.encoder_pad_id)
-        side = {"prompt_ids": prompt_ids, "prompt_attention_mask": mask}
+        side = {"prompt_ids": prompt_ids, "prompt_attention_mask": mask} | _stored_states(rows, mask.bool())
         if self.prompt_layout != "offsets":
             return side
         longest = max(len(row["prompt_spans"]) for row in rows)
@@ -333,6 +342,16 @@ def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -
         rows[-1].append(index)
         room = left
     return rows
+
+
+def _stored_states(rows: Sequence[Row], places: Tensor) -> dict[str, Tensor]:
+    """Put stored encoder states, where the rows have them, on the places (batch, len) of their tokens."""
+    if "hidden_states" not in rows[0]:
+        return {}
+    states = torch.cat([cast(Tensor, row["hidden_states"]) for row in rows])
+    hidden_states = states.new_zeros(*places.shape, states.shape[-1])
+    hidden_states[places] = states
+    return {"hidden_states": hidden_states}
 
 
 def _join(rows: list[list[list[int]]], shape: tuple[int, int], value: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llmslm import features
 from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
 from llmslm.data.loader import BatchLoader, StreamLoader
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
@@ -118,10 +119,12 @@ class TextDataModule(L.LightningDataModule):
             shape = PackedShape(batch_size, capacities(sides, self.pack_tokens))
             sampler: LengthBatchSampler = PackedBatchSampler(sides, batch_size, shape.capacities, **self._dealing())
             packed = partial(collate, shape=shape)
-            return BatchLoader(dataset, sampler, self._trained, collate_fn=packed, **self._workers())
+            rows = self._with_states(dataset, "train")
+            return BatchLoader(rows, sampler, self._trained, collate_fn=packed, **self._workers())
         if isinstance(dataset, Dataset):
             sampler = LengthBatchSampler(_lengths(dataset), batch_size, shuffle=True, **self._dealing())
-            return BatchLoader(dataset, sampler, self._trained, collate_fn=collate, **self._workers())
+            rows = self._with_states(dataset, "train")
+            return BatchLoader(rows, sampler, self._trained, collate_fn=collate, **self._workers())
         trainer = self._module.trainer
         if trainer.max_steps == -1:
             raise UserError(f"{self.source.name} is streamed and has no end: set trainer.max_steps")
@@ -209,7 +212,35 @@ class TextDataModule(L.LightningDataModule):
         assert isinstance(dataset, Dataset)
         sampler = LengthBatchSampler(_lengths(dataset), self.eval_batch_size, shuffle=False, **self._dealing())
         collate = partial(collate_with_examples, codec=self.codec)
-        return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, **self._workers())
+        rows = self._with_states(dataset, split)
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, **self._workers())
+
+    def prompt_rows(self, split: Split) -> tuple[Dataset, np.ndarray]:
+        """Return a split's tokenised rows, and the encoder's tokens of each.
+
+        Raises:
+            UserError: if it is streamed: its features cannot be found again.
+        """
+        dataset = self._tokenised[split]
+        if not isinstance(dataset, Dataset):
+            raise UserError(f"{self.source.name} is streamed, so its features cannot be stored (data.source)")
+        return dataset, token_counts(dataset, ("prompt_ids",))
+
+    def feature_identity(self, split: Split) -> dict[str, Any]:
+        """Name what decides about the encoder's states of a split, beside the encoder."""
+        return features.identity(self.prompt_rows(split)[0], self.codec, self.source.fingerprint())
+
+    def _with_states(self, dataset: Dataset, split: Split) -> Any:
+        """Put the states beside the rows that the module wants to read instead of running its encoder."""
+        folder = self._module.features
+        if folder is None:
+            return dataset
+        rows, lengths = self.prompt_rows(split)
+        module = self._module
+        features.check(
+            folder, module.encoder_source(), module.encoder_options.layer, split, self.feature_identity(split)
+        )
+        return features.RowsWithStates(rows, features.StoredStates(folder, split, lengths))
 
     def _dealing(self) -> dict[str, int]:
         trainer = self._module.trainer

@@ -78,7 +78,7 @@ def cross_attending(model: PreTrainedModel, mask: Tensor | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def check_packing(model: PreTrainedModel, *, reads_states: bool = False) -> None:
+def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_width: int | None = None) -> None:
     """Run a model on an example alone and behind another one: its logits must agree.
 
     Of a decoder-only model, transformers makes the mask from positions that start again at 0. A model that ignores
@@ -87,6 +87,7 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False) -> None
     Args:
         model: any of the three systems'.
         reads_states: whether it is a composition, which a frozen encoder's states reach.
+        stored_width: width of these states where they are stored, and the encoder itself is not there.
 
     Raises:
         UserError: if they do not agree.
@@ -106,6 +107,10 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False) -> None
     if reads_states:
         alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
         inputs |= {"prompt_ids": both, "prompt_documents": documents, "on_prompt": torch.ones_like(both)}
+    if stored_width is not None:
+        count = 2 * _LENGTH * stored_width
+        states = torch.linspace(-1, 1, count, device=model.device).sin().view(1, 2 * _LENGTH, stored_width)
+        inputs["hidden_states"], alone_inputs["hidden_states"] = states, states[:, _LENGTH:]
     alone = model(**alone_inputs, use_cache=False).logits
     with cross_attending(model, cross):
         packed = model(**inputs, use_cache=False).logits
