@@ -20,6 +20,7 @@ from llmslm.generation.choice import Choice
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.memory import require
 from llmslm.generation.plan import Decoder
+from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.side import Side
 from llmslm.generation.state import capacity_bucket, prompt_bucket
@@ -106,16 +107,17 @@ class VerifiedEngine:
             return VerifiedTokens(tokens, Acceptance())
         places = max_new_tokens + LONGEST + 2
         self._require_memory(prompt_ids.shape[0], prompt_ids.shape[1], places)
-        reading = self.encoder.read(prompt_ids, prompt_mask)
-        inputs = self.draft.slm_inputs(
-            prompt_ids=prompt_ids,
-            prompt_attention_mask=reading.mask,
-            hidden_states=reading.hidden_states,
-            **slm_side,
-        )
+        with fast_products(self.llm.device):
+            reading = self.encoder.read(prompt_ids, prompt_mask)
+            inputs = self.draft.slm_inputs(
+                prompt_ids=prompt_ids,
+                prompt_attention_mask=reading.mask,
+                hidden_states=reading.hidden_states,
+                **slm_side,
+            )
+            sides = self._llm_side(reading, prompt_ids, places), self._draft_side(inputs, places)
         min_new = max(min_new_tokens, self._alone.configured_minimum(start))
         choice = Choice(self.llm, prompt_ids, prompt_mask, min_new=min_new, max_new=max_new_tokens, sampling=sampling)
-        sides = self._llm_side(reading, prompt_ids, places), self._draft_side(inputs, places)
         run = _Run(*sides, choice, BlockLength(_cost_of_drafting(*sides)))
         return run.decode(on_first_token, on_tokens)
 
