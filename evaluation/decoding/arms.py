@@ -52,7 +52,7 @@ class Arms:
         if arm in ("assisted", "prompt_lookup") and self.batch.ids.shape[0] > 1:
             return "transformers takes one row at a time here"
         if arm == "verified":
-            return "what it gains is how many drafts are kept, which random weights do not show: see compare --peers verified"
+            return "drafts of random weights are kept by chance alone: see compare --peers verified"
         if arm == "ctranslate2":
             return peer.reason_against(self.models.device, self.models.dtype)
         if arm == "static" and self.models.dtype == "int8":
