@@ -80,7 +80,8 @@ class _Heart:
             self._done.set()
             self._store.add(f"left{self.rank}", 1)
             left = self._store.add("left", 1)
-            end = time.monotonic() + self.lost_after_s
+            # After an error, long enough for the others to read why, and shorter than a launcher waits before it kills.
+            end = time.monotonic() + (1.5 * self.every_s if message else self.lost_after_s)
             while self.rank == 0 and left < self.world_size and time.monotonic() < end:
                 time.sleep(min(0.05, self.every_s))
                 left = self._store.add("left", 0)
