@@ -15,6 +15,7 @@ from llmslm.cli import main
 from llmslm.system import System
 from tests import tiny
 from tests.unit import toy
+from tests.unit.data.tokenizers import bytes_of
 
 
 def fit(recipe, system, *args):
@@ -144,12 +145,14 @@ def test_models_that_are_not_there_are_named(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     assert "train it first with --model.system llm" in fails(capsys, "fit", "--config", recipe)
     line = fails(capsys, "fit", "--config", recipe, "--model.encoder.source=/nowhere")
-    assert "encoder source '/nowhere' cannot be loaded" in line
+    assert "no tokenizer at '/nowhere'" in line
+    assert "expected a hub name or a folder with tokenizer.json" in line
     line = fails(capsys, "fit", "--config", recipe, "--model.slm.source=x")
     assert "model.slm has both of source and config" in line
     tiny.CONFIGS["t5"].save_pretrained("empty")
+    bytes_of().save_pretrained("empty")
     line = fails(capsys, "fit", "--config", recipe, "--model.encoder.source=empty")
-    assert "expected a hub name or a folder with config.json and weights" in line
+    assert "a folder with config.json and weights" in line
     assert "holds no system" in fails(capsys, "generate", "--checkpoint", "nowhere", "x")
 
 
