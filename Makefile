@@ -6,12 +6,15 @@ INSTALLED := $(VENV)/.installed
 TOKENIZERS_PARALLELISM ?= false
 export TOKENIZERS_PARALLELISM
 
-.PHONY: quickstart test check format install wheel clean
+.PHONY: quickstart test test-all check format install wheel clean
 
 quickstart: $(INSTALLED)  ## train the three systems of the quickstart recipe, compare them, print the leaderboard
 	$(BIN)/llmslm-eval experiment --config quickstart
 
-test: $(INSTALLED)  ## run all tests
+test: $(INSTALLED)  ## run the tests, but for those that kill runs or start several processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## format, lint and types

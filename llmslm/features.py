@@ -196,8 +196,10 @@ def write_manifest(folder: Path, encoder: Encoder, source: str, splits: dict[str
     manifest = json.loads(json.dumps({"version": VERSION, "encoder": about, "splits": splits}, default=str))
     path = folder / MANIFEST
     if path.is_file():
-        _same(folder, "encoder", json.loads(path.read_text())["encoder"]["hash"], about["hash"])
-        _same(folder, "data", json.loads(path.read_text())["splits"], manifest["splits"])
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("hash", "layer", "quantization"):  # the hash is of weights: mixes of other layers may share it
+            _same(folder, f"encoder ({name})", stored["encoder"][name], manifest["encoder"][name])
+        _same(folder, "data", stored["splits"], manifest["splits"])
     write_text(path, json.dumps(manifest, indent=1) + "\n")
 
 

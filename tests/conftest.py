@@ -6,8 +6,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+from pathlib import Path
+
 import pytest
 import torch
+
+SLOW = {Path(__file__).parent / name for name in ("distributed", "faults")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts and kills whole runs: minutes, where the rest takes seconds."""
+    for item in items:
+        if SLOW & set(item.path.parents):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,16 @@
 
 import csv
 import re
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from llmslm import features
 from llmslm.cli import main
+from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder
 from llmslm.system import System
 from tests.unit import toy
@@ -92,3 +95,13 @@ def test_a_cache_of_another_encoder_is_refused(recipe, capsys):
     with pytest.raises(SystemExit):
         fit(recipe, "llm_to_slm", "--model.encoder.features=states")
     assert "of another encoder (model.encoder.source)" in capsys.readouterr().err
+
+
+def test_shards_of_other_layers_are_not_taken_over(tmp_path):
+    encoder = types.SimpleNamespace(
+        config=LlamaConfig(), content_hash=lambda: "same", layer=[0, 2], quantization=None, max_positions=None
+    )
+    features.write_manifest(tmp_path, encoder, "llm", {})
+    encoder.layer = [1, 2]
+    with pytest.raises(UserError, match=r"of another encoder \(layer\): '\[0, 2\]', here it is '\[1, 2\]'"):
+        features.write_manifest(tmp_path, encoder, "llm", {})
