@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM
 quickstart: $(INSTALLED)  ## train the three systems of the quickstart recipe, compare them, print the leaderboard
 	$(BIN)/llmslm-eval experiment --config quickstart
 
-test: $(INSTALLED)  ## run the tests, but for those that kill runs or start several processes
+test: $(INSTALLED)  ## run the tests, but for those that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(INSTALLED)  ## run all tests

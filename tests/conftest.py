@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-SLOW = {Path(__file__).parent / name for name in ("distributed", "faults")}
+_LONG = ("distributed", "faults", "unit/generation/test_verified.py", "unit/generation/test_memory.py")
+SLOW = {Path(__file__).parent / name for name in _LONG}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts and kills whole runs: minutes, where the rest takes seconds."""
+    """Mark what takes minutes, where the rest takes seconds: whole runs started and killed, many pairs of models."""
     for item in items:
-        if SLOW & set(item.path.parents):
+        if SLOW & {item.path, *item.path.parents}:
             item.add_marker(pytest.mark.slow)
 
 
