@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
 from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
+from llmslm.data.features import StoredEncoder
 from llmslm.errors import UserError
-from llmslm.features import StoredEncoder
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
 from llmslm.models.encoder import Encoder, Layers

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from llmslm import features
+from llmslm.data import features
 from llmslm.data.datamodule import TextDataModule
 from llmslm.data.sources import Split
 from llmslm.models.modeling import LlmToSlm

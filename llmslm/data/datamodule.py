@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmslm import features
+from llmslm.data import features
 from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
 from llmslm.data.loader import BatchLoader, StreamLoader
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from llmslm import features
 from llmslm.cli import main
+from llmslm.data import features
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder
 from llmslm.system import System
