@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-_LONG = ("distributed", "faults", "unit/generation/test_verified.py", "unit/generation/test_memory.py")
+_LONG = (
+    "distributed",
+    *(f"faults/test_{name}.py" for name in ("killed", "lost_rank", "torchrun", "tracking_server")),
+    *(f"unit/generation/test_{name}.py" for name in ("memory", "verified")),
+)
 SLOW = {Path(__file__).parent / name for name in _LONG}
 
 
