@@ -105,7 +105,7 @@ def test_mlflow_gets_parameters_config_commit_and_data(workdir):
     )
     fit(recipe, "slm", "--trainer.logger.init_args.parent_run=parent")
     fit(recipe, "slm")  # a second run in the same folder is no error
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("llmslm").experiment_id], order_by=["start_time"])
     assert len(runs) == 2
     run = runs[0]
