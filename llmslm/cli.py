@@ -128,10 +128,11 @@ def _generate(args: list[str]) -> None:
     from llmslm.verified_system import VerifiedSystem
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     if options.verify is not None:
-        system: System = VerifiedSystem.load_pair(options.checkpoint, options.verify, device=device)
+        system: System = VerifiedSystem.load_pair(options.checkpoint, options.verify, device=device, dtype=dtype)
     else:
-        system = System.load(options.checkpoint, device=device)
+        system = System.load(options.checkpoint, device=device, dtype=dtype)
     limit = options.max_new_tokens or system.codec.text_format.max_target_tokens
     sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
     settings = {"max_new_tokens": limit, "sampling": sampling if options.temperature else None}
@@ -157,6 +158,11 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="of the weights; default: bfloat16 on a GPU, float32 on the CPU, which alone has int8",
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens; default: take the most probable")
     parser.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that have this much of the mass")
@@ -171,6 +177,8 @@ def _check_generate(options: argparse.Namespace) -> None:
         raise UserError("--input takes the prompts from a file and writes to one: leave out --stream and prompts")
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} was given; expected 1 or more")
+    if options.verify is not None and options.dtype == "int8":
+        raise UserError("--verify gives the llm's own output, which weights of 8 bits change; use --dtype float32")
 
 
 def _generate_file(system: "System", options: argparse.Namespace, settings: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from llmslm.checkpoint import load_parts
 from llmslm.data.codec import IGNORED, Codec
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.int8 import to_int8, weights
+from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.streaming import TextStream
 from llmslm.models.modeling import LlmToSlm
@@ -82,11 +84,25 @@ class System:
     ) -> Self:
         """Load a run folder, or the system folder inside it.
 
+        Args:
+            folder: where the system lies.
+            device: where it goes.
+            dtype: of the weights; float32 if not given. int8, on the CPU: linear layers of 8 bits, the rest in float32.
+            encoder_source: where the encoder lies now, if not where its config says.
+
         Raises:
-            UserError: if the folder holds no system, or its encoder cannot be found or is a different one.
+            UserError: if the folder holds no system, its encoder cannot be found or is a different one, or the device
+                has no weights of 8 bits.
         """
-        model, codec, card = load_parts(folder, dtype=dtype, encoder_source=encoder_source)
-        return cls(card["system"], model.to(device), codec, card)
+        rounded = dtype == torch.int8
+        model, codec, card = load_parts(
+            folder, dtype=torch.float32 if rounded else dtype, encoder_source=encoder_source
+        )
+        model = model.to(device)
+        if rounded:  # what was trained to connect both stays as it is: it is small
+            for part in (model.encoder, model.slm) if isinstance(model, LlmToSlm) else (model,):
+                to_int8(cast(nn.Module, part))
+        return cls(card["system"], model, codec, card)
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +202,11 @@ class System:
     def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
         """Tokenise prompts and, for a composition, encode, project and fuse: what the language model starts from."""
         batch = {k: v.to(self.device) for k, v in self.codec.collate_prompts(self.codec.encode(prompts)).items()}
-        return self.model.slm_inputs(**batch) if isinstance(self.model, LlmToSlm) else batch
+        if not isinstance(self.model, LlmToSlm):
+            return batch
+        with fast_products(self.device):
+            inputs: dict[str, Any] = self.model.slm_inputs(**batch)
+        return inputs
 
     @torch.inference_mode()
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
@@ -207,15 +227,15 @@ class System:
     def parameters(self) -> dict[str, int]:
         """Count parameters: in total, those that a checkpoint holds, and those read for each generated token."""
         encoder = self.model.encoder if isinstance(self.model, LlmToSlm) else None
-        frozen = sum(p.numel() for p in encoder.parameters()) if encoder is not None else 0
-        total = sum(p.numel() for p in self.model.parameters())
+        frozen = sum(p.numel() for p in weights(encoder)) if encoder is not None else 0
+        total = sum(p.numel() for p in weights(self.model))
         decoder = self.language_model
         if decoder.config.is_encoder_decoder:
             head = decoder.get_output_embeddings()
-            parts = [*decoder.get_decoder().parameters(), *(head.parameters() if head is not None else [])]
+            parts = [*weights(decoder.get_decoder()), *(weights(head) if head is not None else [])]
             decoding = sum({id(p): p.numel() for p in parts}.values())
         else:
-            decoding = sum(p.numel() for p in decoder.parameters())
+            decoding = sum(p.numel() for p in weights(decoder))
         if isinstance(self.model, LlmToSlm):
             decoding += sum(p.numel() for p in self.model.fusion.step_parameters())
         return {"total": total, "trained": total - frozen, "decoding": decoding}

@@ -60,3 +60,12 @@ def to_int8(model: nn.Module) -> None:
                 setattr(module, name, Int8Linear(child.weight.detach(), child.bias))
             elif type(child) is Conv1D:
                 setattr(module, name, Int8Linear(cast(Tensor, child.weight).detach().t(), cast(Tensor, child.bias)))
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """All weights of a model, those of 8 bits (buffers, since nothing trains them) too; a tied head then counts twice."""
+    rounded = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    return [
+        *model.parameters(),
+        *(cast(Tensor, tensor) for layer in rounded for tensor in (layer.weight, layer.bias) if tensor is not None),
+    ]

@@ -70,6 +70,24 @@ def test_draws_repeat_with_their_seed(checkpoint, capsys):
     assert output(capsys, *draw, "--seed", "1") != output(capsys, *draw, "--seed", "2")
 
 
+@pytest.mark.parametrize("name", ["llm", "llm_to_slm"])
+def test_weights_of_8_bits_are_counted_as_weights(runs, name):
+    whole, rounded = System.load(runs / name), System.load(runs / name, dtype=torch.int8)
+    assert rounded.parameters()["total"] >= whole.parameters()["total"], "a tied head has weights of its own then"
+    assert len(rounded.generate(PROMPTS, max_new_tokens=4)) == len(PROMPTS)
+    assert rounded.engine.reason is None
+
+
+def test_a_type_is_chosen(checkpoint, capsys):
+    outputs = {
+        name: output(capsys, "--checkpoint", checkpoint, "--dtype", name, *PROMPTS) for name in ("bfloat16", "int8")
+    }
+    assert all(text.count("\n") == len(PROMPTS) for text in outputs.values())
+    assert "--dtype float32" in fails(
+        capsys, "generate", "--checkpoint", checkpoint, "--verify", "x", "--dtype", "int8"
+    )
+
+
 def test_verified_output_is_the_llms(runs, checkpoint, capsys):
     expected = output(capsys, "--checkpoint", str(runs / "llm"), *PROMPTS)
     assert output(capsys, "--checkpoint", checkpoint, *PROMPTS) != expected, "the case is void otherwise"
