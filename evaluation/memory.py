@@ -70,7 +70,7 @@ def _added_on_cpu(system: EvaluatedSystem, batch: list[str], max_new_tokens: int
     system.generate(batch, max_new_tokens=1)
     ctypes.CDLL(None).malloc_trim(0)
     _reset_peak()
-    before = _status_bytes("VmRSS")
+    before = resident_bytes()
     system.generate(batch, max_new_tokens=max_new_tokens, min_new_tokens=max_new_tokens)
     return max(0, _status_bytes("VmHWM") - before)
 
@@ -86,6 +86,11 @@ def _can_reset_peak() -> bool:
 def _reset_peak() -> None:
     """Make the kernel forget the highest resident set so far (Linux, proc(5))."""
     (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that lie in memory (Linux)."""
+    return _status_bytes("VmRSS")
 
 
 def _status_bytes(key: str) -> int:

@@ -1,0 +1,96 @@
+"""Whether the engine's memory grows: thousands of prompts of mixed lengths, and what the process holds in between.
+
+    python -m evaluation.benchmarks.memory_growth --shape llama-4x512 --prompts 1000 --out growth.json
+
+Prompts come in batches of mixed length, each decoded to a length of its own, as a server would see them. The first
+`--warmup` prompts fill what is kept for further calls; growth is counted from there. On the CPU it is the resident set,
+after freed heap was handed back, on CUDA the allocator's live and reserved bytes. The last line is one JSON object.
+"""
+
+import argparse
+import ctypes
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from evaluation.decoding.shapes import SHAPES, build
+from evaluation.memory import resident_bytes
+from llmslm.generation.engine import DecodeEngine
+from llmslm.provenance import provenance
+from llmslm.writing import write_text
+
+_FIRST_ID, _LAST_ID = 3, 1000  # ordinary tokens, which every shape's vocabulary has
+_SAMPLES = 10  # readings after the warm-up
+
+
+def held_bytes(device: torch.device) -> int:
+    """What is held at this moment: reserved by CUDA's allocator, or resident once freed heap is handed back."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_reserved(device)
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+
+def measure(engine: DecodeEngine, prompts: int, warmup: int, batch: int, seed: int = 0) -> list[dict[str, int]]:
+    """Decode `warmup` prompts, then `prompts` more; the bytes held after the warm-up and at ten points since.
+
+    Args:
+        engine: decodes.
+        prompts: number of prompts that are counted.
+        warmup: number of prompts before them.
+        batch: prompts decoded together.
+        seed: of prompts and lengths.
+    """
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    readings, next_reading = [], warmup
+    with tqdm(total=warmup + prompts, unit=" prompts", desc="decoding") as progress:
+        for done in range(0, warmup + prompts, batch):
+            if done >= next_reading:
+                readings.append({"prompts": done - warmup, "bytes": held_bytes(engine.device)})
+                next_reading += max(prompts // _SAMPLES, batch)
+            ids = torch.randint(_FIRST_ID, _LAST_ID, (batch, rng.randint(4, 192)), generator=generator)
+            new = rng.randint(2, 48)
+            engine.generate(input_ids=ids.to(engine.device), max_new_tokens=new, min_new_tokens=new)
+            progress.update(batch)
+    return [*readings, {"prompts": prompts, "bytes": held_bytes(engine.device)}]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.memory_growth", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-4x512")
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--warmup", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="file for the record")
+    options = parser.parse_args(args)
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    engine = DecodeEngine(build(SHAPES[options.shape], device, dtype))
+    readings = measure(engine, options.prompts, options.warmup, options.batch)
+    growth = readings[-1]["bytes"] - readings[0]["bytes"]
+    record: dict[str, Any] = {
+        "shape": options.shape,
+        "prompts": options.prompts,
+        "warmup": options.warmup,
+        "batch": options.batch,
+        "growth_mib": growth / 2**20,
+        "readings": readings,
+        "provenance": provenance(),
+    }
+    print(f"{options.shape}: {growth / 2**20:+.2f} MiB over {options.prompts} prompts")
+    if options.out is not None:
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
