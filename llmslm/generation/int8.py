@@ -63,7 +63,7 @@ def to_int8(model: nn.Module) -> None:
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    """All weights of a model, those of 8 bits (buffers, since nothing trains them) too; a tied head then counts twice."""
+    """All weights of a model, those of 8 bits (buffers, since nothing trains them) too; a tied head counts twice."""
     rounded = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
     return [
         *model.parameters(),
