@@ -23,6 +23,7 @@ from llmslm.data.features import StoredEncoder
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
+from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder, Layers
 from llmslm.models.fusion import Add, Fusion
 from llmslm.models.head import logits_at
@@ -82,6 +83,8 @@ class SystemModule(L.LightningModule):
         schedule: learning rate after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
         bleu_examples: validation examples per rank that are generated for val/bleu; 0 switches the monitor off.
+        label_smoothing: share of each target's probability that training spreads over the vocabulary.
+        dropout: of the trained language model's residual branches, for architectures without dropout of their own.
         compile: train with compiled blocks; best with data.pack_tokens, whose batches have one shape.
     """
 
@@ -98,6 +101,8 @@ class SystemModule(L.LightningModule):
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_steps: int = 100,
         bleu_examples: int = 64,
+        label_smoothing: float = 0.0,
+        dropout: float = 0.0,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -115,6 +120,8 @@ class SystemModule(L.LightningModule):
         self.warmup_steps = warmup_steps
         self.features = Path(encoder.features) if encoder.features and system == "llm_to_slm" else None
         self.bleu_examples = 0 if self.features else bleu_examples
+        self.label_smoothing = label_smoothing
+        self.dropout = dropout
         self.compile_blocks = compile
         self.model: PreTrainedModel | None = None
         self.codec: Codec | None = None
@@ -153,8 +160,8 @@ class SystemModule(L.LightningModule):
 
     def _build(self, slm_tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         if self.system == "llm":
-            return load_language_model(self.llm_source, slm_tokenizer, "model.llm").train()
-        slm = load_language_model(self.slm_source, slm_tokenizer, "model.slm")
+            return self._trained(self.llm_source, slm_tokenizer, "model.llm").train()
+        slm = self._trained(self.slm_source, slm_tokenizer, "model.slm")
         if self.system == "slm":
             return slm.train()
         source, options = self.encoder_source(), self.encoder_options
@@ -178,6 +185,12 @@ class SystemModule(L.LightningModule):
             encoder_source=source,
             encoder_revision=options.revision,
         ).train()
+
+    def _trained(self, source: ModelSource, tokenizer: PreTrainedTokenizerBase, key: str) -> PreTrainedModel:
+        model = load_language_model(source, tokenizer, key)
+        if self.dropout:
+            add_dropout(model, self.dropout)
+        return model
 
     def encoder_source(self) -> str:
         """Return the encoder's source: the recipe's, the llm's, or the llm that the same recipe trained before.
@@ -219,7 +232,7 @@ class SystemModule(L.LightningModule):
             stored = StoredEncoder(self.features).width if self.features else None
             check_packing(self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
         """Return the mean cross-entropy in nats a target token, and the number of target tokens."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         labels = tensors.pop("labels")
@@ -238,11 +251,11 @@ class SystemModule(L.LightningModule):
             columns = columns - 1  # the position before a target predicts it
         with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
             logits = self(**tensors, use_cache=False).logits[0]
-        return nn.functional.cross_entropy(logits.float(), targets), targets.numel()
+        return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing), targets.numel()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Compute and log train/loss."""
-        loss, tokens = self.loss(batch)
+        """Compute and log train/loss, with label smoothing where the recipe has it (val/loss is without)."""
+        loss, tokens = self.loss(batch, self.label_smoothing)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=tokens)
         return loss * token_share(tokens, loss.device)
 

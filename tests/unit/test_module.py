@@ -1,6 +1,7 @@
 """The LightningModule under a real Trainer, where it differs from Lightning's defaults."""
 
 import pytest
+from lightning.pytorch import Callback
 
 from llmslm.models.blocks import blocks, compile_blocks
 from llmslm.training import run
@@ -41,3 +42,25 @@ def test_blocks_are_found_in_each_family(family, count):
 
 def test_blocks_of_a_composition_are_those_of_both_models(tmp_path):
     assert len(blocks(compose("t5", "llama", tmp_path))) == 3 + 3
+
+
+def test_label_smoothing_and_dropout_change_training_not_validation(recipe, tmp_path):
+    losses = {}
+    for name, options in {"plain": [], "smooth": ["--model.label_smoothing=0.2", "--model.dropout=0.3"]}.items():
+        seen = Losses()
+        once = [
+            "--trainer.max_steps=1",
+            "--trainer.val_check_interval=1",
+            "--model.optimizer.lr=0.0",
+            f"--trainer.default_root_dir={tmp_path / name}",
+        ]
+        optimizer = "--model.optimizer=torch.optim.SGD"
+        run(["fit", "--config", recipe, "--model.system=slm", optimizer, *once, *options], callbacks=[seen])
+        losses[name] = seen.values
+    assert losses["plain"]["val/loss"] == losses["smooth"]["val/loss"]
+    assert losses["plain"]["train/loss"] != losses["smooth"]["train/loss"]
+
+
+class Losses(Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.values = {name: float(trainer.callback_metrics[name]) for name in ("train/loss", "val/loss")}
