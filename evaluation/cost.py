@@ -62,13 +62,21 @@ def token_flops(system: EvaluatedSystem, prompt: str) -> dict[str, float | None]
 
 
 def _flops(system: EvaluatedSystem, prompt: str, tokens: int) -> int:
+    import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # as matrix products: the counter does not know every fused kernel of attention
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # it does not know the products that a CPU reads prompts by, nor every fused kernel of attention
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    known = {product: _product_flops} if product is not None else {}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as counter:
         system.generate([prompt], max_new_tokens=tokens, min_new_tokens=tokens)
     return int(counter.get_total_flops())
+
+
+def _product_flops(x: Sequence[int], weight: Sequence[int], *_rest: Any, **_settings: Any) -> int:
+    """Count a product of shape (..., in) with a matrix (out, in)."""
+    return 2 * math.prod(x) * weight[0]
 
 
 def token_joules(system: EvaluatedSystem, prompts: Sequence[str], max_new_tokens: int) -> float | None:
