@@ -1,27 +1,54 @@
-"""Smoothed sentence BLEU-4, averaged, 0 to 100: what code-to-text work reports beside, or instead of, corpus BLEU."""
+"""CodeXGLUE's smoothed BLEU-4 of sentences, averaged, 0 to 100: what code-to-text work reports beside corpus BLEU."""
 
+import math
+import re
+import sys
+from collections import Counter
 from collections.abc import Sequence
 
 import datasets
 import evaluate
-from sacrebleu.metrics.bleu import BLEU
 
 from evaluation.bootstrap import Statistics, mean_statistics
 from evaluation.metrics.texts import References, reference_lists, text_features
 
+_ORDER = 4
+_LEAST = sys.float_info.min  # stands for zero under a logarithm
+_TOKEN = re.compile(r"[^\W_]+|[^\w\s]|_")
+_SIGNATURE = "codexglue|case:lc|tok:words and signs|smooth:add-1 from bigrams|penalty:add-1|aggregate:mean"
+
 
 def smoothed_bleu_statistics(predictions: Sequence[str], references: References) -> list[Statistics]:
-    """Return the BLEU-4 of each example, lower-cased, one added to matched and possible n-grams for n > 1."""
+    """Return the smoothed BLEU-4 of each example as CodeXGLUE's evaluator for code summarisation computes it.
+
+    Other add-one BLEUs give other numbers: here the brevity penalty, too, has one added to both lengths, tokens are
+    runs of letters and digits or single signs, and of several references the shortest sets the length.
+    """
     lists = reference_lists(predictions, references)
-    metric = BLEU(lowercase=True, force=True, smooth_method="add-k", smooth_value=1)
     scores = [
-        metric._aggregate_and_compute(metric._extract_corpus_statistics([text], [[each] for each in gold])).score
+        _sentence(_tokens(text), [_tokens(each) for each in gold])
         for text, gold in zip(predictions, lists, strict=True)
     ]
-    most = max(len(gold) for gold in lists)
-    metric.num_refs = most
-    signature = f"{metric.get_signature()}|aggregate:mean"
-    return [mean_statistics("smoothed_bleu", scores, signature, scale=1.0)]
+    return [mean_statistics("smoothed_bleu", scores, f"{_SIGNATURE}|nrefs:{max(len(gold) for gold in lists)}")]
+
+
+def _tokens(text: str) -> list[str]:
+    return _TOKEN.findall(text.lower())
+
+
+def _sentence(tokens: list[str], golds: list[list[str]]) -> float:
+    total = min(0.0, 1 - (min(len(gold) for gold in golds) + 1) / (len(tokens) + 1))
+    for order in range(1, _ORDER + 1):
+        found, allowed = _ngrams(tokens, order), Counter[tuple[str, ...]]()
+        for gold in golds:
+            allowed |= _ngrams(gold, order)
+        added = _LEAST + (order > 1)
+        total += (math.log((found & allowed).total() + added) - math.log(found.total() + added)) / _ORDER
+    return math.exp(total)
+
+
+def _ngrams(tokens: list[str], order: int) -> Counter[tuple[str, ...]]:
+    return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
 class SmoothedBleu(evaluate.Metric):

@@ -8,7 +8,6 @@ import evaluate
 import numpy as np
 import pytest
 import sacrebleu
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score import rouge_scorer
 
 from evaluation import metrics
@@ -17,7 +16,7 @@ from evaluation.metrics.chrf import Chrf, chrf_statistics
 from evaluation.metrics.exact_match import ExactMatch
 from evaluation.metrics.perplexity import Perplexity, perplexity_statistics
 from evaluation.metrics.rouge import Rouge, rouge_statistics
-from evaluation.metrics.smoothed_bleu import SmoothedBleu
+from evaluation.metrics.smoothed_bleu import SmoothedBleu, smoothed_bleu_statistics
 from evaluation.metrics.ter import Ter
 from evaluation.metrics.texts import reference_lists
 from llmslm.errors import UserError
@@ -89,17 +88,15 @@ def test_rouge_lsum_of_single_lines_is_rouge_scores():
     assert found.rows[:, 0].tolist() == expected
 
 
-def test_smoothed_bleu_is_add_one_of_lin_and_och():
-    texts = ["the cat sat on mat", "return a new value of the thing", "nothing at all"]
-    gold = ["the cat sat on the mat today", "returns a value of the new thing", "something else here"]
-    add_one = SmoothingFunction().method2
-    expected = [
-        100 * sentence_bleu([right.split()], text.split(), smoothing_function=add_one)
-        for text, right in zip(texts, gold, strict=True)
-    ]
-    found = SmoothedBleu().compute(predictions=texts, references=gold)
-    assert found["smoothed_bleu"] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert "smooth:add-k[1.00]" in found["smoothed_bleu_signature"]
+def test_smoothed_bleu_is_codexglues():
+    """The numbers are those of the evaluator in microsoft/CodeXGLUE, Code-Text/code-to-text."""
+    texts = ["the cat sat on mat", "Return a new_value, of the thing (x2).", "nothing at all", ""]
+    gold = ["the cat sat on the mat today", "Returns a new_value of the new thing.", "something else here", "two words"]
+    (found,) = smoothed_bleu_statistics(texts, gold)
+    assert (100 * found.rows[:, 0]).tolist() == pytest.approx([56.98363775, 32.20606399, 0, 13.53352832])
+    several = SmoothedBleu().compute(predictions=texts[:1], references=[[gold[0], "a cat sat"]])
+    assert several["smoothed_bleu"] == pytest.approx(79.52707287)
+    assert several["smoothed_bleu_signature"].startswith("codexglue|case:lc|tok:words and signs|smooth:add-1")
 
 
 def test_exact_match_ignores_outer_space_only():
