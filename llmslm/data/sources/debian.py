@@ -19,6 +19,7 @@ from tqdm import tqdm
 from llmslm.data.sources.base import BuiltSource, Example, Split, drop_seen, split_by_group, take
 from llmslm.errors import UserError
 
+HELD_OUT_PERCENT = 3
 _APT_HELPER = Path("/usr/lib/apt/apt-helper")
 _VERSION = 2  # raise it when the extraction changes: cached data is then built again
 
@@ -35,6 +36,7 @@ class _Debian(BuiltSource):
     Args:
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
+        held_out_percent: share of the source packages in validation, and in test.
         cache_dir: see `BuiltSource`.
         release: Debian release, for example bookworm; None takes the running system's. Another's data must be in the
             cache: built on such a system and copied, as for machines without apt.
@@ -46,6 +48,7 @@ class _Debian(BuiltSource):
         self,
         max_chars: int = 2000,
         max_eval: int | None = None,
+        held_out_percent: int = HELD_OUT_PERCENT,
         cache_dir: str | None = None,
         release: str | None = None,
     ) -> None:
@@ -53,16 +56,20 @@ class _Debian(BuiltSource):
         self.release = release or running_release()
         self.max_chars = max_chars
         self.max_eval = max_eval
+        self.held_out_percent = held_out_percent
 
     def key(self) -> dict[str, Any]:
         """Release, languages and limits; a stable release's lists change with its point releases only."""
-        return {
+        key = {
             "version": _VERSION,
             "release": self.release,
             "languages": self.languages,
             "max_chars": self.max_chars,
             "max_eval": self.max_eval,
         }
+        # Data that was built before there was a choice keeps its name.
+        usual = self.held_out_percent == HELD_OUT_PERCENT
+        return key if usual else key | {"held_out_percent": self.held_out_percent}
 
     @abstractmethod
     def pairs(self, lists: Path) -> Iterator[tuple[str, str, str]]:
@@ -83,7 +90,8 @@ class _Debian(BuiltSource):
             if prompt not in seen and max(len(prompt), len(target)) <= self.max_chars:
                 seen.add(prompt)
                 name = hashlib.sha256(f"{prompt}\0{target}".encode()).hexdigest()[:16]
-                splits[split_by_group(source, 3)].append({"id": name, "prompt": prompt, "target": target})
+                side = split_by_group(source, self.held_out_percent)
+                splits[side].append({"id": name, "prompt": prompt, "target": target})
         for split in ("validation", "test"):
             splits[split] = take(drop_seen(splits[split], splits["train"]), self.max_eval)
         return splits
@@ -96,6 +104,7 @@ class DebianTranslation(_Debian):
         target_language: code that Debian uses ("it", "da", "de", "fr", "pt_BR", ...).
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
+        held_out_percent: share of the source packages in validation, and in test.
         cache_dir: see `BuiltSource`.
         release: Debian release, None takes the running system's; another's must be in the cache.
     """
@@ -105,10 +114,11 @@ class DebianTranslation(_Debian):
         target_language: str = "it",
         max_chars: int = 2000,
         max_eval: int | None = None,
+        held_out_percent: int = HELD_OUT_PERCENT,
         cache_dir: str | None = None,
         release: str | None = None,
     ) -> None:
-        super().__init__(max_chars, max_eval, cache_dir, release)
+        super().__init__(max_chars, max_eval, held_out_percent, cache_dir, release)
         self.target_language = target_language
         self.languages = ("en", target_language)
         self.name = f"debian-translation-en-{target_language}"
