@@ -91,7 +91,7 @@ def _arm(system: EvaluatedSystem, dtype: str) -> Arm:
         system,
         card=getattr(system, "card", {}),
         device=torch.device(getattr(system, "device", "cpu")).type,
-        dtype=dtype if isinstance(system, System) else None,
+        dtype=dtype if isinstance(system, System) else getattr(system, "dtype", None),
         target_limit=codec.text_format.max_target_tokens if codec is not None else None,
     )
 
@@ -107,19 +107,24 @@ def _check_peer(name: str, folders: Mapping[str, str]) -> None:
 def _peer_arm(name: str, arms: Mapping[str, Arm]) -> Arm:
     peer = PEERS[name]
     parts = [arms[part] for part in peer.parts]
-    key = hashlib.sha256(" ".join([name, *(str(part.checkpoint) for part in parts)]).encode()).hexdigest()
+    key = _hash(name, *(str(part.checkpoint) for part in parts))
     return replace(parts[0], system=peer.make(*(part.system for part in parts)), checkpoint=key, folder=None)
 
 
 def _own_arm(spec: str, device: str, dtype: str, text_format: TextFormat | None) -> Arm:
     place: dict[str, Any] = {"device": device, "dtype": dtype}
     if spec.endswith((".yaml", ".yml")):
-        system = load_system(spec, place)
-        source = getattr(system, "card", {}).get("source")
+        system, said = load_system(spec, place), Path(spec).read_text(encoding="utf-8")
     else:
-        system, source = PretrainedSystem(spec, text_format=text_format, **place), spec
-    known = folder_hash(Path(source)) if source and Path(source).is_dir() else None
-    return replace(_arm(system, dtype), checkpoint=known, folder=source if known else None)
+        system, said = PretrainedSystem(spec, text_format=text_format, **place), repr(text_format)
+    card = getattr(system, "card", {})
+    folder = card.get("source") if Path(card.get("source") or "").is_dir() else None
+    weights = folder_hash(Path(folder)) if folder else card.get("revision")
+    return replace(_arm(system, dtype), checkpoint=weights and _hash(weights, said), folder=folder)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def load_system(path: str, defaults: Mapping[str, Any]) -> EvaluatedSystem:

@@ -6,6 +6,7 @@ same seed and number of resamples, and the p-value is its paired bootstrap (Koeh
 to every score.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Paired:
     difference: float
     """System minus baseline."""
     p_value: float
-    """Of the hypothesis that the two do not differ (two-sided)."""
+    """Of the hypothesis that the two do not differ (two-sided); NaN if a draw has no score."""
 
 
 def resample(statistics: Mapping[str, Statistics], resamples: int, seed: int) -> dict[str, Floats]:
@@ -97,6 +98,8 @@ def paired(system: Statistics, baseline: Statistics, drawn_system: Floats, drawn
     if difference == 0:
         return Paired(0.0, 1.0)  # sacrebleu's formula gives equal outputs the smallest p-value instead
     spread = np.abs(drawn_system - drawn_baseline)
+    if not np.isfinite(spread).all():
+        return Paired(difference, math.nan)
     beyond = int(np.sum(spread - spread.mean() > abs(difference)))
     return Paired(difference=difference, p_value=(beyond + 1) / (len(spread) + 1))
 

@@ -182,7 +182,7 @@ def _mt_bench(options: argparse.Namespace) -> None:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for arm in load_arms(folders, device, options.dtype, options.peers, options.systems):
-        print(write_answers(arm.system, questions, options.out, options.max_new_tokens))
+        print(write_answers(arm.system, questions, options.out, options.max_new_tokens, arm.checkpoint))
 
 
 def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
@@ -221,13 +221,15 @@ def _add_experiment(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe: its name or a YAML file")
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
-    parser.set_defaults(run=_experiment)
+    parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples")
+    parser.epilog = "Other options go to `llmslm fit`, such as --seed_everything=2 or --trainer.max_steps=10."
+    parser.set_defaults(run=_experiment, has_own_options=True)
 
 
 def _experiment(options: argparse.Namespace) -> None:
     from evaluation.experiment import run
 
-    run(config=options.config, out=options.out)
+    run(options.config, options.out, options.limit, options.rest)
 
 
 def _add_speed(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:

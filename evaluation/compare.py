@@ -17,7 +17,7 @@ from evaluation.ranks import Ranks, join_ranks, leave_ranks
 from evaluation.record import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
 from evaluation.speed import RUNS, WARMUPS, measure_speed
-from evaluation.systems import LLM, Arm, control_arms, file_stem
+from evaluation.systems import LLM, SLM, Arm, control_arms, file_stem
 from llmslm.errors import UserError
 from llmslm.provenance import provenance
 
@@ -98,7 +98,7 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     """Compare systems on the same examples and write one record each.
 
     What an earlier call with the same systems, examples and settings predicted is taken over, also if it was
-    killed. If its records are complete, and come from the same code on the same machine, they are returned as
+    killed, if it was the same code on the same kind of machine. If its records are complete, too, they are returned as
     they are.
 
     Several ranks share the predictions; the first one alone scores, times and writes.
@@ -109,25 +109,28 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     check_metrics(settings.metrics)
     arms = [*arms, *(control_arms(arms) if settings.controls else ())]
     settings = replace(settings, max_new_tokens=_budget(arms, settings))
-    origin = provenance()
-    comparison = _comparison_hash(arms, examples, settings, origin)
+    origin = ranks.from_first(provenance())
+    keys = [_prediction_key(arm, examples, settings, origin) for arm in arms]
+    comparison = _comparison_hash(keys, settings, origin)
     paths = [settings.out / (file_stem(examples.task, arm.system.name) + SUFFIX) for arm in arms]
     identified = all(arm.checkpoint for arm in arms)
     finished = identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths)
     if ranks.from_first(finished):
         return paths if ranks.is_first else []
-    predictions = [_predict(arm, examples, settings, ranks) for arm in arms]
+    files = [_predictions_path(arm, examples, settings, key) for arm, key in zip(arms, keys, strict=True)]
+    predictions = [_predict(arm, examples, settings, file, ranks) for arm, file in zip(arms, files, strict=True)]
     if not ranks.is_first:
         return []
     scored = _score_all(arms, predictions, examples, settings)
     speed = _measure_speed(arms, examples, settings)
-    for arm, rows, path in zip(arms, predictions, paths, strict=True):
+    for arm, rows, file, path in zip(arms, predictions, files, paths, strict=True):
         entries = speed.get(arm.system.name, [])
         cost.add_floors(arm.system, examples.prompts, entries)
         measured = _speed_fields(entries, _memory(arm, examples, settings)) | {"cost": _cost(arm, examples, settings)}
         head = {"schema_version": SCHEMA_VERSION, "comparison": comparison}
         quality = _quality(arm, examples, settings, scored)
-        record = head | _identity(arm, examples, settings, rows) | quality | measured | {"provenance": origin}
+        identity = _identity(arm, examples, settings, rows) | {"predictions": file.relative_to(settings.out).as_posix()}
+        record = head | identity | quality | measured | {"provenance": origin}
         write_record(path, record)
     return paths
 
@@ -137,26 +140,18 @@ def _budget(arms: Sequence[Arm], settings: Settings) -> int:
     return settings.max_new_tokens or max(limits, default=DEFAULT_BUDGET)
 
 
-def _comparison_hash(arms: Sequence[Arm], examples: Examples, settings: Settings, origin: Mapping[str, Any]) -> str:
+def _comparison_hash(keys: Sequence[str], settings: Settings, origin: Mapping[str, Any]) -> str:
     chosen = {name: value for name, value in asdict(settings).items() if name != "out"}
-    code = [origin["commit"], origin["versions"], origin["hardware"]]
-    return _hash([[_prediction_key(arm, examples, settings) for arm in arms], chosen, code])
+    return _hash([list(keys), chosen, origin["hardware"]])
 
 
-def _prediction_key(arm: Arm, examples: Examples, settings: Settings) -> str:
+def _prediction_key(arm: Arm, examples: Examples, settings: Settings, origin: Mapping[str, Any]) -> str:
     """Hash all that decides about predictions, so that no others are taken for them."""
     data = [examples.task, examples.version, examples.split, examples.hashes()]
-    return _hash(
-        [
-            arm.system.name,
-            arm.checkpoint,
-            arm.device,
-            arm.dtype,
-            data,
-            settings.max_new_tokens,
-            settings.batch_size,
-        ]
-    )
+    machine = {name: origin["hardware"][name] for name in ("cpu", "gpus")}
+    code = [origin["commit"], origin["versions"], machine]
+    place = [arm.device, arm.dtype]
+    return _hash([arm.system.name, arm.checkpoint, place, data, settings.max_new_tokens, settings.batch_size, code])
 
 
 def _hash(value: Any) -> str:
@@ -170,13 +165,11 @@ def _is_of(path: Path, comparison: str) -> bool:
         return False
 
 
-def _predictions_path(arm: Arm, examples: Examples, settings: Settings) -> Path:
-    key = _prediction_key(arm, examples, settings)[:12]
-    return settings.out / "predictions" / f"{file_stem(examples.task, arm.system.name)}.{key}.jsonl"
+def _predictions_path(arm: Arm, examples: Examples, settings: Settings, key: str) -> Path:
+    return settings.out / "predictions" / f"{file_stem(examples.task, arm.system.name)}.{key[:12]}.jsonl"
 
 
-def _predict(arm: Arm, examples: Examples, settings: Settings, ranks: Ranks) -> list[Prediction]:
-    path = _predictions_path(arm, examples, settings)
+def _predict(arm: Arm, examples: Examples, settings: Settings, path: Path, ranks: Ranks) -> list[Prediction]:
     if arm.checkpoint is None:
         forget(path)
     return predict(
@@ -222,12 +215,12 @@ def _cut_references(arms: Sequence[Arm], predictions: Sequence[Sequence[Predicti
 
 def _quality(arm: Arm, examples: Examples, settings: Settings, scored: Mapping[str, Scored]) -> Record:
     name = arm.system.name
-    baseline = scored.get(LLM) if name != LLM else None
+    baselines = {other: scored[other] for other in (LLM, SLM) if other in scored and other != name}
     perplexity = scored[name].statistics.get("perplexity")
     likelihood = int((perplexity.rows[:, 1] > 0).sum()) if perplexity is not None else 0
     return {
         "examples": {"original": examples.original, "effective": len(examples), "likelihood": likelihood},
-        "scores": as_record(scored[name], baseline, settings.resamples, settings.seed),
+        "scores": as_record(scored[name], baselines, settings.resamples, settings.seed),
     }
 
 
@@ -262,7 +255,6 @@ def _cost(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
 
 
 def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[Prediction]) -> Record:
-    path = _predictions_path(arm, examples, settings)
     hashes = {
         "predictions": text_hash(examples.ids, [row.prediction for row in rows]),
         "checkpoint": arm.checkpoint,
@@ -282,7 +274,6 @@ def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[P
         "settings": {**chosen, "dtype": arm.dtype, "device": arm.device},
         "training": dict(arm.card),
         "folder": arm.folder,
-        "predictions": path.relative_to(settings.out).as_posix(),
     }
 
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.systems import Generation, TargetScore
 from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.tokenizer import load_tokenizer
 from llmslm.errors import UserError
-from llmslm.system import Generation as Produced
-from llmslm.system import TargetScore as Scored
+from llmslm.system import Generation, TargetScore
 
 
 class CTranslate2System:
@@ -52,6 +50,7 @@ class CTranslate2System:
         settings = {"device": device.split(":")[0], "compute_type": compute_type, "intra_threads": threads}
         decoder_only = any(Path(folder).glob("vocabulary.*"))  # an encoder-decoder's is shared_ or source_vocabulary
         self._model: Any = (ctranslate2.Generator if decoder_only else ctranslate2.Translator)(folder, **settings)
+        self.dtype = str(self._model.compute_type)
         self.codec = Codec(
             load_tokenizer(tokenizer),
             text_format=text_format or TextFormat(),
@@ -85,7 +84,7 @@ class CTranslate2System:
             results = self._model.generate_batch(rows, include_prompt_in_result=False, **lengths, **common)
             produced = [result.sequences[0] for result in results]
         texts = self.codec.decode([self.codec.slm_tokenizer.convert_tokens_to_ids(tokens) for tokens in produced])
-        return [Produced(text, len(tokens)) for text, tokens in zip(texts, produced, strict=True)]
+        return [Generation(text, len(tokens)) for text, tokens in zip(texts, produced, strict=True)]
 
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
         """Score one batch of targets given their prompts, end of sequence included."""
@@ -97,7 +96,7 @@ class CTranslate2System:
         else:
             results = self._model.score_batch([row + tokens for row, tokens in zip(rows, gold, strict=True)])
         logs = [result.log_probs[-len(tokens) :] for result, tokens in zip(results, gold, strict=True)]
-        return [Scored(-sum(row), len(row)) for row in logs]
+        return [TargetScore(-sum(row), len(row)) for row in logs]
 
     def parameters(self) -> dict[str, int]:
         """Return nothing: CTranslate2 does not tell."""

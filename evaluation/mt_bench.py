@@ -42,7 +42,13 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def write_answers(system: EvaluatedSystem, questions: Sequence[Question], out: Path, max_new_tokens: int) -> Path:
+def write_answers(
+    system: EvaluatedSystem,
+    questions: Sequence[Question],
+    out: Path,
+    max_new_tokens: int,
+    checkpoint: str | None = None,
+) -> Path:
     """Answer the questions turn by turn, one file a system; what an earlier call answered is not asked again.
 
     A later turn is asked after the earlier ones with their answers, separated by empty lines: the systems know no
@@ -53,17 +59,22 @@ def write_answers(system: EvaluatedSystem, questions: Sequence[Question], out: P
         questions: as read.
         out: folder of the answers.
         max_new_tokens: token budget of an answer.
+        checkpoint: content hash of the system, by which its earlier answers are known; None for one that has none.
 
     Returns:
         The file.
+
+    Raises:
+        UserError: if the file holds answers of other weights under the same name.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{system.name.replace('/', '-')}.jsonl"
-    done = _answered(path)
+    done = _answered(path, checkpoint)
     with path.open("a", encoding="utf-8") as lines:
         for question in tqdm([each for each in questions if each["id"] not in done], desc=system.name, delay=1):
             choice = {"index": 0, "turns": _answers(system, question["turns"], max_new_tokens)}
             answer = {"question_id": question["id"], "answer_id": uuid.uuid4().hex, "model_id": system.name}
+            answer |= {"checkpoint": checkpoint}
             lines.write(json.dumps(answer | {"choices": [choice], "tstamp": time.time()}, ensure_ascii=False) + "\n")
             lines.flush()
     return path
@@ -79,7 +90,7 @@ def _answers(system: EvaluatedSystem, turns: Sequence[str], max_new_tokens: int)
     return answers
 
 
-def _answered(path: Path) -> set[Any]:
+def _answered(path: Path, checkpoint: str | None) -> set[Any]:
     """Find what is answered, and cut off a last line that a killed call left half-written."""
     if not path.is_file():
         return set()
@@ -87,4 +98,7 @@ def _answered(path: Path) -> set[Any]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    return {json.loads(line)["question_id"] for line in whole.splitlines()}
+    answers = [json.loads(line) for line in whole.split("\n") if line]
+    if any(answer.get("checkpoint") != checkpoint for answer in answers):
+        raise UserError(f"{path} holds answers of other weights; remove it, or give another folder (--out)")
+    return {answer["question_id"] for answer in answers}

@@ -66,6 +66,7 @@ def predict(
     done = _complete([row for rows in ranks.gather_all(written) for row in rows], batches, examples)
     if ranks.is_first:
         _rewrite(path, batches, examples, done)
+    ranks.gather_all(None)  # no rank begins its file anew before what is in it is in the common file
     missing = [batch for batch in batches if examples.ids[batch[0]] not in done]
     _predict_batches(system, examples, missing[ranks.rank :: ranks.size], shard, max_new_tokens)
     made = [row for rows in ranks.gather_all(read_partial(shard)) for row in rows]

@@ -6,7 +6,11 @@ collective: all ranks call it in the same order.
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+
+PATIENCE = timedelta(days=1)
+"""How long a rank waits for slower ones; that one has died shows at once, by its closed connection."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def join_ranks() -> Ranks:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size(), int(environment.get("LOCAL_RANK", "0")))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from llmslm.errors import UserError
 from llmslm.writing import write_text
 
-SCHEMA_VERSION = 2
-"""2 added folder, cost and floor_s; records of version 1 are read as they are."""
+SCHEMA_VERSION = 3
+"""2 added folder, cost and floor_s, 3 versus_slm; records of earlier versions are read as they are."""
 SCHEMA = Path(__file__).with_name("record.schema.json")
 SUFFIX = ".record.json"
 
@@ -35,19 +35,37 @@ def read_record(path: Path) -> Record:
         UserError: if the file is no record, or one of a newer schema.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"there is no record {path}; expected a *{SUFFIX} file or a folder of them") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a record: {error}") from error
+    return parse_record(text, str(path))
+
+
+def parse_record(text: str, place: str) -> Record:
+    """Read a record from its text.
+
+    Args:
+        text: JSON.
+        place: where it was found, for errors.
+
+    Raises:
+        UserError: if it is no record, or one of a newer schema.
+    """
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not a record: {error}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise UserError(
-            f"{path} has record schema {version}; this llmslm-eval reads up to {SCHEMA_VERSION}: install a newer llmslm"
+            f"{place} has record schema {version}; this llmslm-eval reads up to {SCHEMA_VERSION}: "
+            "install a newer llmslm"
         )
     problem = next(iter(_validator().iter_errors(record)), None)
     if problem is not None:
-        raise UserError(f"{path} is not a record: {problem.json_path}: {problem.message[:200]}")
+        raise UserError(f"{place} is not a record: {problem.json_path}: {problem.message[:200]}")
     return dict(record)
 
 

@@ -1,4 +1,4 @@
-"""From predictions to scores: values, 95 % intervals and paired tests against the llm."""
+"""From predictions to scores: values, 95 % intervals and paired tests against the llm and the slm."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -100,14 +100,14 @@ def score(statistics: Sequence[Statistics], resamples: int = RESAMPLES, seed: in
     return Scored(by_name, resample(by_name, resamples, seed))
 
 
-def as_record(scored: Scored, baseline: Scored | None, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+def as_record(scored: Scored, baselines: Mapping[str, Scored], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Write scores as the record holds them.
 
     A score that is not a number becomes null with a `problem`; it is never a wrong number.
 
     Args:
         scored: the system.
-        baseline: the llm on the same examples, if it was evaluated; gives `versus_llm`.
+        baselines: by name, the systems to test against on the same examples; each gives a `versus_NAME`.
         resamples: number of bootstrap draws, for the signature.
         seed: of the draws, for the signature.
     """
@@ -115,9 +115,11 @@ def as_record(scored: Scored, baseline: Scored | None, resamples: int, seed: int
     for name, statistics in scored.statistics.items():
         entry = _entry(statistics, scored.drawn[name])
         entry["signature"] = f"{statistics.signature}|bs:{resamples}|seed:{seed}"
-        if baseline is not None and _comparable(statistics, baseline.statistics.get(name)):
-            entry["versus_llm"] = _versus(scored, baseline, name)
-        entries[name] = entry
+        entries[name] = entry | {
+            f"versus_{system}": _versus(scored, baseline, name)
+            for system, baseline in baselines.items()
+            if _comparable(statistics, baseline.statistics.get(name))
+        }
     return entries
 
 
@@ -143,7 +145,7 @@ def _versus(scored: Scored, baseline: Scored, name: str) -> dict[str, Any]:
     usable = math.isfinite(test.difference)
     return {
         "difference": _finite(test.difference),
-        "p_value": test.p_value if usable else None,
+        "p_value": _finite(test.p_value) if usable else None,
         "percent": _finite(percent),
     }
 

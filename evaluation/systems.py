@@ -38,7 +38,9 @@ class EvaluatedSystem(Protocol):
     """Anything that can be evaluated.
 
     A system on an accelerator also has `device` (a torch device), so that the clock waits for it, and `model`
-    (a torch module), so that its weights are counted in its memory.
+    (a torch module), so that its weights are counted in its memory. One with a `dtype` (such as "float32") is compared
+    in speed with the llm where that has the same. One whose `card` names a folder as `source`, or a `revision`, is
+    known again by a later call, which goes on where this one was killed.
     """
 
     name: str

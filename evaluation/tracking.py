@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.predictions import read_predictions
-from evaluation.record import SUFFIX, Record, write_record
+from evaluation.record import SUFFIX, Record, parse_record, write_record
 from evaluation.registry import register_system
 from llmslm.errors import UserError
 from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, tracking_uri
@@ -82,7 +82,9 @@ def _all_runs(client: "MlflowClient", experiment_id: str) -> list[str]:
 
 def _fetch(client: "MlflowClient", run_id: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as downloads:
-        record = json.loads(Path(client.download_artifacts(run_id, RECORD, downloads)).read_text(encoding="utf-8"))
+        text = Path(client.download_artifacts(run_id, RECORD, downloads)).read_text(encoding="utf-8")
+        record = parse_record(text, f"run {run_id} of MLflow at {tracking_uri()}")
+        record["predictions"] = Path(record["predictions"]).name  # whatever it says: nothing outside of the folder
         if any(artifact.path == PREDICTIONS for artifact in client.list_artifacts(run_id)):
             text = Path(client.download_artifacts(run_id, PREDICTIONS, downloads)).read_text(encoding="utf-8")
             table = json.loads(text)
@@ -167,6 +169,7 @@ def metrics(record: Record) -> dict[str, float]:
     for name, score in record["scores"].items():
         values |= {name: score["value"], f"{name}_low": score["low"], f"{name}_high": score["high"]}
         values |= {f"{name}_{key}": value for key, value in score.get("versus_llm", {}).items()}
+        values |= {f"{name}_slm_{key}": value for key, value in score.get("versus_slm", {}).items()}
     values |= record.get("cost", {})
     for entry in record["speed"]:
         prefix = f"{entry['mode']}_batch_{entry['batch_size']}"

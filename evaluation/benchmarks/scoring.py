@@ -43,7 +43,7 @@ def main(count: int = 10_000) -> None:
     start = time.perf_counter()
     statistics = statistics_of(METRICS, references, columns)
     counted = time.perf_counter()
-    as_record(score(statistics), llm, RESAMPLES, SEED)
+    as_record(score(statistics), {"llm": llm}, RESAMPLES, SEED)
     end = time.perf_counter()
     print(f"counting {counted - start:.1f} s, bootstrap and paired tests {end - counted:.1f} s")
     print(json.dumps({"predictions": count, "seconds": end - start, "provenance": provenance()}))

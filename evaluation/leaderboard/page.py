@@ -42,7 +42,6 @@ class Section:
 
     task: str
     hardware: str
-    systems: list[str]
     samples: list[Sample]
     speeds: list[list[str]]
     """A line each system, mode and batch size, under SPEED_TITLES."""
@@ -80,13 +79,13 @@ class Column:
 
 def sections(rows: Sequence[Row]) -> list[Section]:
     """Draw plots and choose samples of each task and machine; marks rows whose predictions changed."""
-    found, systems = [], [row.system for row in rows]
+    found, labels = [], [row.label for row in rows]
     for task, hardware in dict.fromkeys((row.task, row.hardware) for row in rows):
         chosen = [row for row in rows if (row.task, row.hardware) == (task, hardware)]
-        section = Section(task, hardware, [row.system for row in chosen], read_samples(chosen), _speeds(chosen))
+        section = Section(task, hardware, read_samples(chosen), _speeds(chosen))
         for name, figure in (
-            ("quality-speed", quality_speed(chosen, systems)),
-            ("break-even", break_even(chosen, systems)),
+            ("quality-speed", quality_speed(chosen, labels)),
+            ("break-even", break_even(chosen, labels)),
         ):
             if figure is not None:
                 section.drawings[name] = svg(figure)
@@ -106,7 +105,7 @@ def _speeds(rows: Sequence[Row]) -> list[list[str]]:
             ]
             floor = number(entry.get("floor_s"), 3, 1e3)
             speed = number(entry["tokens_per_s"])
-            lines.append([row.system, entry["mode"], str(entry["batch_size"]), speed, *times, floor])
+            lines.append([row.label, entry["mode"], str(entry["batch_size"]), speed, *times, floor])
     return sorted(lines, key=lambda line: (line[1], int(line[2])))
 
 
@@ -125,7 +124,7 @@ def page(rows: Sequence[Row], parts: Sequence[Section]) -> str:
         sections=parts,
         tasks=list(dict.fromkeys(row.task for row in rows)),
         machines=list(dict.fromkeys(row.hardware for row in rows)),
-        colour=lambda system: colour(system, [row.system for row in rows]),
+        colour=lambda label: colour(label, [row.label for row in rows]),
         commits=sorted({str(row.record["provenance"]["commit"])[:10] for row in rows}),
         dates=sorted({row.record["provenance"]["date"][:10] for row in rows}),
         signatures=_signatures(rows, names),
@@ -166,7 +165,7 @@ def _fields(row: Row, rows: Sequence[Row], names: Sequence[str]) -> list[Field]:
     scores = {name: _score(row, name, best(peers, name)) for name in names}
     seeds = f"{len(row.records)} seeds" if len(row.records) > 1 else ""
     return [
-        Field(row.system, row.system, note=seeds),
+        Field(row.label, row.label, note=seeds),
         Field(row.task, row.task),
         *(scores[name] for name in names if name in FIRST),
         _number(row.speedup["fixed"], 2, unit="×"),
@@ -196,7 +195,8 @@ def _score(row: Row, name: str, top: float | None) -> Field:
     if cell.percent is not None and row.system != "llm" and not is_lower_better(name):
         notes.append(f"{cell.percent:.0f} %")
     star = "*" if cell.p_value is not None and cell.p_value < SIGNIFICANT else ""
-    title = "" if cell.p_value is None else f"p = {cell.p_value:.3g} against the llm"
+    tests = {"llm": cell.p_value, "slm": cell.slm_p_value}
+    title = "; ".join(f"p = {p:.3g} against the {other}" for other, p in tests.items() if p is not None)
     return Field(number(cell.value, digits) + star, cell.value, " · ".join(notes), title, cell.value == top)
 
 

@@ -39,12 +39,12 @@ _STYLE: Any = {
 }
 
 
-def colour(system: str, systems: Sequence[str]) -> str:
-    """Return a system's colour: fixed for the three, in turn for others."""
-    if system in COLOURS:
-        return COLOURS[system]
-    others = sorted(name for name in set(systems) if name not in COLOURS)
-    return _OTHERS[others.index(system) % len(_OTHERS)]
+def colour(label: str, labels: Sequence[str]) -> str:
+    """Return a row's colour: fixed for the three systems, in turn for others."""
+    if label in COLOURS:
+        return COLOURS[label]
+    others = sorted(name for name in set(labels) if name not in COLOURS)
+    return _OTHERS[others.index(label) % len(_OTHERS)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -61,12 +61,12 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return front[::-1]
 
 
-def quality_speed(rows: Sequence[Row], systems: Sequence[str]) -> Figure | None:
+def quality_speed(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """Plot quality over throughput, a panel a score; None if no row has both.
 
     Args:
         rows: of one task and machine.
-        systems: all of the page, which decide about colours.
+        labels: of all rows of the page, which decide about colours.
     """
     rows = [row for row in rows if row.tokens_per_s("fixed") is not None]
     names = [name for name in PLOTTED if any(_value(row, name) is not None for row in rows)]
@@ -75,30 +75,30 @@ def quality_speed(rows: Sequence[Row], systems: Sequence[str]) -> Figure | None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(3.5 * len(names), 3.1), layout="constrained")
         for name, axes in zip(names, np.atleast_1d(figure.subplots(1, len(names))), strict=True):
-            _panel(axes, [row for row in rows if _value(row, name) is not None], name, systems)
+            _panel(axes, [row for row in rows if _value(row, name) is not None], name, labels)
         if len(rows) > _NAMED:
-            handles, labels = axes.get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+            figure.legend(
+                *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
+            )
         figure.supxlabel(f"tokens per second (fixed length, batch {_batch(rows)})", fontsize=9, color=_INK)
     return figure
 
 
-def break_even(rows: Sequence[Row], systems: Sequence[str], longest: int = 1024) -> Figure | None:
+def break_even(rows: Sequence[Row], labels: Sequence[str], longest: int = 1024) -> Figure | None:
     """Plot the speed-up over the llm against the length of the prediction; None without an llm.
 
     The times are those of the fixed-length mode: first token, and so much for each further one.
     """
-    timed = [row for row in rows if _line(row) is not None]
-    llm = next((row for row in timed if row.system == LLM), None)
-    if llm is None or len(timed) < 2:
+    timed = [(row, row.llm) for row in rows if _line(row) and row.llm is not None and _line(row.llm)]
+    if len(timed) < 2:
         return None
     lengths = np.unique(np.geomspace(1, longest, 80).round())
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.1), layout="constrained")
         axes = figure.subplots()
-        for row in timed:
-            shade = colour(row.system, systems)
-            axes.plot(lengths, _total(llm, lengths) / _total(row, lengths), color=shade, label=row.system)
+        for row, llm in timed:
+            shade = colour(row.label, labels)
+            axes.plot(lengths, _total(llm, lengths) / _total(row, lengths), color=shade, label=row.label)
         axes.axhline(1, color=_INK, linewidth=0.6, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -126,7 +126,7 @@ def png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def _panel(axes: "Axes", rows: Sequence[Row], name: str, systems: Sequence[str]) -> None:
+def _panel(axes: "Axes", rows: Sequence[Row], name: str, labels: Sequence[str]) -> None:
     points = [(row.tokens_per_s("fixed") or 0.0, _value(row, name) or 0.0) for row in rows]
     sign = -1 if is_lower_better(name) else 1
     front = pareto_front([(x, sign * y) for x, y in points])
@@ -134,14 +134,12 @@ def _panel(axes: "Axes", rows: Sequence[Row], name: str, systems: Sequence[str])
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-pre", color=_INK, alpha=0.4, linewidth=1, zorder=1)
     fastest = max(x for x, _ in points)
     for row, (x, y) in zip(rows, points, strict=True):
-        shade = colour(row.system, systems)
-        axes.errorbar(
-            x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2, label=row.system
-        )
+        shade = colour(row.label, labels)
+        axes.errorbar(x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2, label=row.label)
         if len(rows) > _NAMED:
             continue
         offset, side = ((-7, 5), "right") if x > fastest / 2 else ((7, 5), "left")
-        axes.annotate(row.system, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade)
+        axes.annotate(row.label, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade)
     axes.set_title(SCORES[name], fontsize=9)
     axes.set_xlim(0, 1.15 * fastest)
     axes.margins(y=0.25)

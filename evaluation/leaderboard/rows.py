@@ -12,6 +12,20 @@ from llmslm.provenance import hardware_name
 
 _ORDER = (LLM, SLM, LLM_TO_SLM)
 OTHER_EXAMPLES = "other examples"
+OTHER_HARDWARE = "other hardware"
+OTHER_DTYPE, UNKNOWN_DTYPE = "other dtype", "dtype unknown"
+OTHER_BUDGET = "other token budget"
+_OTHER_SPEED = {OTHER_HARDWARE, OTHER_DTYPE, UNKNOWN_DTYPE, OTHER_BUDGET}
+_TELLING: Sequence[Callable[[Record], str]] = (
+    lambda record: str(record["training"].get("recipe") or "no recipe"),
+    lambda record: str(record["settings"]["dtype"] or UNKNOWN_DTYPE),
+    lambda record: f"{record['settings']['max_new_tokens']} tokens",
+    lambda record: f"version {record['task']['version']}",
+    lambda record: f"{record['examples']['effective']} examples",
+    lambda record: f"references {record['hashes']['references'][:6]}",
+    lambda record: f"weights {str(record['hashes']['checkpoint'])[:6]}",
+)
+"""What may tell the rows of one system apart, the plainest first."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,8 @@ class Cell:
     """Of the llm's score on the same references."""
     p_value: float | None
     """Of no difference from the llm; over several seeds the largest."""
+    slm_p_value: float | None
+    """The same of the slm."""
     problem: str | None
     signature: str
 
@@ -39,8 +55,14 @@ class Row:
     system: str
     records: list[Record]
     scores: dict[str, Cell]
+    label: str = ""
+    """The system, with what tells it from other rows of the same system."""
     speedup: dict[str, float | None] = field(default_factory=dict)
     """By mode, the llm's median time for a prediction over this system's."""
+    other_task: bool = False
+    """Whether version or examples of the task are others than the newest llm's."""
+    llm: "Row | None" = field(default=None, repr=False, compare=False)
+    """The llm's row that this one's speed is compared with: same machine, dtype, budget, and recipe if there is one."""
     same_tokens: bool = True
     """Whether the references are cut into as many tokens as by the llm; if not, perplexity does not compare."""
     marks: list[str] = field(default_factory=list)
@@ -85,21 +107,24 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
     """Make the rows of a leaderboard, ordered by task, machine and system.
 
     Records of one system that differ in their training seed alone are averaged. Of several records of the
-    same checkpoint the newest counts. Rows that do not compare with those of the llm are marked and get no
-    percentage and no speed-up.
+    same checkpoint the newest counts. Each row is compared with the llm's that is most like it; rows that do not
+    compare with that of the task's newest llm are marked.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in _newest(records):
         groups.setdefault(_group(record), []).append(record)
-    rows = [Row(group[0]["system"], group, _cells(group)) for group in groups.values()]
+    trainings = [training for group in groups.values() for training in _trainings(group)]
+    rows = [Row(training[0]["system"], training, _cells(training)) for training in trainings]
     for task in {row.task for row in rows}:
         _relate([row for row in rows if row.task == task])
-    return sorted(rows, key=lambda row: (row.task, row.hardware, _rank(row.system), row.system))
+    for place in {(row.task, row.hardware, row.system) for row in rows}:
+        _label([row for row in rows if (row.task, row.hardware, row.system) == place])
+    return sorted(rows, key=lambda row: (row.task, row.hardware, _rank(row.system), row.label))
 
 
 def best(rows: Sequence[Row], name: str) -> float | None:
-    """Return the best value of a score among rows that were scored on the same examples as the llm."""
-    alike = [row for row in rows if OTHER_EXAMPLES not in row.marks and (row.same_tokens or name != "perplexity")]
+    """Return the best value of a score among rows of one task version and the same examples as the llm's."""
+    alike = [row for row in rows if not row.other_task and (row.same_tokens or name != "perplexity")]
     values = [cell.value for row in alike if (cell := row.scores.get(name)) and cell.value is not None]
     return (min if is_lower_better(name) else max)(values) if values else None
 
@@ -121,6 +146,34 @@ def _group(record: Record) -> tuple[Any, ...]:
     )
 
 
+def _trainings(group: Sequence[Record]) -> list[list[Record]]:
+    """Put together what differs in the seed; the same seed trained twice is no further seed but another row.
+
+    Args:
+        group: records of one row but for their trainings, oldest first.
+    """
+    trainings: list[dict[Any, Record]] = []
+    for record in reversed(group):
+        seed = record["training"].get("seed")
+        place = next((each for each in trainings if seed is not None and each.keys().isdisjoint({seed, None})), None)
+        if place is None:
+            trainings.append({seed: record})
+        else:
+            place[seed] = record
+    return [list(training.values())[::-1] for training in trainings]
+
+
+def _label(rows: Sequence[Row]) -> None:
+    """Tell apart the rows of one system, task and machine, by as little as does it."""
+    labels = [row.system for row in rows]
+    for tell in _TELLING:
+        said = [tell(row.record) for row in rows]
+        if len(set(labels)) < len(rows) and len(set(said)) > 1:
+            labels = [f"{label}, {each}" for label, each in zip(labels, said, strict=True)]
+    for row, label in zip(rows, labels, strict=True):
+        row.label = label
+
+
 def _cells(group: Sequence[Record]) -> dict[str, Cell]:
     names = [name for name in group[0]["scores"] if all(name in record["scores"] for record in group)]
     return {name: _cell([record["scores"][name] for record in group]) for name in names}
@@ -129,7 +182,6 @@ def _cells(group: Sequence[Record]) -> dict[str, Cell]:
 def _cell(entries: Sequence[dict[str, Any]]) -> Cell:
     values = [entry["value"] for entry in entries]
     problem = next((entry["problem"] for entry in entries if "problem" in entry), None)
-    tests = [entry["versus_llm"]["p_value"] for entry in entries if "versus_llm" in entry]
     single = len(entries) == 1
     return Cell(
         value=None if None in values else fmean(values),
@@ -137,21 +189,45 @@ def _cell(entries: Sequence[dict[str, Any]]) -> Cell:
         high=entries[0]["high"] if single else None,
         spread=None if single or None in values else stdev(values),
         percent=None,
-        p_value=max(tests) if len(tests) == len(entries) and None not in tests else None,
+        p_value=_largest_p(entries, LLM),
+        slm_p_value=_largest_p(entries, SLM),
         problem=problem,
         signature=entries[0]["signature"],
     )
 
 
+def _largest_p(entries: Sequence[dict[str, Any]], other: str) -> float | None:
+    found = [entry.get(f"versus_{other}", {}).get("p_value") for entry in entries]
+    return None if None in found else max(found)
+
+
 def _relate(rows: Sequence[Row]) -> None:
-    """Compare the rows of one task with its llm and mark those that do not compare."""
-    llm = next((row for row in rows if row.system == LLM), rows[0])
+    """Compare each row of one task with the llm's most like it; mark what does not compare with the newest llm's."""
+    llms = [row for row in rows if row.system == LLM] or rows[:1]
+    newest = max(llms, key=lambda row: (row.record["task"]["version"], row.record["provenance"]["date"]))
     for row in rows:
-        row.marks = [*_differences(row, llm), *_flaws(row)]
+        row.marks = [*_differences(row, newest), *_flaws(row)]
+        row.other_task = _is_other_task(row, newest)
+        llm = min(llms, key=lambda llm: (*_unlikeness(row, llm), llm is not newest))
         row.same_tokens = row.record["length"]["reference_tokens"] == llm.record["length"]["reference_tokens"]
-        if llm.system == LLM and row.record["hashes"]["references"] == llm.record["hashes"]["references"]:
+        if llm.system == LLM and not _is_other_task(row, llm):
             row.scores = {name: _with_percent(name, cell, llm) for name, cell in row.scores.items()}
-        row.speedup = {mode: _speedup(row, llm, mode) for mode in ("fixed", "natural")}
+        if llm.system == LLM and not _OTHER_SPEED & set(_differences(row, llm)):
+            row.llm = llm
+        row.speedup = {mode: _speedup(row, mode) for mode in ("fixed", "natural")}
+
+
+def _unlikeness(row: Row, llm: Row) -> tuple[bool, int]:
+    recipes = [each.record["training"].get("recipe") for each in (row, llm)]
+    return recipes[0] != recipes[1], len(_differences(row, llm))
+
+
+def _is_other_task(row: Row, llm: Row) -> bool:
+    return bool({_version(row), OTHER_EXAMPLES} & set(_differences(row, llm)))
+
+
+def _version(row: Row) -> str:
+    return f"task version {row.record['task']['version']}"
 
 
 def _with_percent(name: str, cell: Cell, llm: Row) -> Cell:
@@ -163,12 +239,13 @@ def _with_percent(name: str, cell: Cell, llm: Row) -> Cell:
 
 def _differences(row: Row, llm: Row) -> list[str]:
     record, other = row.record, llm.record
+    dtype = record["settings"]["dtype"]
     differences = {
-        f"task version {record['task']['version']}": record["task"]["version"] != other["task"]["version"],
-        OTHER_EXAMPLES: record["hashes"]["references"] != other["hashes"]["references"],
-        "other hardware": row.hardware != llm.hardware,
-        "other dtype": record["settings"]["dtype"] != other["settings"]["dtype"],
-        "other token budget": record["settings"]["max_new_tokens"] != other["settings"]["max_new_tokens"],
+        _version(row): record["task"]["version"] != other["task"]["version"],
+        OTHER_EXAMPLES: any(record["hashes"][part] != other["hashes"][part] for part in ("prompts", "references")),
+        OTHER_HARDWARE: row.hardware != llm.hardware,
+        UNKNOWN_DTYPE if dtype is None else OTHER_DTYPE: dtype != other["settings"]["dtype"],
+        OTHER_BUDGET: record["settings"]["max_new_tokens"] != other["settings"]["max_new_tokens"],
     }
     return [mark for mark, differs in differences.items() if differs]
 
@@ -182,13 +259,14 @@ def _flaws(row: Row) -> list[str]:
     return [mark for mark, holds in flaws.items() if holds]
 
 
-def _speedup(row: Row, llm: Row, mode: str) -> float | None:
+def _speedup(row: Row, mode: str) -> float | None:
     """Divide the llm's time by this row's; natural length counts only where neither stops early."""
-    alike = llm.system == LLM and not {"other hardware", "other dtype", "other token budget"} & set(row.marks)
-    times = row.time_s(mode), llm.time_s(mode)
-    if not alike or times[0] is None or times[1] is None:
+    if row.llm is None:
         return None
-    if mode == "natural" and ("short" in row.marks or "short" in llm.marks):
+    times = row.time_s(mode), row.llm.time_s(mode)
+    if times[0] is None or times[1] is None:
+        return None
+    if mode == "natural" and not all(record["length"]["met"] for record in (*row.records, *row.llm.records)):
         return None
     return times[1] / times[0]
 

@@ -23,6 +23,7 @@ class Sample:
     prompt: str
     reference: str
     predictions: dict[str, str]
+    """By the labels of the rows."""
 
     def by_text(self) -> dict[str, list[str]]:
         """Group the systems that wrote the same."""
@@ -35,14 +36,14 @@ class Sample:
 def read_samples(rows: Sequence[Row], count: int = 12) -> list[Sample]:
     """Choose examples that all systems of a task predicted, at random but always the same ones.
 
-    A row whose predictions are not those that were scored is marked and left out; one whose file is not there
-    (it need not be kept) is left out.
+    A row whose predictions are not those that were scored is marked and left out; so is, without a mark, one whose file
+    is not there (it need not be kept), and one of other examples than the first row's.
 
     Args:
         rows: of one task and machine; the path in a record's `predictions` must be one from here.
         count: examples to choose.
     """
-    tables = {row.system: table for row in rows if (table := _read(row))}
+    tables = {row.label: table for row in rows if (table := _read(row)) and _same_examples(row, rows[0])}
     if not tables:
         return []
     shared = set.intersection(*(set(table) for table in tables.values()))
@@ -57,6 +58,10 @@ def read_samples(rows: Sequence[Row], count: int = 12) -> list[Sample]:
         )
         for name in chosen
     ]
+
+
+def _same_examples(row: Row, other: Row) -> bool:
+    return bool(row.record["hashes"]["references"] == other.record["hashes"]["references"])
 
 
 def _read(row: Row) -> dict[str, dict[str, Any]] | None:

@@ -137,7 +137,7 @@ def _markdown(rows: Sequence[Row]) -> list[str]:
 
 
 def _name(row: Row) -> str:
-    return row.system if len(row.records) == 1 else f"{row.system} ({len(row.records)} seeds)"
+    return row.label if len(row.records) == 1 else f"{row.label} ({len(row.records)} seeds)"
 
 
 def _score(row: Row, name: str, top: float | None) -> str:
@@ -175,7 +175,7 @@ def _flat(row: Row) -> dict[str, Any]:
         "examples": record["examples"]["effective"],
     }
     for name, cell in row.scores.items():
-        fields = ("value", "low", "high", "spread", "percent", "p_value")
+        fields = ("value", "low", "high", "spread", "percent", "p_value", "slm_p_value")
         line |= {name if key == "value" else f"{name}_{key}": getattr(cell, key) for key in fields}
     for key in ("ttft_s", "tpot_s", "tokens_per_s", "peak_memory_bytes"):
         line[key] = row.mean(lambda record, key=key: record[key])  # type: ignore[misc]

@@ -8,6 +8,7 @@ import sacrebleu
 from sacrebleu.significance import PairedTest
 
 from evaluation.bootstrap import SEED, Statistics, interval, mean_statistics, paired, resample
+from evaluation.metrics.perplexity import perplexity_statistics
 from evaluation.scoring import as_record, is_lower_better, score, text_statistics
 from llmslm.errors import UserError
 
@@ -37,7 +38,7 @@ def test_draws_and_p_values_are_sacrebleus(texts):
     metrics = ["bleu", "chrf"]
     ours = score(text_statistics(metrics, system, texts), 300)
     theirs = score(text_statistics(metrics, baseline, texts), 300)
-    record = as_record(ours, theirs, 300, SEED)
+    record = as_record(ours, {"llm": theirs}, 300, SEED)
     for name, key in (("bleu", "BLEU"), ("chrf", "chrF2")):
         llm, slm = expected[key]
         assert record[name]["value"] == pytest.approx(slm.score, abs=1e-9)
@@ -61,24 +62,32 @@ def test_interval_covers_the_mean_as_often_as_it_says():
 
 def test_equal_outputs_do_not_differ(texts):
     same = score(text_statistics(["bleu", "exact_match"], spoilt(texts, 0.3, 1), texts), 50)
-    for entry in as_record(same, same, 50, SEED).values():
+    for entry in as_record(same, {"llm": same}, 50, SEED).values():
         assert entry["versus_llm"] == {"difference": 0.0, "p_value": 1.0, "percent": pytest.approx(100)}
 
 
 def test_a_clear_difference_is_significant(texts):
     good = score(text_statistics(["rouge"], spoilt(texts, 0.1, 1), texts), 200)
     bad = score(text_statistics(["rouge"], spoilt(texts, 0.6, 2), texts), 200)
-    versus = as_record(bad, good, 200, SEED)["rouge_l"]["versus_llm"]
+    versus = as_record(bad, {"llm": good}, 200, SEED)["rouge_l"]["versus_llm"]
     assert versus["p_value"] == pytest.approx(1 / 201)
     assert 30 < versus["percent"] < 60
 
 
 def test_nan_is_marked_and_never_a_number():
     broken = mean_statistics("rouge_l", [1.0, float("nan")], "sig")
-    entry = as_record(score([broken], 20), score([broken], 20), 20, SEED)["rouge_l"]
+    entry = as_record(score([broken], 20), {"llm": score([broken], 20)}, 20, SEED)["rouge_l"]
     assert entry["value"] is None
     assert entry["problem"] == "the score is nan"
     assert entry["versus_llm"] == {"difference": None, "p_value": None, "percent": None}
+
+
+def test_a_draw_without_a_score_is_no_evidence():
+    """One scored example among twenty: many draws have none, and a count of those that differ would mean nothing."""
+    ours, theirs = (perplexity_statistics([nats] * 20, [4] + [0] * 19, ["abcd"] * 20) for nats in (3.0, 5.0))
+    entry = as_record(score(ours, 50), {"llm": score(theirs, 50)}, 50, SEED)["bits_per_byte"]
+    assert (entry["low"], entry["high"], entry["versus_llm"]["p_value"]) == (None, None, None)
+    assert entry["versus_llm"]["percent"] == pytest.approx(60)
 
 
 def test_paired_needs_the_same_examples():

@@ -30,6 +30,10 @@ def test_writes_a_record_for_each_system(dummy, examples, settings):
     assert "versus_llm" not in llm["scores"]["bleu"]
     assert slm["scores"]["chrf"]["value"] < ours["scores"]["chrf"]["value"] < llm["scores"]["chrf"]["value"]
     assert slm["scores"]["chrf"]["versus_llm"]["p_value"] < 0.05
+    assert "versus_slm" not in slm["scores"]["chrf"]
+    versus = ours["scores"]["chrf"]["versus_slm"]
+    assert versus["difference"] == pytest.approx(ours["scores"]["chrf"]["value"] - slm["scores"]["chrf"]["value"])
+    assert versus["p_value"] < 0.05
     assert llm["hashes"]["references"] == slm["hashes"]["references"]
     assert llm["comparison"] == zero["comparison"]
     assert {entry["mode"] for entry in llm["speed"]} == {"fixed", "natural"}
@@ -115,7 +119,7 @@ def test_bad_records_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not a record"):
         read_record(path)
     path.write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 2"):
+    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 3"):
         read_record(path)
     path.write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(UserError, match="is a required property"):

@@ -112,6 +112,72 @@ def test_seeds_are_averaged_and_old_records_of_a_checkpoint_left_out(folder):
     assert "llm_to_slm (2 seeds)" in markdown_table([row])
 
 
+def again(folder, system, name, **changes):
+    """Write a record of the system once more, with changes by section."""
+
+    def change(record):
+        for section, values in changes.items():
+            record[section].update(values)
+
+    edit(folder, system, change, f"{name}.record.json")
+
+
+def labels(folder):
+    return [row.label for row in leaderboard_rows(map(read_record, sorted(folder.glob("*.record.json"))))]
+
+
+def test_the_same_seed_trained_again_is_another_row(folder):
+    (folder / "copying.slm.record.json").unlink()
+    for name, seed in (("x", 1), ("y", 2), ("z", 1)):
+        hashes = {"checkpoint": name * 64}
+        again(folder, "llm_to_slm", name, training={"seed": seed}, hashes=hashes, provenance={"date": f"2026-{name}"})
+    (folder / "copying.llm_to_slm.record.json").unlink()
+    rows = [row for row in leaderboard_rows(map(read_record, folder.glob("*.json"))) if row.system == "llm_to_slm"]
+    assert {row.label: len(row.records) for row in rows} == {
+        "llm_to_slm, weights yyyyyy": 2,
+        "llm_to_slm, weights xxxxxx": 1,
+    }
+
+
+def test_rows_of_one_system_are_told_apart(folder, tmp_path):
+    for name in ("llm", "slm"):
+        edit(folder, name, lambda record: record["training"].update(recipe="small"))
+        again(folder, name, f"{name}2", training={"recipe": "large"}, hashes={"checkpoint": name * 9})
+    again(folder, "slm", "slm3", training={"recipe": "large"}, settings={"dtype": "bfloat16"})
+    assert labels(folder)[:5] == [
+        *("llm, large", "llm, small"),
+        *("slm, large, bfloat16", "slm, large, dtype unknown", "slm, small, dtype unknown"),
+    ]
+    text = build([folder], tmp_path / "board").files["page"].read_text()
+    assert text.count("slm, large, bfloat16</span>") == 12  # in each sample
+
+
+def test_each_machine_is_compared_with_its_own_llm(folder):
+    gpu = {"hardware": {"cpu": "x", "cores": 1, "threads": 1, "gpus": ["NVIDIA H200"]}, "date": "2001-01-01"}
+    for name in ("llm", "slm"):
+        again(folder, name, f"{name}-gpu", provenance=gpu)
+    rows = {(row.system, row.hardware): row for row in leaderboard_rows(map(read_record, folder.glob("*.json")))}
+    slm = rows["slm", "NVIDIA H200"]
+    assert slm.llm is rows["llm", "NVIDIA H200"]
+    assert slm.speedup["fixed"] is not None
+    assert "other hardware" in slm.marks  # than the newest llm's
+    assert all("other hardware" not in row.marks for (_, machine), row in rows.items() if machine != "NVIDIA H200")
+
+
+def test_other_prompts_are_other_examples(folder):
+    edit(folder, "slm", lambda record: record["hashes"].update(prompts="0" * 64))
+    row = rows_of(folder)["slm"]
+    assert "other examples" in row.marks
+    assert row.scores["bleu"].percent is None
+
+
+def test_an_unknown_dtype_is_said_and_no_speed_compared(folder):
+    edit(folder, "llm", lambda record: record["settings"].update(dtype="float32"))
+    row = rows_of(folder)["slm"]
+    assert "dtype unknown" in row.marks
+    assert row.speedup == {"fixed": None, "natural": None}
+
+
 def test_a_score_that_is_not_a_number_is_marked(folder):
     broken = {"value": None, "low": None, "high": None, "problem": "the score is nan", "signature": ""}
     edit(folder, "llm", lambda record: record["scores"].update(bleu=broken))

@@ -24,7 +24,7 @@ def test_both_turns_are_answered(questions, dummy, tmp_path):
     assert path.name == "llm.jsonl"
     assert [line["question_id"] for line in lines] == [80, 81, 82]
     assert lines[1]["choices"] == [{"index": 0, "turns": ["say 1", "say 1 say 1 again"]}]
-    assert set(lines[0]) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    assert set(lines[0]) == {"question_id", "answer_id", "model_id", "checkpoint", "choices", "tstamp"}
 
 
 def test_goes_on_after_a_kill(questions, dummy, tmp_path):
@@ -37,6 +37,15 @@ def test_goes_on_after_a_kill(questions, dummy, tmp_path):
     write_answers(second, read_questions(questions), tmp_path, 16)
     assert [json.loads(line)["question_id"] for line in path.read_text().splitlines()] == [80, 81, 82]
     assert second.calls == 4
+
+
+def test_answers_of_other_weights_are_not_taken_over(questions, dummy, tmp_path):
+    write_answers(dummy("llm", 1.0), read_questions(questions), tmp_path, 16, "one")
+    again = dummy("llm", 1.0)
+    write_answers(again, read_questions(questions), tmp_path, 16, "one")
+    assert again.calls == 0
+    with pytest.raises(UserError, match=r"llm\.jsonl holds answers of other weights; remove it, or give another"):
+        write_answers(again, read_questions(questions), tmp_path, 16, "two")
 
 
 def test_mistakes_are_named(tmp_path, capsys):

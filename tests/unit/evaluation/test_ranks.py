@@ -85,7 +85,7 @@ def test_tasks_of_slurm_are_ranks(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr("torch.distributed.init_process_group", seen.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, timeout: seen.append(backend))
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     assert join_ranks().local_rank == 1

@@ -151,6 +151,8 @@ def test_a_model_with_settings(tmp_path):
     assert isinstance(arm.system, PretrainedSystem)
     assert arm.system.codec.text_format.prompt_template == "Q {prompt}"
     assert (arm.system.name, arm.system.model.dtype, len(arm.checkpoint)) == ("mine", torch.bfloat16, 64)
+    path = described(tmp_path, class_path="evaluation.peers.PretrainedSystem", init_args=arguments | {"name": "other"})
+    assert load_arms({}, "cpu", "bfloat16", specs=[path])[0].checkpoint != arm.checkpoint  # weights alone do not decide
 
 
 def test_mistakes_are_named(tmp_path):
@@ -186,6 +188,7 @@ def test_ctranslate2_is_the_model_that_was_converted(family, tmp_path):
     source = bare(tmp_path / "model", family)
     TransformersConverter(source).convert(str(tmp_path / "converted"))
     converted = CTranslate2System(str(tmp_path / "converted"), source, text_format=FORMAT, threads=1)
+    assert converted.dtype == "float32"
     original = PretrainedSystem(source, text_format=FORMAT)
     calls = []
     for limits in ({"max_new_tokens": 8}, {"max_new_tokens": 5, "min_new_tokens": 5}):
