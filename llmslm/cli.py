@@ -27,6 +27,7 @@ commands:
   predict    write predictions for its test split
   features   encode a recipe's prompts once: llmslm features --config R --out DIR; then fit with
              --model.encoder.features DIR
+  label      let the LLM write the targets: llmslm label --config R --checkpoint LLM --out DIR
   plan       memory per GPU and time per step: llmslm plan --config quickstart --config hardware/8gpu_fsdp
   consolidate  make a system of a training checkpoint, sharded or not, on a CPU
   generate   answer prompts:        llmslm generate --checkpoint runs/quickstart/llm_to_slm "prompt"
@@ -47,7 +48,7 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         sys.stdout.write(f"llmslm {metadata.version('llmslm')}\n")
         return
-    others = {"generate": _generate, "features": _features, "plan": _plan, "consolidate": _consolidate}
+    others = {"generate": _generate, "features": _features, "label": _label, "plan": _plan, "consolidate": _consolidate}
     if args[0] not in (*TRAINER_COMMANDS, *others):
         _fail(f"unknown command {args[0]!r}; expected one of {', '.join((*TRAINER_COMMANDS, *others))}", 2)
     try:
@@ -98,6 +99,12 @@ def _train(args: list[str], *callbacks: "Callback") -> None:
         if not is_disk_full(error):
             raise
         _fail("the disk is full: nothing more was written; free some space and resume with --ckpt_path last", 1)
+
+
+def _label(args: list[str]) -> None:
+    from llmslm.distillation.label import main as label
+
+    label(args)
 
 
 def _plan(args: list[str]) -> None:

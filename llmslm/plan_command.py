@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from transformers import PreTrainedModel
 
 from llmslm.costs import DEVICES, Device
 from llmslm.errors import UserError
 from llmslm.parallel import make_mesh, parallelize
 from llmslm.plan import Job, World, batch, build, check, loss, predict
-from llmslm.recipe import find_recipe
+from llmslm.recipe import read_recipe
 
 USAGE = """llmslm plan --config RECIPE [--config OVERLAY] [--gpus N] [--key.of.recipe VALUE ...]
 
@@ -34,7 +33,9 @@ def main(args: Sequence[str]) -> None:
         UserError: for mistakes in the arguments or the recipe.
     """
     options, overrides = _parser().parse_known_args(args)
-    recipe = read(options.config, overrides)
+    recipe = read_recipe(options.config, overrides)
+    if "model" not in recipe:
+        raise UserError(f"{', '.join(options.config)} has no model section; give a recipe (--config)")
     job = Job.of(recipe, options.prompt_tokens, options.target_tokens)
     trainer = recipe.get("trainer", {})
     world = _world(options, trainer, job)
@@ -48,28 +49,6 @@ def main(args: Sequence[str]) -> None:
         sys.stdout.write(json.dumps(_record(options.config, world, prediction)) + "\n")
     else:
         sys.stdout.write(table(job, world, prediction))
-
-
-def read(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
-    """Merge recipes in order and apply overrides, `--a.b value` or `--a.b=value`.
-
-    Raises:
-        UserError: if an override has no value, or there is no recipe.
-    """
-    recipe: dict[str, Any] = {}
-    for name in names:
-        recipe = _merged(recipe, yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")))
-    words = [word for text in overrides for word in (text.split("=", 1) if text.startswith("--") else [text])]
-    if len(words) % 2 or not all(key.startswith("--") and "." in key for key in words[::2]):
-        raise UserError(f"cannot read {' '.join(overrides)!r}; expected --key.of.recipe VALUE ...")
-    for key, value in zip(words[::2], words[1::2], strict=True):
-        nested: Any = yaml.safe_load(value)
-        for part in reversed(key[2:].split(".")):
-            nested = {part: nested}
-        recipe = _merged(recipe, nested)
-    if "model" not in recipe:
-        raise UserError(f"{', '.join(names)} has no model section; give a recipe (--config)")
-    return recipe
 
 
 def table(job: Job, world: World, prediction: Mapping[str, Any]) -> str:
@@ -204,11 +183,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     parser.add_argument("--measure", action="store_true", help="run the steps here too and print both as one JSON line")
     return parser
-
-
-def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    both = dict(under)
-    for key, value in over.items():
-        old = both.get(key)
-        both[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return both

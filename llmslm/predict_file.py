@@ -80,14 +80,13 @@ def predict_file(
 
     def predict(batch: list[Prompt]) -> list[Generation]:
         seeded = None if sampling is None else replace(sampling, seed=sampling.seed + next(seeds))
-        return _predict(system, batch, max_new_tokens, seeded)
+        return predict_batch(system, batch, max_new_tokens, seeded)
 
     try:
-        with part.open("a", encoding="utf-8") as file, _Progress(total, done) as progress:
+        with part.open("a", encoding="utf-8") as file, Progress("generate", total, done) as progress:
             prompts = islice(read_prompts(source), done, None)
             while window := list(islice(prompts, _WINDOW * batch_size)):
-                predictions = _predict_window(predict, window, batch_size, progress)
-                file.writelines(map(_line, window, predictions))
+                file.writelines(map(_line, window, predict_window(predict, window, batch_size, progress)))
                 file.flush()
         part.replace(out)
     except OSError as error:
@@ -148,28 +147,45 @@ def _is_of(line: bytes, prompt: Prompt) -> bool:
     return isinstance(record, dict) and (record.get("id"), record.get("prompt")) == (prompt.id, prompt.prompt)
 
 
-def _line(prompt: Prompt, prediction: str) -> str:
-    record = {"id": prompt.id, "prompt": prompt.prompt, "prediction": prediction}
+def _line(prompt: Prompt, prediction: Generation) -> str:
+    record = {"id": prompt.id, "prompt": prompt.prompt, "prediction": prediction.text}
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def _predict_window(
-    predict: Callable[[list[Prompt]], list[Generation]], window: list[Prompt], batch_size: int, progress: "_Progress"
-) -> list[str]:
-    """Predict in batches of like length, the longest first: if memory does not suffice, it shows at once."""
+def predict_window(
+    predict: Callable[[list[Prompt]], list[Generation]], window: list[Prompt], batch_size: int, progress: "Progress"
+) -> list[Generation]:
+    """Predict in batches of like length, the longest first: if memory does not suffice, it shows at once.
+
+    Args:
+        predict: for a batch.
+        window: prompts.
+        batch_size: prompts decoded together.
+        progress: counts them.
+
+    Returns:
+        The predictions in the window's order.
+    """
     order = sorted(range(len(window)), key=lambda i: -len(window[i].prompt))
-    predictions = [""] * len(window)
+    predictions: dict[int, Generation] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        for i, generation in zip(batch, generations := predict([window[i] for i in batch]), strict=True):
-            predictions[i] = generation.text
+        generations = predict([window[i] for i in batch])
+        predictions |= zip(batch, generations, strict=True)
         progress.add(generations)
-    return predictions
+    return [predictions[i] for i in range(len(window))]
 
 
-def _predict(system: System, batch: list[Prompt], limit: int, sampling: Sampling | None) -> list[Generation]:
+def predict_batch(
+    system: System, batch: list[Prompt], max_new_tokens: int, sampling: Sampling | None = None
+) -> list[Generation]:
+    """Predict one batch.
+
+    Raises:
+        UserError: for a prompt that is too long, with its place.
+    """
     try:
-        return system.generate([one.prompt for one in batch], max_new_tokens=limit, sampling=sampling)
+        return system.generate([one.prompt for one in batch], max_new_tokens=max_new_tokens, sampling=sampling)
     except UserError as error:
         for one in batch:
             try:
@@ -179,16 +195,17 @@ def _predict(system: System, batch: list[Prompt], limit: int, sampling: Sampling
         raise
 
 
-class _Progress:
+class Progress:
     """A bar with throughput on standard error: on a terminal alone, and only if it takes a while.
 
     Args:
-        total: prompts in the input.
+        name: in front of the bar.
+        total: prompts in the input, None if nobody knows.
         done: prompts that an earlier call has predicted.
     """
 
-    def __init__(self, total: int, done: int) -> None:
-        self.bar = tqdm(total=total, initial=done, unit="prompt", delay=1, disable=None, desc="generate")
+    def __init__(self, name: str, total: int | None, done: int = 0) -> None:
+        self.bar = tqdm(total=total, initial=done, unit="prompt", delay=1, disable=None, desc=name)
         self.tokens, self.start = 0, time.perf_counter()
 
     def __enter__(self) -> Self:

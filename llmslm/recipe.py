@@ -1,12 +1,14 @@
 """Recipes by name: a YAML file of the user, or one that comes with the package."""
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmslm.errors import UserError
 
 if TYPE_CHECKING:
+    from llmslm.data.datamodule import TextDataModule
     from llmslm.data.sources import Source
 
 
@@ -40,6 +42,50 @@ def find_recipe(name_or_path: str) -> Path:
     raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())} (--config)")
 
 
+def read_recipe(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:
+    """Merge recipes in order and apply overrides, `--a.b value` or `--a.b=value`.
+
+    Raises:
+        UserError: if an override has no value, or there is no recipe.
+    """
+    import yaml
+
+    recipe: dict[str, Any] = {}
+    for name in names:
+        recipe = _merged(recipe, yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")))
+    words = [word for text in overrides for word in (text.split("=", 1) if text.startswith("--") else [text])]
+    if len(words) % 2 or not all(key.startswith("--") and "." in key for key in words[::2]):
+        raise UserError(f"cannot read {' '.join(overrides)!r}; expected --key.of.recipe VALUE ...")
+    for key, value in zip(words[::2], words[1::2], strict=True):
+        nested: Any = yaml.safe_load(value)
+        for part in reversed(key[2:].split(".")):
+            nested = {part: nested}
+        recipe = _merged(recipe, nested)
+    return recipe
+
+
+def load_data(names: Sequence[str], overrides: Sequence[str]) -> "TextDataModule":
+    """Build the data module of a recipe, and nothing else of it; arguments as for `read_recipe`.
+
+    Raises:
+        UserError: if the recipe has no data section, or one that is not valid.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from llmslm.data.datamodule import TextDataModule
+
+    recipe = read_recipe(names, overrides)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TextDataModule, "data")
+    try:
+        parsed = parser.parse_object({"data": recipe["data"]})
+    except (ArgumentError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{', '.join(names)} has no valid data section: {reason} (--config)") from error
+    data: TextDataModule = parser.instantiate_classes(parsed).data
+    return data
+
+
 def load_source(name_or_path: str) -> "Source":
     """Build the data source of a recipe, and nothing else of it.
 
@@ -61,3 +107,11 @@ def load_source(name_or_path: str) -> "Source":
         raise UserError(f"{path} has no valid data.source: {' '.join(str(error).split())[:300]}") from error
     source: Source = parser.instantiate_classes(parsed).source
     return source
+
+
+def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(under)
+    for key, value in over.items():
+        old = both.get(key)
+        both[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return both

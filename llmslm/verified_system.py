@@ -6,12 +6,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from llmslm.checkpoint import codec_for, find_system, load_parts
-from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
+from llmslm.checkpoint import load_parts
+from llmslm.data.tokenizer import same_tokenizer
 from llmslm.errors import UserError
 from llmslm.generation.acceptance import Acceptance
 from llmslm.generation.verified import VerifiedEngine
-from llmslm.models.language_model import ModelSource, load_language_model
+from llmslm.load_llm import load_llm
 from llmslm.models.modeling import LlmToSlm
 from llmslm.system import System
 
@@ -60,8 +60,8 @@ class VerifiedSystem(System):
         """
         model, codec, card = load_parts(draft_folder, dtype=dtype, load_encoder=False)
         draft = System(card["system"], model.to(device), codec, card)
-        llm = _load_llm(llm_source, draft, dtype)
-        llm.model.to(device)
+        key = "the LLM to verify with (--verify): model"
+        llm = load_llm(llm_source, draft.codec.text_format, key, device=device, dtype=dtype)
         return cls(llm, draft)
 
     def parameters(self) -> dict[str, int]:
@@ -80,18 +80,6 @@ class VerifiedSystem(System):
         result = self._verified.generate(**settings)
         self.acceptance.add(result.acceptance)
         return result.tokens
-
-
-def _load_llm(source: str | Path, draft: System, dtype: torch.dtype | None) -> System:
-    """Load the llm system of a folder, or a bare model, which takes the draft's prompt format."""
-    try:
-        find_system(source)
-    except UserError:
-        key = "the LLM to verify with (--verify): model"
-        model = load_language_model(ModelSource(source=str(source)), None, key, dtype or torch.float32)
-        tokenizer = load_tokenizer(str(source))
-        return System("llm", model, codec_for(model, tokenizer, None, draft.codec.text_format), {"system": "llm"})
-    return System.load(source, dtype=dtype)
 
 
 def _check_pair(llm: System, draft: System) -> None:

@@ -2,6 +2,8 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmslm.errors import UserError
@@ -22,10 +24,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         UserError: if the disk is full.
     """
+    with file_aside(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def file_aside(path: Path) -> Iterator[Path]:
+    """Yield the path of a file beside `path` that takes its name when the block ends well, and is removed otherwise.
+
+    Raises:
+        UserError: if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        aside.write_bytes(data)
+        yield aside
         aside.replace(path)
     except OSError as error:
         raise_if_full(error, f"{path} was not written; free some space and run again")

@@ -1,0 +1,121 @@
+"""The LLM over a recipe's data: what the commands `label` and `logits` share."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmslm.checkpoint import find_system
+from llmslm.data.features import fingerprint_of
+from llmslm.data.sources import Source
+from llmslm.errors import UserError
+from llmslm.load_llm import load_llm
+from llmslm.recipe import load_data
+from llmslm.system import System
+from llmslm.writing import write_text
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that share the work; each has its own shards, and nobody waits."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_environment(cls) -> "Ranks":
+        """Read what torchrun tells its processes."""
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def mine(self, shard: int) -> bool:
+        """Whether a shard is this rank's."""
+        return shard % self.size == self.rank
+
+
+@dataclass(frozen=True)
+class Job:
+    """A system, the data that it runs over, and what decides about its results."""
+
+    system: System
+    source: Source
+    max_target_tokens: int
+    """Longest target of the recipe."""
+    identity: dict[str, Any]
+    """Content of weights, tokens and data, in plain types."""
+    ranks: Ranks
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add the arguments that both commands take."""
+    parser.add_argument("--config", action="append", required=True, metavar="RECIPE", help="whose data is read")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="LLM", help="run or system folder; or a hub name or folder of a model"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help=out)
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts that are run together")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: bfloat16 on a GPU, else float32"
+    )
+
+
+def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> Job:
+    """Load the system and the data that the arguments name.
+
+    Raises:
+        UserError: for mistakes in them.
+    """
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} was given; expected 1 or more")
+    data = load_data(options.config, overrides)
+    device = options.device or _default_device()
+    dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    key = "the LLM (--checkpoint): model"
+    system = load_llm(options.checkpoint, data.text_format, key, device=device, dtype=getattr(torch, dtype))
+    data.source.prepare()
+    identity = {
+        "llm": fingerprint_of(_weights(options.checkpoint)),
+        "codec": system.codec.signature(),
+        "dtype": dtype,
+        "data": data.source.fingerprint(),
+    }
+    return Job(system, data.source, data.text_format.max_target_tokens, identity, Ranks.of_environment())
+
+
+def claim(manifest: Path, about: dict[str, Any]) -> None:
+    """Write down what a folder belongs to, before anything else is in it; what is there must say the same.
+
+    Args:
+        manifest: its file.
+        about: plain values.
+
+    Raises:
+        UserError: if the folder belongs to something else.
+    """
+    about = json.loads(json.dumps(about))
+    if not manifest.is_file():
+        write_text(manifest, json.dumps(about, indent=1) + "\n")
+        return
+    stored = json.loads(manifest.read_text(encoding="utf-8"))
+    for name in sorted({*stored, *about}):
+        if stored.get(name) != about.get(name):
+            raise UserError(
+                f"{manifest.parent} is of another {name}: {str(stored.get(name))[:80]!r}, here it is "
+                f"{str(about.get(name))[:80]!r}; give another folder (--out)"
+            )
+
+
+def _weights(checkpoint: str) -> str:
+    try:
+        return str(find_system(checkpoint))
+    except UserError:
+        return checkpoint
+
+
+def _default_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

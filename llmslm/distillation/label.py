@@ -1,0 +1,247 @@
+"""Targets written by the LLM: its predictions for a source's prompts, as Parquet files that `TextFiles` reads.
+
+A folder holds manifest.json (which LLM, tokens, data and limit), predictions/SPLIT (shards of consecutive examples,
+each complete when it appears) and, made of these, SPLIT.parquet and the report labels.json. A stopped call goes on
+where it was, and another gate costs no second run of the LLM.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from llmslm.data.sources.base import SPLITS, Split
+from llmslm.distillation.job import Job, add_arguments, claim, load_job
+from llmslm.errors import UserError
+from llmslm.predict_file import Progress, Prompt, Throughput, predict_batch, predict_window
+from llmslm.system import Generation
+from llmslm.writing import file_aside, write_text
+
+VERSION = 1
+SHARD_EXAMPLES = 512  # what a kill loses at most, and the window that is sorted by length
+REPORT = "labels.json"
+FAILURES = ("unfinished", "short", "long", "empty")
+Failed = Literal["drop", "gold"]
+_COLUMNS = pa.schema([(name, pa.string()) for name in ("id", "prompt", "target", "gold_target", "gate")])
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Which predictions become targets: those that ended and are about as long as the gold target.
+
+    Args:
+        low: fewest tokens produced per token of the gold target.
+        high: most of them.
+        limit: tokens of a prediction; one that fills it counts as unfinished.
+
+    Raises:
+        UserError: if nothing can pass.
+    """
+
+    low: float
+    high: float
+    limit: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high:
+            raise UserError(f"--gate {self.low} {self.high} was given; expected LOW below HIGH, neither negative")
+
+    def verdict(self, row: dict[str, Any]) -> str:
+        """Return "passed", or why a prediction fails: "empty", "unfinished", "short" or "long"."""
+        if not row["prediction"].strip():
+            return "empty"
+        if row["tokens"] >= self.limit:
+            return "unfinished"
+        if row["tokens"] < self.low * row["gold_tokens"]:
+            return "short"
+        return "long" if row["tokens"] > self.high * row["gold_tokens"] else "passed"
+
+
+def main(args: Sequence[str]) -> None:
+    """Run `llmslm label`.
+
+    Raises:
+        UserError: for mistakes in the arguments, the recipe or the data.
+    """
+    options, overrides = _parser().parse_known_args(args)
+    job, out = load_job(options, overrides), Path(options.out)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} was given; expected 1 or more")
+    limit = options.max_new_tokens or job.system.codec.text_format.max_target_tokens
+    low, high = options.gate
+    gate = Gate(low, high, limit)
+    for split in options.splits:  # one that is missing shows before hours of work on another
+        job.source.load(split)
+    claim(out / "manifest.json", {"version": VERSION, "max_new_tokens": limit} | job.identity)
+    shards: dict[Split, list[Path]] = {}
+    for split in options.splits:
+        shards[split], throughput = predict_split(job, split, out, limit, options.batch_size)
+        sys.stderr.write(f"{split}: {throughput}\n")
+    if left := sum(not path.is_file() for paths in shards.values() for path in paths):
+        sys.stderr.write(f"{left} shards are still with other ranks; the last one writes {out / REPORT}\n")
+        return
+    splits = {split: write_labels(out, split, paths, gate, options.failed) for split, paths in shards.items()}
+    about = {
+        "checkpoint": options.checkpoint,
+        "system": job.system.name,
+        "gate": options.gate,
+        "failed": options.failed,
+    }
+    write_text(out / REPORT, json.dumps(about | {"max_new_tokens": limit, "splits": splits}, indent=1) + "\n")
+    for split, report in splits.items():
+        sys.stdout.write(f"{out / split}.parquet: {_line(report, options.failed)}\n")
+
+
+def predict_split(job: Job, split: Split, out: Path, limit: int, batch_size: int) -> tuple[list[Path], Throughput]:
+    """Predict for those prompts of a split that have no prediction yet.
+
+    Args:
+        job: system and data.
+        split: which.
+        out: folder of the labels.
+        limit: tokens of a prediction.
+        batch_size: prompts decoded together.
+
+    Returns:
+        All shards of the split, also those of other ranks, which may not be there yet; and what this call did.
+    """
+    dataset, size = job.source.load(split), job.ranks.size
+    total = -(-len(dataset) // size) if isinstance(dataset, Dataset) else None
+    folder, paths, prompts = out / "predictions" / split, [], 0
+    done = len(list(folder.glob("[0-9]*.parquet"))) * SHARD_EXAMPLES // size
+    with Progress(f"label {split}", total, done) as progress:
+        for number, columns in enumerate(dataset.iter(batch_size=SHARD_EXAMPLES)):
+            paths.append(folder / f"{number:05d}.parquet")
+            if job.ranks.mine(number) and not paths[-1].is_file():
+                _write_shard(job, columns, paths[-1], limit, batch_size, progress)
+                prompts += len(columns["id"])
+    return paths, progress.throughput(prompts)
+
+
+def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed: Failed) -> dict[str, Any]:
+    """Write SPLIT.parquet: id, prompt, target, gold_target and gate, the verdict on the prediction.
+
+    Args:
+        out: folder of the labels.
+        split: which.
+        shards: its predictions.
+        gate: tells which of them are targets.
+        failed: "drop" leaves the others out, "gold" gives them the gold target.
+
+    Returns:
+        The report: examples, written, failed (by reason), failed_share, tokens, and length_ratio, the tokens produced
+        per token of the gold targets.
+
+    Raises:
+        UserError: if nothing is left to write.
+    """
+    counts: Counter[str] = Counter()
+    path = out / f"{split}.parquet"
+    with file_aside(path) as aside:
+        with pq.ParquetWriter(aside, _COLUMNS) as file:
+            for shard in shards:
+                rows = [_judged(row, gate) for row in pq.read_table(shard).to_pylist()]
+                for row in rows:
+                    counts.update({name: row[name] for name in ("tokens", "gold_tokens")} | {row["gate"]: 1})
+                kept = [row for row in rows if failed == "gold" or row["gate"] == "passed"]
+                file.write_table(pa.Table.from_pylist(kept, _COLUMNS))
+        report = _report(counts, failed)
+        if not report["written"]:
+            raise UserError(
+                f"none of the {report['examples']} predictions for {split} passed the gate "
+                f"({_failures(report)}); widen --gate, raise --max-new-tokens, or keep gold targets with --failed gold"
+            )
+    return report
+
+
+def _judged(row: dict[str, Any], gate: Gate) -> dict[str, Any]:
+    verdict = gate.verdict(row)
+    return row | {"gate": verdict, "target": row["prediction" if verdict == "passed" else "gold_target"]}
+
+
+def _report(counts: Counter[str], failed: Failed) -> dict[str, Any]:
+    reasons = {reason: counts[reason] for reason in FAILURES}
+    failures, passed = sum(reasons.values()), counts["passed"]
+    examples = failures + passed
+    return {
+        "examples": examples,
+        "written": examples if failed == "gold" else passed,
+        "failed": reasons,
+        "failed_share": failures / max(examples, 1),
+        "length_ratio": counts["tokens"] / max(counts["gold_tokens"], 1),
+        "tokens": counts["tokens"],
+    }
+
+
+def _line(report: dict[str, Any], failed: Failed) -> str:
+    fate = "left out" if failed == "drop" else "given the gold target"
+    return (
+        f"{report['written']} of {report['examples']} examples; {100 * report['failed_share']:.1f} % failed the length "
+        f"gate and were {fate} ({_failures(report)}); {report['length_ratio']:.2f} tokens per token of the gold targets"
+    )
+
+
+def _failures(report: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in report["failed"].items())
+
+
+def _write_shard(
+    job: Job, columns: dict[str, list[str]], path: Path, limit: int, batch_size: int, progress: Progress
+) -> None:
+    names = zip(columns["id"], columns["prompt"], strict=True)
+    window = [Prompt(f"the prompt with id {name}", name, prompt) for name, prompt in names]
+
+    def predict(batch: list[Prompt]) -> list[Generation]:
+        return predict_batch(job.system, batch, limit)
+
+    generations = predict_window(predict, window, batch_size, progress)
+    gold = job.system.codec.encode(columns["prompt"], columns["target"])
+    table = pa.table(
+        {
+            "id": columns["id"],
+            "prompt": columns["prompt"],
+            "gold_target": columns["target"],
+            "gold_tokens": [len(row["target_ids"]) for row in gold],
+            "prediction": [generation.text for generation in generations],
+            "tokens": [generation.tokens for generation in generations],
+        }
+    )
+    with file_aside(path) as aside:
+        pq.write_table(table, aside)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmslm label",
+        allow_abbrev=False,
+        description=(
+            "Let the LLM write the targets of a recipe's data. A stopped call goes on where it was; under torchrun the "
+            "ranks share the work. Other arguments override the recipe's keys (--data.source.init_args.KEY VALUE)."
+        ),
+    )
+    add_arguments(parser, "folder of the labels: SPLIT.parquet for llmslm.data.sources.TextFiles, and labels.json")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train", "validation"], help="default: both")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
+    parser.add_argument(
+        "--gate",
+        nargs=2,
+        type=float,
+        default=[0.5, 2.0],
+        metavar=("LOW", "HIGH"),
+        help="tokens per token of the gold target that a prediction may have; default: 0.5 2",
+    )
+    parser.add_argument(
+        "--failed",
+        choices=("drop", "gold"),
+        default="drop",
+        help="examples that fail the gate are left out, or keep the gold target; default: drop",
+    )
+    return parser
