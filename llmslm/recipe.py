@@ -64,8 +64,8 @@ def read_recipe(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any
     return recipe
 
 
-def load_data(names: Sequence[str], overrides: Sequence[str]) -> "TextDataModule":
-    """Build the data module of a recipe, and nothing else of it; arguments as for `read_recipe`.
+def build_data(recipe: Mapping[str, Any]) -> "TextDataModule":
+    """Build the data module of a recipe, and nothing else of it.
 
     Raises:
         UserError: if the recipe has no data section, or one that is not valid.
@@ -74,14 +74,12 @@ def load_data(names: Sequence[str], overrides: Sequence[str]) -> "TextDataModule
 
     from llmslm.data.datamodule import TextDataModule
 
-    recipe = read_recipe(names, overrides)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
     try:
         parsed = parser.parse_object({"data": recipe["data"]})
     except (ArgumentError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{', '.join(names)} has no valid data section: {reason} (--config)") from error
+        raise UserError(f"the recipe has no valid data section: {' '.join(str(error).split())[:300]}") from error
     data: TextDataModule = parser.instantiate_classes(parsed).data
     return data
 
@@ -110,6 +108,9 @@ def load_source(name_or_path: str) -> "Source":
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge deeply; another class takes no arguments of the one that it replaces."""
+    if over.get("class_path", under.get("class_path")) != under.get("class_path"):
+        return dict(over)
     both = dict(under)
     for key, value in over.items():
         old = both.get(key)

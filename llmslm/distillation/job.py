@@ -15,7 +15,7 @@ from llmslm.data.features import fingerprint_of
 from llmslm.data.sources import Source
 from llmslm.errors import UserError
 from llmslm.load_llm import load_llm
-from llmslm.recipe import load_data
+from llmslm.recipe import build_data, read_recipe
 from llmslm.system import System
 from llmslm.writing import write_text
 
@@ -42,9 +42,11 @@ class Job:
     """A system, the data that it runs over, and what decides about its results."""
 
     system: System
+    checkpoint: str
+    """Where the system came from: its folder, or the name of a bare model."""
+    is_own_llm: bool
+    """Whether it is the llm that the recipe trains, and then reads with."""
     source: Source
-    max_target_tokens: int
-    """Longest target of the recipe."""
     identity: dict[str, Any]
     """Content of weights, tokens and data, in plain types."""
     ranks: Ranks
@@ -72,19 +74,23 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> Job:
     """
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size} was given; expected 1 or more")
-    data = load_data(options.config, overrides)
+    recipe = read_recipe(options.config, overrides)
+    data = build_data(recipe)
     device = options.device or _default_device()
     dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     key = "the LLM (--checkpoint): model"
     system = load_llm(options.checkpoint, data.text_format, key, device=device, dtype=getattr(torch, dtype))
+    checkpoint = _place(options.checkpoint)
     data.source.prepare()
     identity = {
-        "llm": fingerprint_of(_weights(options.checkpoint)),
+        "llm": fingerprint_of(checkpoint),
         "codec": system.codec.signature(),
         "dtype": dtype,
         "data": data.source.fingerprint(),
     }
-    return Job(system, data.source, data.text_format.max_target_tokens, identity, Ranks.of_environment())
+    name = Path(options.config[0]).stem
+    is_own = _trains_its_llm(recipe) and (system.name, system.card.get("recipe")) == ("llm", name)
+    return Job(system, checkpoint, is_own, data.source, identity, Ranks.of_environment())
 
 
 def claim(manifest: Path, about: dict[str, Any]) -> None:
@@ -110,11 +116,16 @@ def claim(manifest: Path, about: dict[str, Any]) -> None:
             )
 
 
-def _weights(checkpoint: str) -> str:
+def _place(checkpoint: str) -> str:
     try:
         return str(find_system(checkpoint))
     except UserError:
         return checkpoint
+
+
+def _trains_its_llm(recipe: dict[str, Any]) -> bool:
+    model = recipe.get("model", {})
+    return not model.get("llm", {}).get("source") and not model.get("encoder", {}).get("source")
 
 
 def _default_device() -> str:

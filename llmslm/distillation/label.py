@@ -1,8 +1,8 @@
 """Targets written by the LLM: its predictions for a source's prompts, as Parquet files that `TextFiles` reads.
 
 A folder holds manifest.json (which LLM, tokens, data and limit), predictions/SPLIT (shards of consecutive examples,
-each complete when it appears) and, made of these, SPLIT.parquet and the report labels.json. A stopped call goes on
-where it was, and another gate costs no second run of the LLM.
+each complete when it appears) and, made of these, SPLIT.parquet, the report labels.json and recipe.yaml, an overlay
+that trains on them. A stopped call goes on where it was, and another gate costs no second run of the LLM.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from datasets import Dataset
 
 from llmslm.data.sources.base import SPLITS, Split
@@ -28,6 +29,7 @@ from llmslm.writing import file_aside, write_text
 VERSION = 1
 SHARD_EXAMPLES = 512  # what a kill loses at most, and the window that is sorted by length
 REPORT = "labels.json"
+RECIPE = "recipe.yaml"
 FAILURES = ("unfinished", "short", "long", "empty")
 Failed = Literal["drop", "gold"]
 _COLUMNS = pa.schema([(name, pa.string()) for name in ("id", "prompt", "target", "gold_target", "gate")])
@@ -88,16 +90,11 @@ def main(args: Sequence[str]) -> None:
     if left := sum(not path.is_file() for paths in shards.values() for path in paths):
         sys.stderr.write(f"{left} shards are still with other ranks; the last one writes {out / REPORT}\n")
         return
-    splits = {split: write_labels(out, split, paths, gate, options.failed) for split, paths in shards.items()}
-    about = {
-        "checkpoint": options.checkpoint,
-        "system": job.system.name,
-        "gate": options.gate,
-        "failed": options.failed,
-    }
-    write_text(out / REPORT, json.dumps(about | {"max_new_tokens": limit, "splits": splits}, indent=1) + "\n")
-    for split, report in splits.items():
-        sys.stdout.write(f"{out / split}.parquet: {_line(report, options.failed)}\n")
+    reports = {split: write_labels(out, split, paths, gate, options.failed) for split, paths in shards.items()}
+    _write_report(job, out, limit, reports)
+    for split, report in reports.items():
+        sys.stdout.write(f"{out / split}.parquet: {_line(report)}\n")
+    sys.stdout.write(f"train on it with llmslm fit --config {options.config[0]} --config {out / RECIPE}\n")
 
 
 def predict_split(job: Job, split: Split, out: Path, limit: int, batch_size: int) -> tuple[list[Path], Throughput]:
@@ -137,8 +134,8 @@ def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed
         failed: "drop" leaves the others out, "gold" gives them the gold target.
 
     Returns:
-        The report: examples, written, failed (by reason), failed_share, tokens, and length_ratio, the tokens produced
-        per token of the gold targets.
+        The report: gate, examples, written, failed (by reason), failed_share, failed_became, tokens, and length_ratio,
+        the tokens produced per token of the gold targets.
 
     Raises:
         UserError: if nothing is left to write.
@@ -153,7 +150,7 @@ def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed
                     counts.update({name: row[name] for name in ("tokens", "gold_tokens")} | {row["gate"]: 1})
                 kept = [row for row in rows if failed == "gold" or row["gate"] == "passed"]
                 file.write_table(pa.Table.from_pylist(kept, _COLUMNS))
-        report = _report(counts, failed)
+        report = _report(counts, gate, failed)
         if not report["written"]:
             raise UserError(
                 f"none of the {report['examples']} predictions for {split} passed the gate "
@@ -167,22 +164,39 @@ def _judged(row: dict[str, Any], gate: Gate) -> dict[str, Any]:
     return row | {"gate": verdict, "target": row["prediction" if verdict == "passed" else "gold_target"]}
 
 
-def _report(counts: Counter[str], failed: Failed) -> dict[str, Any]:
+def _report(counts: Counter[str], gate: Gate, failed: Failed) -> dict[str, Any]:
     reasons = {reason: counts[reason] for reason in FAILURES}
     failures, passed = sum(reasons.values()), counts["passed"]
     examples = failures + passed
     return {
+        "gate": [gate.low, gate.high],
         "examples": examples,
         "written": examples if failed == "gold" else passed,
         "failed": reasons,
         "failed_share": failures / max(examples, 1),
+        "failed_became": "gold" if failed == "gold" else "dropped",
         "length_ratio": counts["tokens"] / max(counts["gold_tokens"], 1),
         "tokens": counts["tokens"],
     }
 
 
-def _line(report: dict[str, Any], failed: Failed) -> str:
-    fate = "left out" if failed == "drop" else "given the gold target"
+def _write_report(job: Job, out: Path, limit: int, reports: dict[Split, dict[str, Any]]) -> None:
+    """Write what was done, and the lines that a recipe needs to train on it; splits of earlier calls stay."""
+    path = out / REPORT
+    splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else {}
+    about = {"checkpoint": job.checkpoint, "system": job.system.name, "max_new_tokens": limit}
+    write_text(path, json.dumps(about | {"splits": splits | reports}, indent=1) + "\n")
+    files = {split: str(out / f"{split}.parquet") for split in SPLITS if split in splits | reports}
+    columns = {"prompt_column": "prompt", "target_column": "target"}
+    source = {"class_path": "llmslm.data.sources.TextFiles", "init_args": files | columns}
+    overlay: dict[str, Any] = {"data": {"source": source}}
+    if job.is_own_llm:  # it was trained with the gold data's tokenizer: one made from the labels would be another
+        overlay = {"model": {"encoder": {"source": job.checkpoint}}, "data": {"source": source, "tokenizer": None}}
+    write_text(out / RECIPE, yaml.safe_dump(overlay, sort_keys=False))
+
+
+def _line(report: dict[str, Any]) -> str:
+    fate = {"dropped": "left out", "gold": "given the gold target"}[report["failed_became"]]
     return (
         f"{report['written']} of {report['examples']} examples; {100 * report['failed_share']:.1f} % failed the length "
         f"gate and were {fate} ({_failures(report)}); {report['length_ratio']:.2f} tokens per token of the gold targets"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmslm.cli import main
+from llmslm.data.tokenizer import same_tokenizer
 from llmslm.distillation import label
 from llmslm.distillation.label import Gate
 from llmslm.system import System
@@ -138,21 +139,15 @@ def test_ranks_share_the_work(trained, arguments, monkeypatch, capsys):
     assert [(row["id"], row["target"]) for row in rows()] == wanted
 
 
-def test_a_recipe_trains_on_the_labels(trained, arguments):
+def test_a_recipe_trains_on_the_labels(trained, arguments, capsys):
+    """With the tokenizer that the llm was trained with."""
     main([*arguments, *OPEN])
-    source = "--data.source=llmslm.data.sources.TextFiles"
-    files = [f"--data.source.{split}=out/{split}.parquet" for split in SPLITS]
-    llm = f"--model.encoder.source={trained}/runs/toy/llm/system"
-    fit(
-        str(trained / "toy.yaml"),
-        "llm_to_slm",
-        source,
-        *files,
-        llm,
-        "--data.tokenizer=null",
-        "--data.max_target_tokens=16",
-    )
-    assert json.loads(Path("runs/toy/llm_to_slm/system/system.json").read_text())["steps"] == 4
+    assert f"llmslm fit --config {trained}/toy.yaml --config out/recipe.yaml" in capsys.readouterr().out
+    overlay = ["--config", "out/recipe.yaml", "--data.max_target_tokens=16", "--data.max_prompt_tokens=30"]
+    fit(str(trained / "toy.yaml"), "llm_to_slm", *overlay)
+    system, llm = System.load("runs/toy/llm_to_slm"), System.load(trained / "runs/toy/llm")
+    assert same_tokenizer(system.codec.slm_tokenizer, llm.codec.slm_tokenizer)
+    assert system.codec.encoder_tokenizer is None
 
 
 def test_a_bare_model_reads_prompts_as_the_recipe_says(trained, arguments):
