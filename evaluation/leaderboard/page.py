@@ -166,7 +166,7 @@ def _fields(row: Row, rows: Sequence[Row], names: Sequence[str]) -> list[Field]:
     seeds = f"{len(row.records)} seeds" if len(row.records) > 1 else ""
     return [
         Field(row.label, row.label, note=seeds),
-        Field(row.task, row.task),
+        Field(row.task, row.task, note=row.hardware if len({other.hardware for other in rows}) > 1 else ""),
         *(scores[name] for name in names if name in FIRST),
         _number(row.speedup["fixed"], 2, unit="×"),
         _number(row.speedup["natural"], 2, unit="×"),

@@ -1,6 +1,7 @@
 """The quality-speed plot with its Pareto front, and the break-even curve."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 PLOTTED = ("bleu", "chrf", "rouge_l")
 COLOURS = {LLM: "#c2410c", SLM: "#0e7490", LLM_TO_SLM: "#6d28d9"}
-_OTHERS = ("#4d7c0f", "#be185d", "#475569", "#ca8a04", "#1d4ed8", "#7f1d1d", "#f472b6", "#65a30d", "#94a3b8")
-_NAMED = 4  # more points than this are named below the panels: beside the points, names would hide each other
+_OTHERS = ("#4d7c0f", "#be185d", "#475569", "#ca8a04", "#1d4ed8", "#b91c1c", "#f472b6", "#65a30d", "#94a3b8")
+_NAMED = 4  # more rows than this are named below the panels: beside points and curves, names would hide them
 _INK = "#6b7280"  # read on white and on black
 _STYLE: Any = {
     "font.size": 9,
     "font.family": "sans-serif",
     "text.color": _INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "xtick.color": _INK,
@@ -76,11 +79,9 @@ def quality_speed(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
         figure = Figure(figsize=(3.5 * len(names), 3.1), layout="constrained")
         for name, axes in zip(names, np.atleast_1d(figure.subplots(1, len(names))), strict=True):
             _panel(axes, [row for row in rows if _value(row, name) is not None], name, labels)
+            axes.set_xlabel(f"tokens/s, fixed length, batch {_batch(rows)}")
         if len(rows) > _NAMED:
-            figure.legend(
-                *axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
-            )
-        figure.supxlabel(f"tokens per second (fixed length, batch {_batch(rows)})", fontsize=9, color=_INK)
+            _name_below(figure, axes, columns=4)
     return figure
 
 
@@ -103,8 +104,18 @@ def break_even(rows: Sequence[Row], labels: Sequence[str], longest: int = 1024) 
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set(xlabel="tokens produced", ylabel="times as fast as the llm", ylim=(0, None))
-        axes.legend(frameon=False, fontsize=8)
+        if len(timed) > _NAMED:
+            _name_below(figure, axes, columns=3)
+        else:
+            axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _name_below(figure: Figure, axes: "Axes", columns: int) -> None:
+    """Name the colours below the panels, on a figure that grows by the room that takes."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
 def svg(figure: Figure) -> str:
@@ -131,7 +142,7 @@ def _panel(axes: "Axes", rows: Sequence[Row], name: str, labels: Sequence[str]) 
     sign = -1 if is_lower_better(name) else 1
     front = pareto_front([(x, sign * y) for x, y in points])
     steps = [(0.0, points[front[0]][1]), *(points[index] for index in front)]
-    axes.plot(*zip(*steps, strict=True), drawstyle="steps-pre", color=_INK, alpha=0.4, linewidth=1, zorder=1)
+    axes.plot(*zip(*steps, strict=True), drawstyle="steps-pre", color=_INK, alpha=0.7, linewidth=1.2, zorder=1)
     fastest = max(x for x, _ in points)
     for row, (x, y) in zip(rows, points, strict=True):
         shade = colour(row.label, labels)

@@ -123,10 +123,12 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
 
 
 def best(rows: Sequence[Row], name: str) -> float | None:
-    """Return the best value of a score among rows of one task version and the same examples as the llm's."""
+    """Return the best value of a score among rows of one task version and examples; None where all have the same."""
     alike = [row for row in rows if not row.other_task and (row.same_tokens or name != "perplexity")]
     values = [cell.value for row in alike if (cell := row.scores.get(name)) and cell.value is not None]
-    return (min if is_lower_better(name) else max)(values) if values else None
+    if len(set(values)) < 2:
+        return None
+    return (min if is_lower_better(name) else max)(values)
 
 
 def _newest(records: Iterable[Record]) -> list[Record]:

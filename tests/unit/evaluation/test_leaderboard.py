@@ -10,7 +10,7 @@ import pytest
 
 from evaluation.compare import Settings, compare
 from evaluation.leaderboard import build
-from evaluation.leaderboard.plot import pareto_front
+from evaluation.leaderboard.plot import break_even, pareto_front, png, quality_speed
 from evaluation.leaderboard.rows import best, leaderboard_rows
 from evaluation.leaderboard.table import markdown_table
 from evaluation.record import read_record
@@ -219,6 +219,7 @@ def test_the_page_needs_no_network_and_shows_the_winner(folder, tmp_path):
     assert page.scripts == 1
     assert page.best == len(rows_of(folder)["llm"].scores)
     assert text.count("<svg") == 2
+    assert "fill: #ffffff" not in text  # plots stand on the page's own ground, light or dark
     assert text.count('class="card sample"') == 12
 
 
@@ -251,6 +252,23 @@ def test_records_without_predictions_are_enough(folder, tmp_path):
     text = build([folder], tmp_path).files["page"].read_text()
     assert "Sample predictions" not in text
     assert "predictions unreadable" not in text
+
+
+def test_many_rows_are_named_below_the_panels(folder):
+    for name in ("one", "two", "three"):
+        edit(folder, "slm", lambda record, name=name: record.update(system=name), f"{name}.record.json")
+    rows = leaderboard_rows(map(read_record, folder.glob("*.json")))
+    for figure in (quality_speed(rows, [row.label for row in rows]), break_even(rows, [row.label for row in rows])):
+        png(figure)  # lays it out
+        (legend,) = figure.legends
+        bottom = min(axes.get_tightbbox().y0 for axes in figure.axes)
+        assert legend.get_window_extent().y1 <= bottom
+
+
+def test_a_tie_has_no_winner(folder):
+    rows = list(rows_of(folder).values())
+    assert best(rows, "chrf") == rows[0].scores["chrf"].value
+    assert best([rows[0], rows[0]], "chrf") is None
 
 
 def test_pareto_front():
