@@ -3,14 +3,16 @@
     python -m evaluation.benchmarks.memory_growth --shape llama-4x512 --prompts 1000 --out growth.json
 
 Prompts come in batches of mixed length, each decoded to a length of its own, as a server would see them. The first
-`--warmup` prompts fill what is kept for further calls; growth is counted from there. On the CPU it is the resident set,
-after freed heap was handed back, on CUDA the allocator's live and reserved bytes. The last line is one JSON object.
+`--warmup` prompts fill what is kept for further calls. Growth is the median of the later half of the readings over that
+of the earlier half: what is kept for the last four sizes goes up and down with them. On the CPU the resident set is
+read, after freed heap was handed back, on CUDA what the allocator has reserved. The last line is one JSON object.
 """
 
 import argparse
 import ctypes
 import json
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from llmslm.provenance import provenance
 from llmslm.writing import write_text
 
 _FIRST_ID, _LAST_ID = 3, 1000  # ordinary tokens, which every shape's vocabulary has
-_SAMPLES = 10  # readings after the warm-up
+_SAMPLES = 20  # readings after the warm-up
 
 
 def held_bytes(device: torch.device) -> int:
@@ -37,7 +39,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def measure(engine: DecodeEngine, prompts: int, warmup: int, batch: int, seed: int = 0) -> list[dict[str, int]]:
-    """Decode `warmup` prompts, then `prompts` more; the bytes held after the warm-up and at ten points since.
+    """Decode `warmup` prompts, then `prompts` more; the bytes held after the warm-up and at twenty points since.
 
     Args:
         engine: decodes.
@@ -76,7 +78,8 @@ def main(args: list[str] | None = None) -> None:
     torch.manual_seed(0)
     engine = DecodeEngine(build(SHAPES[options.shape], device, dtype))
     readings = measure(engine, options.prompts, options.warmup, options.batch)
-    growth = readings[-1]["bytes"] - readings[0]["bytes"]
+    held = [reading["bytes"] for reading in readings]
+    growth = statistics.median(held[len(held) // 2 :]) - statistics.median(held[: len(held) // 2])
     record: dict[str, Any] = {
         "shape": options.shape,
         "prompts": options.prompts,
