@@ -16,7 +16,18 @@ from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.tokenizer import load_tokenizer
 from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.source import seen_from
+from llmslm.models.trained import (
+    FrozenBase,
+    check_base,
+    frozen_base,
+    load_adapters,
+    make_whole,
+    moved,
+    save_adapters,
+)
 from llmslm.writing import raise_if_full
 
 CARD = "system.json"
@@ -25,8 +36,10 @@ SYSTEM_FOLDER = "system"
 ENCODER_TOKENIZER = "encoder_tokenizer"
 
 
-def save_system(folder: Path, model: PreTrainedModel, codec: Codec, card: dict[str, Any]) -> None:
-    """Write a loadable folder: weights (never the frozen encoder's), config, tokenizers, card.
+def save_system(
+    folder: Path, model: PreTrainedModel, codec: Codec, card: dict[str, Any], *, weights: bool = True
+) -> None:
+    """Write a loadable folder: weights (what was trained, never the frozen encoder's), config, tokenizers, card.
 
     The folder appears under its name only when it is complete; one that was there before is replaced.
 
@@ -35,12 +48,19 @@ def save_system(folder: Path, model: PreTrainedModel, codec: Codec, card: dict[s
         model: a language model or a composition.
         codec: its codec.
         card: plain JSON values; `system` is one of llm, slm, llm_to_slm.
+        weights: False leaves them out.
 
     Raises:
         UserError: if the disk is full.
     """
     with written_aside(folder) as aside:
-        model.save_pretrained(aside)
+        base = frozen_base(model.config)
+        if base is not None:  # of a composition its config says it
+            card = card | {"frozen_base": base | {"source": seen_from(base["source"], aside)}}
+        if weights:
+            model.save_pretrained(aside) if base is None else save_adapters(model, aside)
+        else:
+            _save_configs(model, aside)
         codec.slm_tokenizer.save_pretrained(aside)
         if codec.encoder_tokenizer is not None:
             codec.encoder_tokenizer.save_pretrained(aside / ENCODER_TOKENIZER)
@@ -57,6 +77,8 @@ def load_parts(
 ) -> tuple[PreTrainedModel, Codec, dict[str, Any]]:
     """Load model, codec and card of a run folder or of the system folder in it; arguments as for `LlmToSlm`.
 
+    Adapters are folded into the weights beside which they were trained.
+
     Raises:
         UserError: if there is no system, its card is of a newer version, or its encoder is not the right one.
     """
@@ -64,7 +86,11 @@ def load_parts(
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     if card["version"] > CARD_VERSION:
         raise UserError(f"{folder / CARD} has version {card['version']}; this llmslm reads up to {CARD_VERSION}")
-    model = _load_model(folder, dtype, encoder_source=encoder_source, load_encoder=load_encoder)
+    if base := card.get("frozen_base"):
+        model = _load_adapted(folder, base, dtype)
+    else:
+        model = _load_model(folder, dtype, encoder_source=encoder_source, load_encoder=load_encoder)
+    model.make_whole() if isinstance(model, LlmToSlm) else make_whole(model)
     encoder_tokenizer = folder / ENCODER_TOKENIZER
     codec = codec_for(
         model,
@@ -119,6 +145,24 @@ def written_aside(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _save_configs(model: PreTrainedModel, folder: Path) -> None:
+    config = model.config
+    if isinstance(config, LlmToSlmConfig):
+        config = config.seen_from(folder)
+    if frozen_base(config) is None:  # else it is the base's own
+        config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def _load_adapted(folder: Path, base: FrozenBase, dtype: torch.dtype | None) -> PreTrainedModel:
+    base = moved(base, folder)
+    source = ModelSource(base["source"], base["revision"])
+    model = load_language_model(source, None, f"{folder / CARD}: frozen_base", dtype or torch.float32)
+    check_base(model, base)
+    load_adapters(model, folder)
+    return model
+
+
 def _load_model(folder: Path, dtype: torch.dtype | None, **encoder: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     kwargs: dict[str, Any] = {"dtype": dtype or torch.float32}
@@ -126,6 +170,6 @@ def _load_model(folder: Path, dtype: torch.dtype | None, **encoder: Any) -> PreT
         if isinstance(config, LlmToSlmConfig):
             return LlmToSlm.from_pretrained(folder, **encoder, **kwargs)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_pretrained(folder, **kwargs)
+        return auto.from_pretrained(folder, use_safetensors=True, **kwargs)
     except OSError as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error

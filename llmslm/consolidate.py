@@ -1,8 +1,6 @@
 """From a training checkpoint of any kind to a system folder, on one CPU, without the recipe: `llmslm consolidate`."""
 
-import copy
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llmslm.checkpoint import CARD, SYSTEM_FOLDER, save_system, written_aside
 from llmslm.data.codec import Codec
 from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.source import beside
+from llmslm.models.source import beside, seen_from
+from llmslm.models.trained import base_names, freeze, frozen_base, moved, save_adapters
 from llmslm.resume import CheckpointFiles, resolve
 
 FRAME = "frame"
@@ -26,7 +33,7 @@ FRAME = "frame"
 
 def save_frame(folder: Path, model: PreTrainedModel, codec: Codec, card: dict[str, Any]) -> None:
     """Write everything of a system folder but its weights."""
-    save_system(folder / FRAME, _Frame(model), codec, card)
+    save_system(folder / FRAME, model, codec, card, weights=False)
 
 
 def consolidate(checkpoint: str | Path, output: str | Path | None = None) -> Path:
@@ -49,17 +56,19 @@ def consolidate(checkpoint: str | Path, output: str | Path | None = None) -> Pat
     if not (frame / CARD).is_file():
         raise UserError(f"{frame} is missing: consolidate takes a checkpoint in the checkpoints folder of a run")
     found = CheckpointFiles().load_checkpoint(path, weights_only=True)
-    config = AutoConfig.from_pretrained(frame)
-    if isinstance(config, LlmToSlmConfig) and config.encoder_source is not None:
-        config.encoder_source = beside(config.encoder_source, frame)
-    model = rebuild(config, found["state_dict"])
+    card = json.loads((frame / CARD).read_text(encoding="utf-8"))
+    model = rebuild(_config(frame, card), found["state_dict"])
     folder = run / SYSTEM_FOLDER if output is None else Path(output)
     with written_aside(folder) as aside:
         shutil.copytree(frame, aside, dirs_exist_ok=True)
         model.generation_config = GenerationConfig.from_pretrained(frame)
-        model.save_pretrained(aside)
-        card = json.loads((aside / CARD).read_text(encoding="utf-8")) | {"steps": found["global_step"]}
-        (aside / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        if "frozen_base" in card:
+            card["frozen_base"]["source"] = seen_from(model.config.frozen_base["source"], aside)
+            save_adapters(model, aside)
+        else:
+            model.save_pretrained(aside)
+        text = json.dumps(card | {"steps": found["global_step"]}, indent=2)
+        (aside / CARD).write_text(text + "\n", encoding="utf-8")
     return folder
 
 
@@ -75,23 +84,27 @@ def rebuild(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
         else:
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model = auto.from_config(config)
+            freeze(model)
     weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+    brought = base_names(model)
+    if missing := [name for name, weight in model.named_parameters() if weight.is_meta and name not in brought]:
         raise UserError(f"the checkpoint lacks the weights of {', '.join(missing[:3])}; it is of another system")
     return model
 
 
-class _Frame:
-    """A model of which only the configuration is saved."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-
-    def save_pretrained(self, folder: Path) -> None:
-        config = copy.deepcopy(self._model.config)
-        if isinstance(config, LlmToSlmConfig) and config.encoder_source and Path(config.encoder_source).exists():
-            config.encoder_source = os.path.relpath(Path(config.encoder_source).resolve(), folder.resolve())
-        config.save_pretrained(folder)
-        self._model.generation_config.save_pretrained(folder)
+def _config(frame: Path, card: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a frame's model, with its sources as they are found from here."""
+    if "frozen_base" in card:
+        base = moved(card["frozen_base"], frame)
+        config = load_config(ModelSource(base["source"], base["revision"]), None, f"{frame / CARD}: frozen_base")
+        config.frozen_base = base
+        return config
+    config = AutoConfig.from_pretrained(frame)
+    if isinstance(config, LlmToSlmConfig):
+        if config.encoder_source is not None:
+            config.encoder_source = beside(config.encoder_source, frame)
+        if (base_of_slm := frozen_base(config.slm_config)) is not None:
+            config.slm_config.frozen_base = moved(base_of_slm, frame)
+    return config

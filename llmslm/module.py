@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
@@ -32,6 +33,7 @@ from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import check_packing, cross_attending, encoder_decoder_inputs
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.models.quantization import Quantization
+from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict
 from llmslm.parallel import Fsdp, gathered, token_share
 from llmslm.system import System
 
@@ -190,6 +192,9 @@ class SystemModule(L.LightningModule):
         model = load_language_model(source, tokenizer, key)
         if self.dropout:
             add_dropout(model, self.dropout)
+        if self.system != "llm_to_slm" and source.train == "nothing":
+            raise UserError(f"{key}.train is nothing, so the system {self.system} has nothing to train; set it to full")
+        restrict(model, source.train, source.source, source.revision, key)
         return model
 
     def encoder_source(self) -> str:
@@ -226,11 +231,18 @@ class SystemModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compile what the recipe wants compiled, and see to it that packed examples cannot mix."""
+        self._tell_parameters()
         if self.compile_blocks:
             compile_blocks(self._built)
         if self.trainer.datamodule.packs:  # type: ignore[attr-defined]
             stored = StoredEncoder(self.features).width if self.features else None
             check_packing(self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
+
+    def _tell_parameters(self) -> None:
+        counts = count_parameters(self._built)
+        rank_zero_info(f"{counts['trained']:,} of {counts['total']:,} parameters are trained")
+        for logger in self.loggers:
+            logger.log_hyperparams({f"parameters/{name}": count for name, count in counts.items()})
 
     def loss(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
         """Return the mean cross-entropy in nats a target token, and the number of target tokens."""
@@ -344,7 +356,8 @@ class SystemModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen encoder out and note what the rest belongs to."""
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith(ENCODER_KEY)}
+        frozen = self._frozen(state)
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in frozen}
         checkpoint["composition"] = self.composition()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -352,14 +365,14 @@ class SystemModule(L.LightningModule):
         theirs, ours = checkpoint.get("composition"), self.composition()
         if theirs != ours:
             theirs = theirs or {}
-            key = next((k for k in ours if theirs.get(k) != ours[k]), "system")
+            key = next(k for k in ours | theirs if theirs.get(k) != ours.get(k))
             raise UserError(
                 f"the checkpoint is of another composition: its {key} is {theirs.get(key)!r}, "
-                f"the recipe's is {ours[key]!r}; "
+                f"the recipe's is {ours.get(key)!r}; "
                 "give the recipe that it was trained with (--ckpt_path)"
             )
-        frozen = {k: v for k, v in self.state_dict().items() if k.startswith(ENCODER_KEY)}
-        checkpoint["state_dict"] |= frozen
+        state = self.state_dict()
+        checkpoint["state_dict"] |= {k: state[k] for k in self._frozen(state)}
 
     def composition(self) -> dict[str, Any]:
         """Name what the trained weights fit: system, architectures and parts, in plain types."""
@@ -369,6 +382,12 @@ class SystemModule(L.LightningModule):
             parts = {name: dict(getattr(config, name)) for name in ("projector", "alignment", "fusion")}
             return {"system": self.system, "encoder_hash": config.encoder_hash} | parts | shape_of(model.slm)
         return {"system": self.system} | shape_of(model)
+
+    def _frozen(self, names: Iterable[str]) -> set[str]:
+        """Return the names of what is not trained and not saved: the frozen encoder, and the base of adapters."""
+        base = {f"model.{name}" for name in base_names(self._built)}
+        composed = isinstance(self._built, LlmToSlm)  # a T5 has an encoder too, which is trained
+        return {name for name in names if (composed and name.startswith(ENCODER_KEY)) or name in base}
 
     # --- small helpers ------------------------------------------------------------------------------------------------
 
@@ -409,9 +428,11 @@ def shift_right(labels: Tensor, start_id: int, pad_id: int, documents: Tensor | 
 def shape_of(model: PreTrainedModel) -> dict[str, Any]:
     """Name a model's architecture: its type and the shape of each weight's name, hashed by transformers' config."""
     config = model.config
-    return {
+    shape = {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "layers": config.num_hidden_layers,
         "vocab_size": config.vocab_size,
     }
+    base = frozen_base(config)
+    return shape if base is None else shape | {"frozen_base": base["hash"], "train": base["lora"]}

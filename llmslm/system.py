@@ -225,7 +225,7 @@ class System:
         return [TargetScore(*pair) for pair in zip(nats, tokens, strict=True)]
 
     def parameters(self) -> dict[str, int]:
-        """Count parameters: in total, those that a checkpoint holds, and those read for each generated token."""
+        """Count parameters: in total, those that training changed, and those read for each generated token."""
         encoder = self.model.encoder if isinstance(self.model, LlmToSlm) else None
         frozen = sum(p.numel() for p in weights(encoder)) if encoder is not None else 0
         total = sum(p.numel() for p in weights(self.model))
@@ -238,7 +238,8 @@ class System:
             decoding = sum(p.numel() for p in weights(decoder))
         if isinstance(self.model, LlmToSlm):
             decoding += sum(p.numel() for p in self.model.fusion.step_parameters())
-        return {"total": total, "trained": total - frozen, "decoding": decoding}
+        trained = self.card.get("trained_parameters") or total - frozen
+        return {"total": total, "trained": trained, "decoding": decoding}
 
     def with_features(self, control: Control) -> "System":
         """Return this system with the encoder's message destroyed, as a control.

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmslm import provenance
 from llmslm.checkpoint import SYSTEM_FOLDER, save_system
 from llmslm.consolidate import rebuild, save_frame
+from llmslm.models.trained import count_parameters
 from llmslm.module import SystemModule
 from llmslm.parallel import Fsdp
 from llmslm.resume import CheckpointFiles
@@ -57,6 +58,7 @@ class SaveSystem(Callback):
             "recipe": self.recipe,
             "seed": torch.initial_seed(),
             "steps": trainer.global_step,
+            "trained_parameters": None if module.model is None else count_parameters(module.model)["trained"],
             "commit": head,
             "dirty": dirty,
             "data": data_fingerprint(trainer),

@@ -1,12 +1,16 @@
 """LlmToSlmConfig: sub-configs of the two models, specs of the parts between them, source of the encoder."""
 
-from typing import Any
+import copy
+from pathlib import Path
+from typing import Any, Self
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmslm.models.components import Spec
 from llmslm.models.encoder import Layers
 from llmslm.models.quantization import Quantization
+from llmslm.models.source import seen_from
+from llmslm.models.trained import frozen_base
 
 DEFAULT_PROJECTOR: Spec = {"class_path": "llmslm.models.projector.MlpProjector", "init_args": {}}
 DEFAULT_FUSION: Spec = {"class_path": "llmslm.models.fusion.Add", "init_args": {}}
@@ -18,7 +22,7 @@ class LlmToSlmConfig(PreTrainedConfig):
 
     Args:
         encoder_config: config of the LLM that encodes.
-        slm_config: config of the slm that decodes.
+        slm_config: config of the slm that decodes; its `frozen_base`, if any, names what of the slm was not trained.
         encoder_source: of the LLM (see `llmslm.models.source`); a relative path is looked up beside this file first.
         encoder_revision: commit of the hub repository.
         encoder_layer: the layer whose states are used: "last", an index into hidden_states, or a fraction of the depth;
@@ -63,6 +67,15 @@ class LlmToSlmConfig(PreTrainedConfig):
             kwargs.setdefault(name, getattr(self.slm_config, name, None))
         kwargs.setdefault("decoder_start_token_id", getattr(self.slm_config, "decoder_start_token_id", None))
         super().__init__(**kwargs)
+
+    def seen_from(self, folder: Path) -> Self:
+        """Return a copy whose local sources are named relative to `folder`."""
+        config = copy.deepcopy(self)
+        if config.encoder_source is not None:
+            config.encoder_source = seen_from(config.encoder_source, folder)
+        if (base := frozen_base(config.slm_config)) is not None:
+            config.slm_config.frozen_base = base | {"source": seen_from(base["source"], folder)}
+        return config
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the slm's config: it decides caches and vocabulary in generation."""

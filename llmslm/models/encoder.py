@@ -4,7 +4,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from llmslm.errors import UserError
 from llmslm.models.packing import document_mask, document_positions
 from llmslm.models.quantization import Quantization, quantization_config
-from llmslm.models.source import pretrained
+from llmslm.models.source import pretrained_model
 
 Layer = Literal["last"] | int | float
 Layers = Layer | list[Layer]
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
             UserError: if there is no such model, its weights are missing, the layer does not exist, or the weights
                 cannot be quantised here.
         """
-        place, file = pretrained(source)
+        place, file = pretrained_model(source)
         kwargs: dict[str, Any] = {"revision": revision, "output_loading_info": True} | file
         if dtype is not None:
             kwargs["dtype"] = dtype
@@ -192,12 +192,8 @@ class Encoder(nn.Module):
         return embeds
 
     def content_hash(self) -> str:
-        """Hash names and values of all weights, rounded to bfloat16 so that the loading dtype does not matter."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self._read_weights().items()):
-            digest.update(name.encode())
-            digest.update(_plain(tensor).to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """Hash names and values of all weights; see `weights_hash`."""
+        return weights_hash(self._read_weights())
 
     def _read_weights(self) -> dict[str, Tensor]:
         """The weights that decide about the states, by name."""
@@ -215,6 +211,15 @@ class Encoder(nn.Module):
 
     def _keep_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._kept[0] = args[0] if args else kwargs["hidden_states"]
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """Hash names and values, rounded to bfloat16 so that the loading dtype does not matter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(_plain(tensor).to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def pad_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

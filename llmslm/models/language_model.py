@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from llmslm.errors import UserError
-from llmslm.models.source import pretrained
+from llmslm.models.source import pretrained_model
+from llmslm.models.trained import Trained
 
 
 @dataclass
@@ -28,6 +29,9 @@ class ModelSource:
     """Commit, tag or branch of the hub repository."""
     config: dict[str, Any] | None = None
     """A transformers config with its `model_type`; vocabulary and special ids come from the tokenizer."""
+    train: Trained = "full"
+    """What training changes: all ("full"), low-rank adapters (their settings: rank, alpha, dropout, dora,
+    target_modules), or nothing, so that projector, fusion and alignment alone are trained."""
 
     def check(self, key: str) -> None:
         """Raise a UserError that names `key` unless exactly one of source and config is given."""
@@ -47,7 +51,7 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
     model_source.check(key)
     if model_source.source is not None:
         try:
-            place, file = pretrained(model_source.source)
+            place, file = pretrained_model(model_source.source)
             return AutoConfig.from_pretrained(place, revision=model_source.revision, **file)
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.source {model_source.source!r}: {str(error).splitlines()[0]}") from error
@@ -86,7 +90,7 @@ def load_language_model(
     if model_source.source is None:
         return auto.from_config(config, dtype=dtype)
     try:
-        place, file = pretrained(model_source.source)
+        place, file = pretrained_model(model_source.source)
         model, info = auto.from_pretrained(
             place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **file
         )

@@ -23,11 +23,13 @@ from llmslm.models.alignment import Alignment, PromptLayout, SameTokenizer
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Fusion
+from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
 from llmslm.models.source import beside
+from llmslm.models.trained import FrozenBase, adapters, check_base, freeze, frozen_base, make_whole, moved
 
 
 class LlmToSlm(PreTrainedModel, GenerationMixin):
@@ -37,6 +39,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
     hash. A model built from a config alone has no encoder until `attach_encoder` is called.
     """
 
+    config: LlmToSlmConfig
     config_class = LlmToSlmConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -57,7 +60,10 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         _check_parts(self.projector, self.alignment, self.fusion)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.slm: PreTrainedModel = auto.from_config(config.slm_config)
+        freeze(self.slm)
         self.fusion.attach(self.slm)
+        if frozen_base(config.slm_config) is not None:
+            self._keys_to_ignore_on_load_missing = [r"^slm\."]
         self._find_slm_inputs()
         self.post_init()
 
@@ -139,13 +145,16 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: if the encoder cannot be found or is a different one.
         """
+        kwargs.setdefault("use_safetensors", True)
         model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config, folder = model.config, Path(pretrained_model_name_or_path)
+        if (base := frozen_base(config.slm_config)) is not None:
+            model._stand_on(moved(base, folder))
         if load_encoder:
-            config = model.config
             source = encoder_source or config.encoder_source
             if source is None:
                 raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
-            source = beside(source, Path(pretrained_model_name_or_path))
+            source = config.encoder_source = beside(source, folder)
             revision = None if encoder_source else config.encoder_revision
             encoder = Encoder.from_source(
                 source,
@@ -160,15 +169,28 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save what was trained and name the encoder; a local encoder is named relative to this folder."""
         state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-        trained = {name: tensor for name, tensor in state_dict.items() if not name.startswith("encoder.")}
-        source = self.config.encoder_source
-        if source is not None and Path(source).exists():
-            folder = Path(save_directory).resolve()
-            self.config.encoder_source = os.path.relpath(Path(source).resolve(), folder)
+        frozen = ("encoder.",) if frozen_base(self.config.slm_config) is None else ("encoder.", "slm.")
+        trained = {name: tensor for name, tensor in state_dict.items() if not name.startswith(frozen)}
+        config, self.config = self.config, self.config.seen_from(Path(save_directory))
         try:
-            super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+            super().save_pretrained(save_directory, state_dict=trained | adapters(state_dict), **kwargs)
         finally:
-            self.config.encoder_source = source
+            self.config = config
+
+    def make_whole(self) -> None:
+        """Fold the slm's adapters into its weights, which are from now on its own and saved with the rest."""
+        make_whole(self.slm)
+        self.config.slm_config = copy.deepcopy(self.slm.config)
+
+    def _stand_on(self, base: FrozenBase) -> None:
+        """Load the slm's frozen weights from their source, under the adapters that are loaded already."""
+        source = ModelSource(base["source"], base["revision"])
+        slm = load_language_model(source, None, "frozen_base", self.slm.dtype)
+        check_base(slm, base)
+        slm.load_state_dict(adapters(self.slm.state_dict()), strict=False)
+        self.config.slm_config.frozen_base = base
+        self.slm = slm.to(self.device)
+        self.fusion.attach(slm)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the slm's token embeddings."""

@@ -1,6 +1,7 @@
 """Where pretrained weights lie: a hub name, a folder, a GGUF file, or a GGUF file inside an installed package."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 from llmslm.errors import UserError
@@ -44,6 +45,25 @@ def _packaged(name: str) -> str:
             "give the path of the one that is meant"
         )
     return str(files[0])
+
+
+def pretrained_model(source: str) -> tuple[str, dict[str, str]]:
+    """Do as `pretrained` for a source that must have weights of its own.
+
+    Raises:
+        UserError: as `pretrained`, and if the folder holds adapters alone.
+    """
+    if (Path(source) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source} holds adapters without the model that they belong to; make a whole model of both with "
+            "llmslm export --merge, and name that"
+        )
+    return pretrained(source)
+
+
+def seen_from(source: str, folder: Path) -> str:
+    """Name a local source relative to `folder`, so that both can move together; anything else is left as it is."""
+    return os.path.relpath(Path(source).resolve(), folder.resolve()) if Path(source).exists() else source
 
 
 def beside(source: str, folder: Path) -> str:

@@ -1,8 +1,10 @@
 """The LightningModule under a real Trainer, where it differs from Lightning's defaults."""
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 
+from llmslm.errors import UserError
 from llmslm.models.blocks import blocks, compile_blocks
 from llmslm.training import run
 from tests import tiny
@@ -59,6 +61,31 @@ def test_label_smoothing_and_dropout_change_training_not_validation(recipe, tmp_
         losses[name] = seen.values
     assert losses["plain"]["val/loss"] == losses["smooth"]["val/loss"]
     assert losses["plain"]["train/loss"] != losses["smooth"]["train/loss"]
+
+
+def test_a_checkpoint_holds_an_llms_own_encoder_and_of_adapters_no_base(recipe, tmp_path):
+    """The frozen encoder of a composition is left out by its name, which T5's own encoder has too."""
+    run(["fit", "--config", recipe, "--model.system=llm", f"--trainer.default_root_dir={tmp_path / 'llm'}"])
+    names = {name.split(".")[1] for name in checkpoint(tmp_path / "llm")["state_dict"]}
+    assert names == {"encoder", "decoder", "shared", "lm_head"}
+    source = [f"--model.slm.source={tmp_path / 'llm' / 'system'}", "--model.slm.config=null"]
+    lora = ["--model.system=slm", *source, "--model.slm.train.rank=2", "--model.slm.train.dropout=0.1"]
+    root = f"--trainer.default_root_dir={tmp_path / 'slm'}"
+    run(["fit", "--config", recipe, *lora, root])
+    assert all(".lora_" in name for name in checkpoint(tmp_path / "slm")["state_dict"])
+    run(["fit", "--config", recipe, *lora, root, "--ckpt_path=last", "--trainer.max_steps=4"])
+    assert checkpoint(tmp_path / "slm")["global_step"] == 4
+    with pytest.raises(UserError, match=r"its train is \{'rank': 2.*the recipe's is \{'rank': 3"):
+        run(["fit", "--config", recipe, *lora, root, "--ckpt_path=last", "--model.slm.train.rank=3"])
+
+
+def test_a_system_with_nothing_to_train_is_refused(recipe):
+    with pytest.raises(UserError, match=r"model\.slm\.train is nothing, so the system slm has nothing to train"):
+        run(["fit", "--config", recipe, "--model.system=slm", "--model.slm.train=nothing"])
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 class Losses(Callback):
