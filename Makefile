@@ -6,10 +6,16 @@ INSTALLED := $(VENV)/.installed
 TOKENIZERS_PARALLELISM ?= false
 export TOKENIZERS_PARALLELISM
 
-.PHONY: quickstart test test-all check format install wheel clean
+.PHONY: quickstart headline headline-data test test-all check format install wheel clean
 
 quickstart: $(INSTALLED)  ## train the three systems of the quickstart recipe, compare them, print the leaderboard
 	$(BIN)/llmslm-eval experiment --config quickstart
+
+headline-data: $(INSTALLED)  ## prepare the data of the headline experiment: needs apt and the network, no GPU
+	$(BIN)/llmslm-eval experiment --series headline --only data
+
+headline: $(INSTALLED)  ## the headline experiment on one GPU; what is complete is not run again
+	$(BIN)/llmslm-eval experiment --series headline
 
 test: $(INSTALLED)  ## run the tests, but for those that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

@@ -219,7 +219,11 @@ def _targets(options: argparse.Namespace) -> None:
 def _add_experiment(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str) -> None:
     text = "train the llm, slm and llm_to_slm of a recipe, compare them and build the leaderboard"
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="recipe: its name or a YAML file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="RECIPE", help="recipe: its name or a YAML file")
+    what.add_argument("--series", metavar="NAME", help="run a series of stages instead, for example headline")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="stages of the series, also en_it/*")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="stages that run at a time (default: 1)")
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
     parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples")
     parser.epilog = "Other options go to `llmslm fit`, such as --seed_everything=2 or --trainer.max_steps=10."
@@ -227,6 +231,11 @@ def _add_experiment(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _experiment(options: argparse.Namespace) -> None:
+    if options.series:
+        from evaluation.series import run as run_series
+
+        run_series(options.series, options.only, options.jobs, options.rest)
+        return
     from evaluation.experiment import run
 
     run(options.config, options.out, options.limit, options.rest)

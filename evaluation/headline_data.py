@@ -4,80 +4,73 @@
 
 Needs apt and the network, but no GPU: a machine without them trains from a copy of the folder. The mixture holds the
 training pairs of both tasks and those of further languages; what is held out of either task is in no part of it.
+Docstrings, for the second pair of models, are those of the packages that are installed here.
 """
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmslm.data.sources import DebianSummary, DebianTranslation
-from llmslm.data.sources.base import SPLITS, BuiltSource, Example
+from llmslm.data.sources import DebianSummary, DebianTranslation, Docstrings
+from llmslm.data.sources.base import SPLITS, BuiltSource, Split
 from llmslm.writing import file_aside, write_text
 
+Rows = list[dict[str, str]]
+
+COLUMNS = ("prompt", "target")
 LANGUAGE = "it"
 FURTHER = ("da", "fr", "de", "sk", "pl", "cs", "es")
 """Languages with thousands of pairs, in Latin script: they share the vocabulary."""
-SUMMARY = "summary"
-HELD_OUT_PERCENT = 4
+TRANSLATION, SUMMARY, DOCSTRINGS, PRETRAIN = "en_it", "summary", "docstrings", "pretrain"
+HELD_OUT: Any = {"held_out_percent": 4}
 """Of the source packages, in validation and in test: over 2,000 test examples of either task."""
-TEXTS = ("prompt", "target")
 
 
 def prepare(out: Path) -> dict[str, int]:
-    """Write `en_it/`, `summary/` and `pretrain/`, a Parquet file a split, and sizes.json; return the sizes."""
-    tasks: dict[str, BuiltSource] = {"en_it": _translation(LANGUAGE), SUMMARY: DebianSummary(**_HELD_OUT)}
-    sizes, held_out = {}, set()
-    for name, source in tasks.items():
-        for split in SPLITS:
-            rows = list(source.load(split))
-            sizes[f"{name}/{split}"] = write_rows(out / name / f"{split}.parquet", rows)
-            if split != "train":
-                held_out |= {row[column] for row in rows for column in TEXTS}
-    rows = [row for row in _mixture(tasks) if held_out.isdisjoint(row[column] for column in TEXTS)]
-    # Translations of one text stand together, which compresses; training shuffles.
-    tagged = [{"prompt": f"{row['tag']}: {row['prompt']}", "target": row["target"]} for row in sorted(rows, key=_text)]
-    sizes["pretrain/train"] = write_rows(out / "pretrain" / "train.parquet", tagged)
+    """Write a folder each task, a Parquet file a split, and sizes.json; return the sizes."""
+    sources: dict[str, BuiltSource] = {
+        TRANSLATION: DebianTranslation(LANGUAGE, **HELD_OUT),
+        SUMMARY: DebianSummary(**HELD_OUT),
+        DOCSTRINGS: Docstrings(),
+    }
+    parts = {name: {split: _rows(source, split) for split in SPLITS} for name, source in sources.items()}
+    parts[PRETRAIN] = {
+        "train": mixture(parts[TRANSLATION], parts[SUMMARY]),
+        "validation": [_tagged(LANGUAGE, row) for row in parts[TRANSLATION]["validation"]],
+    }
+    files = {f"{name}/{split}": rows for name, splits in parts.items() for split, rows in splits.items()}
+    sizes = {name: write_rows(out / f"{name}.parquet", rows) for name, rows in files.items()}
     write_text(out / "sizes.json", json.dumps(sizes, indent=2) + "\n")
     return sizes
 
 
-_HELD_OUT: Any = {"held_out_percent": HELD_OUT_PERCENT}
+def mixture(translation: dict[Split, Rows], summary: dict[Split, Rows]) -> Rows:
+    """Return tagged training pairs: each language from English, the task's into English too, and synopses."""
+    held_out = {row[c] for part in (translation, summary) for s in SPLITS[1:] for row in part[s] for c in COLUMNS}
+    pairs = [(row["prompt"], LANGUAGE, row) for row in translation["train"]]
+    pairs += [(row["prompt"], "en", {"prompt": row["target"], "target": row["prompt"]}) for _, _, row in pairs]
+    pairs += [(row["prompt"], SUMMARY, row) for row in summary["train"]]
+    for language in FURTHER:
+        pairs += [(row["prompt"], language, row) for row in _rows(DebianTranslation(language, **HELD_OUT), "train")]
+    kept = [pair for pair in pairs if held_out.isdisjoint(pair[2][column] for column in COLUMNS)]
+    kept.sort(key=lambda pair: pair[:2])  # what is made of one text stands together, which compresses
+    return [_tagged(tag, row) for _, tag, row in kept]
 
 
-def _translation(language: str) -> BuiltSource:
-    return DebianTranslation(language, **_HELD_OUT)
+def _rows(source: BuiltSource, split: Split) -> Rows:
+    return list(source.load(split))
 
 
-def _mixture(tasks: dict[str, BuiltSource]) -> Iterator[dict[str, str]]:
-    """Yield tagged pairs: every language from English, the task's language into English too, and summaries."""
-    for language in (LANGUAGE, *FURTHER):
-        for row in _train(_translation(language)):
-            yield {"tag": language, "prompt": row["prompt"], "target": row["target"]}
-            if language == LANGUAGE:
-                yield {"tag": "en", "prompt": row["target"], "target": row["prompt"]}
-    for row in _train(tasks[SUMMARY]):
-        yield {"tag": SUMMARY, "prompt": row["prompt"], "target": row["target"]}
+def _tagged(tag: str, row: dict[str, str]) -> dict[str, str]:
+    return {"prompt": f"{tag}: {row['prompt']}", "target": row["target"]}
 
 
-def _train(source: BuiltSource) -> Iterable[Example]:
-    rows: Iterable[Example] = source.load("train")
-    return rows
-
-
-def _text(row: dict[str, str]) -> tuple[str, str]:
-    """The English text, then the rest: the order of the file."""
-    english = row["target"] if row["tag"] == "en" else row["prompt"]
-    return english, row["tag"]
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> int:
+def write_rows(path: Path, rows: Rows) -> int:
     """Write rows as one small Parquet file and return their number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with file_aside(path) as aside:
         pq.write_table(pa.Table.from_pylist(rows), aside, compression="zstd", compression_level=19)
     return len(rows)

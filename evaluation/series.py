@@ -1,0 +1,216 @@
+"""A series of experiments: stages that train, label, compare and report, each run once and gone on with after a stop.
+
+A series is a YAML file in `evaluation/series/`. A stage has a kind, arguments of that kind's command and the stages
+that it needs; its folder is `runs/<series>/<stage>/`, with `stage.json` (what was run, how long it took, whether it is
+complete) and `log.txt`. A stage is run again, from nothing, when its arguments, its recipes or a stage beneath changed.
+"""
+
+import fnmatch
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmslm import provenance
+from llmslm.errors import UserError
+from llmslm.recipe import find_recipe
+from llmslm.writing import write_text
+
+FOLDER = Path(__file__).with_name("series")
+RUNS = Path("runs")
+STATE, LOG = "stage.json", "log.txt"
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "data": ("evaluation.headline_data", "--out={folder}"),
+    "fit": ("llmslm", "fit", "--trainer.default_root_dir={folder}", "--save_system.recipe={label}", "--ckpt_path=last"),
+    "label": ("llmslm", "label", "--out={folder}"),
+    "compare": ("evaluation", "compare", "--out={folder}"),
+    "speed": ("evaluation", "compare", "--out={folder}"),
+}
+"""By kind: the module that is run, and its arguments before those of the stage."""
+ALONE = ("speed",)
+"""Kinds that nothing else runs beside."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a series."""
+
+    name: str
+    """Also its folder, for example en_it/slm."""
+    kind: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...]
+    folder: Path
+
+    def command(self) -> list[str]:
+        """Return the arguments of Python."""
+        label = re.sub(r"_\d+$", "", self.name).replace("/", "-")  # seeds of one stage are one row of a leaderboard
+        start = [part.format(folder=self.folder, label=label) for part in KINDS[self.kind]]
+        return ["-m", *start, *self.arguments]
+
+    def stamp(self, beneath: Iterable[str]) -> str:
+        """Hash what decides about the stage: its command, its recipes, the stamps of the stages that it needs."""
+        flags = zip(self.arguments, self.arguments[1:], strict=False)
+        recipes = [find_recipe(name).read_text(encoding="utf-8") for flag, name in flags if flag == "--config"]
+        text = "\0".join([*self.command(), *recipes, *beneath])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_series(name: str, overrides: Sequence[str] = ()) -> dict[str, Stage]:
+    """Read a series: its stages by name, in the order of the file.
+
+    Args:
+        name: of a file in `evaluation/series/`, without its ending.
+        overrides: further arguments of each `fit`.
+
+    Raises:
+        UserError: if there is no such series, or a stage of it is none.
+    """
+    import yaml
+
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+        raise UserError(f"no series {name!r}; expected one of {known} (--series)")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stages: dict[str, Stage] = {}
+    for label, text in expand(values["stages"], values.get("for", {})):
+        kinds = [kind for kind in KINDS if kind in text]
+        needs = tuple(text.get("needs", "").split())
+        if len(kinds) != 1 or not stages.keys() >= set(needs):
+            raise UserError(f"{path}: stage {label!r} needs one of {', '.join(KINDS)}, and stages above it in `needs`")
+        more = tuple(overrides) if kinds[0] == "fit" else ()
+        stages[label] = Stage(label, kinds[0], (*shlex.split(text[kinds[0]]), *more), needs, RUNS / name / label)
+    return stages
+
+
+def expand(
+    stages: Mapping[str, Mapping[str, str]], variables: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Write a stage for each combination of the variables that its name holds, in braces."""
+    for label, text in stages.items():
+        used = {name: values for name, values in variables.items() if f"{{{name}}}" in label}
+        for combination in itertools.product(*used.values()):
+            chosen = dict(zip(used, combination, strict=True))
+            yield _fill(label, chosen), {key: _fill(value, chosen) for key, value in text.items()}
+
+
+def _fill(text: str, chosen: Mapping[str, Any]) -> str:
+    for name, value in chosen.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
+def choose(stages: dict[str, Stage], only: Sequence[str]) -> list[Stage]:
+    """Return the stages that match one of the patterns, and all that they need; all stages without patterns.
+
+    Raises:
+        UserError: if a pattern matches none.
+    """
+    wanted: set[str] = set()
+    for pattern in only or ["*"]:
+        matching = fnmatch.filter(stages, pattern)
+        if not matching:
+            raise UserError(f"no stage {pattern!r}; expected one of {', '.join(stages)} (--only)")
+        wanted.update(matching)
+    for name in reversed(stages):  # what a stage needs stands above it
+        if name in wanted:
+            wanted.update(stages[name].needs)
+    return [stage for name, stage in stages.items() if name in wanted]
+
+
+def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[str] = ()) -> None:
+    """Run what is not complete yet.
+
+    Args:
+        name: of the series.
+        only: patterns of stages (`en_it/*`); what they need is run too. All where empty.
+        jobs: stages that run at a time.
+        overrides: further arguments of each `fit`.
+
+    Raises:
+        UserError: if a stage fails; those that ran beside it are finished, and nothing else is begun.
+    """
+    stages = load_series(name, overrides)
+    left = {stage.name: stage for stage in choose(stages, only)}
+    stamps: dict[str, str] = {}
+    running: dict[Future[None], Stage] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while left or running:
+            while stage := _next(left.values(), stamps, list(running.values()), jobs):
+                stamp = stage.stamp(stamps[need] for need in stage.needs)
+                running[pool.submit(perform, stage, stamp)] = left.pop(stage.name)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                stage = running.pop(future)
+                future.result()
+                stamps[stage.name] = read_state(stage.folder)["stamp"]
+
+
+def _next(left: Iterable[Stage], done: Container[str], running: Sequence[Stage], jobs: int) -> Stage | None:
+    """Choose a stage that can begin now: what it needs is done, and nothing that is to be timed is disturbed."""
+    ready = [stage for stage in left if all(need in done for need in stage.needs)]
+    if len(running) >= jobs or any(stage.kind in ALONE for stage in running):
+        return None
+    return next((stage for stage in ready if not (running and stage.kind in ALONE)), None)
+
+
+def perform(stage: Stage, stamp: str) -> None:
+    """Run one stage unless it is complete; what another version of it left is removed first.
+
+    Raises:
+        UserError: if its command fails.
+    """
+    state = read_state(stage.folder)
+    if state.get("stamp") != stamp:
+        if state:
+            shutil.rmtree(stage.folder)
+        state = {"stamp": stamp, "stage": stage.name, "command": shlex.join(["python", *stage.command()]), "seconds": 0}
+    elif state["complete"]:
+        _say(f"{stage.name}: complete already")
+        return
+    _say(f"{stage.name}: begins ({stage.folder / LOG})")
+    state |= {"complete": False, "commit": provenance.commit()[0]}
+    _write(stage.folder, state)
+    begin = time.monotonic()
+    with (stage.folder / LOG).open("ab") as log:
+        done = subprocess.run([sys.executable, *stage.command()], stdout=log, stderr=log, env=_environment())
+    state["seconds"] = round(state["seconds"] + time.monotonic() - begin, 1)
+    if done.returncode:
+        _write(stage.folder, state)
+        last = (stage.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"stage {stage.name} ended with status {done.returncode} ({stage.folder / LOG}): {last[0]}")
+    _write(stage.folder, state | {"complete": True})
+    _say(f"{stage.name}: complete, {state['seconds']:.0f} s")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what `stage.json` says; nothing where the stage was never begun."""
+    path = folder / STATE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _write(folder: Path, state: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / STATE, json.dumps(state, indent=2) + "\n")
+
+
+def _environment() -> dict[str, str]:
+    """A stage finds the packages of this one, wherever it is started."""
+    root = str(Path(__file__).parent.parent)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,50 @@
+"""The stages of the headline series: what each is run with exists and fits together."""
+
+import io
+from contextlib import redirect_stdout
+
+import pytest
+import yaml
+
+from evaluation.cli import _parser
+from evaluation.series import choose, load_series
+from llmslm.training import run
+
+STAGES = load_series("headline")
+OTHERS = ("llm", "t5", "llm_alone", "cross_labels", "slm_encoder_decoder", "read_labels", "t5_add_labels")
+PARSED = ["pretrain/t5", *(f"en_it/{name}" for name in OTHERS), "summary/slm_labels_2", "smollm2_docstrings/add"]
+
+
+@pytest.mark.parametrize("name", PARSED)
+def test_recipes_and_overlays_fit_together(name):
+    stage = STAGES[name]
+    arguments = [part for part in stage.command()[2:] if part != "--ckpt_path=last"]
+    printed = io.StringIO()
+    with redirect_stdout(printed), pytest.raises(SystemExit):
+        run([*arguments, "--print_config"])
+    config = yaml.safe_load(printed.getvalue())
+    model = config["model"]
+    for key in ("llm", "slm"):
+        assert (model[key]["source"] is None) != (model[key]["config"] is None)
+    families = {model[key]["config"]["model_type"] for key in ("llm", "slm") if model[key]["config"]}
+    assert families <= {"llama", "t5"}
+    assert config["checkpoint"]["monitor"] == "val/bleu"
+    assert config["save_system"]["recipe"] == name.removesuffix("_2").replace("/", "-")
+    trained = model["llm" if model["system"] == "llm" else "slm"]["config"]
+    if trained and trained["model_type"] == "t5":
+        assert trained.keys() >= {"d_model", "dropout_rate"}
+        assert not model["dropout"]  # T5 brings its own
+
+
+def test_other_stages_have_arguments_of_their_commands():
+    for stage in STAGES.values():
+        if stage.kind in ("compare", "speed"):
+            options = _parser().parse_args(stage.command()[2:])
+            systems = [getattr(options, name) for name in ("llm", "slm", "llm_to_slm")]
+            folders = {str(STAGES[need].folder) for need in stage.needs}
+            assert {system for system in systems if system} == folders
+
+
+def test_nothing_is_timed_before_all_is_trained():
+    assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "fit", "label", "speed"}
+    assert list(STAGES)[-1] == "summary/batches"

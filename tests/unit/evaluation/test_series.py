@@ -1,0 +1,103 @@
+"""A series of stages: each once, in order, gone on with after a stop."""
+
+import sys
+
+import pytest
+
+from evaluation import series
+from llmslm.errors import UserError
+
+SERIES = """
+for: {task: [a, b]}
+stages:
+  first: {append: first}
+  "{task}/second": {needs: first, append: "{task}"}
+  last: {needs: a/second b/second, alone: last}
+"""
+PROGRAM = """
+import sys
+folder, word = sys.argv[1:3]
+open("order.txt", "a").write(word + " ")
+open(folder + "/found.txt", "a").write("x")
+sys.exit(("broken: cannot" if "fail" in sys.argv else None))
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A series of stages that append a word to order.txt."""
+    (tmp_path / "toy.yaml").write_text(SERIES)
+    (tmp_path / "append_word.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(series, "FOLDER", tmp_path)
+    monkeypatch.setattr(series, "KINDS", dict.fromkeys(("append", "alone"), ("append_word", "{folder}")))
+    monkeypatch.setattr(series, "ALONE", ("alone",))
+    return tmp_path
+
+
+def order(folder):
+    words = (folder / "order.txt").read_text().split()
+    (folder / "order.txt").unlink()
+    return words
+
+
+def test_stages_run_once_and_in_order(here, capsys):
+    series.run("toy", jobs=2)
+    words = order(here)
+    assert (words[0], sorted(words[1:3]), words[3]) == ("first", ["a", "b"], "last")
+    series.run("toy")
+    assert not (here / "order.txt").exists()
+    assert "a/second: complete already" in capsys.readouterr().out
+
+
+def test_one_stage_with_what_it_needs(here):
+    series.run("toy", only=["b/*"])
+    assert order(here) == ["first", "b"]
+
+
+def test_a_changed_stage_starts_from_nothing_and_so_does_what_needs_it(here):
+    series.run("toy")
+    order(here)
+    (here / "toy.yaml").write_text(SERIES.replace('append: "{task}"', 'append: "{task}!"'))
+    series.run("toy", only=["a/*"])
+    assert order(here) == ["a!"]
+    assert (here / "runs/toy/a/second/found.txt").read_text() == "x"
+    series.run("toy")
+    assert order(here) == ["b!", "last"]
+
+
+def test_a_failed_stage_is_named_and_gone_on_with(here):
+    (here / "toy.yaml").write_text(SERIES.replace("append: first", "append: first fail"))
+    with pytest.raises(UserError, match=r"stage first ended with status 1 \(runs/toy/first/log.txt\): broken: cannot"):
+        series.run("toy")
+    assert order(here) == ["first"]
+    (here / "append_word.py").write_text(PROGRAM.replace("fail", "never"))
+    series.run("toy", only=["first"])
+    assert (here / "runs/toy/first/found.txt").read_text() == "xx"  # its folder was kept: a training goes on there
+
+
+def test_mistakes_in_names(here):
+    with pytest.raises(UserError, match=r"no series 'x'; expected one of toy \(--series\)"):
+        series.run("x")
+    with pytest.raises(UserError, match=r"no stage 'c/\*'; expected one of first, a/second.*\(--only\)"):
+        series.run("toy", only=["c/*"])
+    (here / "toy.yaml").write_text("stages: {one: {needs: two, append: x}}")
+    with pytest.raises(UserError, match=r"stage 'one' needs one of append, alone, and stages above it"):
+        series.run("toy")
+
+
+def test_nothing_runs_beside_what_is_timed(here):
+    stages = series.load_series("toy").values()
+    timed, other = (next(stage for stage in stages if stage.kind == kind) for kind in ("alone", "append"))
+    everything = {stage.name for stage in stages}
+    assert series._next([timed], everything, [other], 2) is None
+    assert series._next([other], everything, [timed], 2) is None
+    assert series._next([timed, other], everything, [], 2) is timed
+
+
+def test_seeds_share_a_row_of_the_leaderboard(here, monkeypatch):
+    monkeypatch.setattr(series, "KINDS", {"append": ("module", "{label}")})
+    stage = series.Stage("a/b_labels_3", "append", (), (), here)
+    assert stage.command() == ["-m", "module", "a-b_labels"]
+    assert sys.executable not in stage.command()
