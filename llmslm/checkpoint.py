@@ -83,22 +83,36 @@ def load_parts(
         UserError: if there is no system, its card is of a newer version, or its encoder is not the right one.
     """
     folder = find_system(folder)
-    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    if card["version"] > CARD_VERSION:
-        raise UserError(f"{folder / CARD} has version {card['version']}; this llmslm reads up to {CARD_VERSION}")
+    card = load_card(folder)
     if base := card.get("frozen_base"):
         model = _load_adapted(folder, base, dtype)
     else:
         model = _load_model(folder, dtype, encoder_source=encoder_source, load_encoder=load_encoder)
     model.make_whole() if isinstance(model, LlmToSlm) else make_whole(model)
+    return model, load_codec(folder, model, card), card
+
+
+def load_card(folder: Path) -> dict[str, Any]:
+    """Read the card of a system folder.
+
+    Raises:
+        UserError: if it is of a newer version.
+    """
+    card: dict[str, Any] = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    if card["version"] > CARD_VERSION:
+        raise UserError(f"{folder / CARD} has version {card['version']}; this llmslm reads up to {CARD_VERSION}")
+    return card
+
+
+def load_codec(folder: Path, model: PreTrainedModel, card: dict[str, Any]) -> Codec:
+    """Load the tokenizers of a system folder, and make the codec that its model needs."""
     encoder_tokenizer = folder / ENCODER_TOKENIZER
-    codec = codec_for(
+    return codec_for(
         model,
         load_tokenizer(str(folder)),
         load_tokenizer(str(encoder_tokenizer)) if encoder_tokenizer.is_dir() else None,
         TextFormat(**card["text_format"]),
     )
-    return model, codec, card
 
 
 def codec_for(model: PreTrainedModel, slm_tokenizer: Any, encoder_tokenizer: Any, text_format: TextFormat) -> Codec:
