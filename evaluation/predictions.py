@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +18,8 @@ from llmslm.errors import UserError
 from llmslm.writing import raise_if_full, write_text
 
 ALONE = Ranks()
+_SMALL = 10_000_000
+"""Parameters up to which a system on a CPU gains little by several threads."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +174,34 @@ def _predict_batches(
     total = sum(len(batch) for batch in batches)
     shard.parent.mkdir(parents=True, exist_ok=True)
     with (
+        _one_thread(system),
         tqdm(total=total, desc=f"predict {system.name}", unit="example", delay=1) as bar,
         shard.open("w", encoding="utf-8") as lines,
     ):
         for batch in batches:
             _append(lines, _predict_batch(system, examples, batch, max_new_tokens))
             bar.update(len(batch))
+
+
+@contextmanager
+def _one_thread(system: EvaluatedSystem) -> Iterator[None]:
+    """Leave a small system on a CPU one thread of PyTorch.
+
+    The last bits of sums depend on how many threads share them, and each of several ranks has fewer than a process
+    that is alone: their scores would be the same no more.
+    """
+    device = getattr(system, "device", None)
+    if device is None or device.type != "cpu" or system.parameters().get("total", 0) > _SMALL:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _predict_batch(
