@@ -1,0 +1,234 @@
+"""Every fusion with every alignment that it uses: trained with several seeds, compared on the same examples.
+
+    python -m evaluation.ablation                # into runs/ablation, and the table to the screen
+    python -m evaluation.ablation --publish      # also into evaluation/records/ablation and docs/results/fusions.md
+
+The llm is trained once and read by all. Alignments of two tokenizers get an slm whose vocabulary is a smaller one. What
+is trained already is not trained again, so a stopped call goes on where it was.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evaluation.leaderboard.rows import Row, leaderboard_rows
+from evaluation.leaderboard.table import number
+from evaluation.record import find_records, read_record
+from evaluation.systems import CONTROLS, LLM, LLM_TO_SLM, SLM, Arm
+from llmslm.recipe import find_recipe, load_source
+from llmslm.writing import write_text
+
+RECIPE = "ablations/fusions"
+RUNS = Path("runs/ablation")
+RECORDS, PAGE = Path("evaluation/records/ablation"), Path("docs/results/fusions.md")
+LLM_STEPS = 1000
+OTHER_VOCABULARY = 1024
+"""Of the slm's tokenizer, where it is not the llm's."""
+OWN_TOKENS = f"--data.tokenizer.vocab_size={OTHER_VOCABULARY}"
+TRAINED = "trained.json"
+SCORES = {"bits_per_byte": ("bits/byte", 3), "chrf": ("chrF", 1), "rouge_l": ("ROUGE-L", 1), "bleu": ("BLEU", 1)}
+QUIET = ("--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One system of the ablation."""
+
+    name: str
+    """Its row in the table."""
+    system: str
+    arguments: tuple[str, ...] = ()
+    """Of `llmslm fit`, beside the recipe's."""
+
+    @property
+    def folder(self) -> str:
+        """Its folder's name."""
+        return "-".join(self.name.replace(",", "").split())
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether the slm's tokenizer is not the llm's."""
+        return OWN_TOKENS in self.arguments
+
+
+def variants() -> Iterator[Variant]:
+    """Name the slm in both tokenizers, then each fusion with each alignment that it uses."""
+    from llmslm.models import alignment, fusion
+
+    yield Variant(SLM, SLM)
+    yield Variant("slm in its own tokens", SLM, (OWN_TOKENS,))
+    alignments = [alignment.SameTokenizer, alignment.EncoderTokenizer, alignment.Offsets]
+    for way in (fusion.Replace, fusion.Add, fusion.GatedAdd, *_unaligned(fusion)):
+        chosen = f"--model.fusion={way.__module__}.{way.__name__}"
+        if way.prompt_layout is not None:
+            yield Variant(way.__name__, LLM_TO_SLM, (chosen,))
+            continue
+        for each in alignments:
+            two = (OWN_TOKENS,) if each is not alignment.SameTokenizer else ()
+            aligned = f"--model.alignment={each.__module__}.{each.__name__}"
+            yield Variant(f"{way.__name__}, {each.__name__}", LLM_TO_SLM, (chosen, aligned, *two))
+
+
+def _unaligned(fusion: Any) -> tuple[Any, ...]:
+    return fusion.Prefix, fusion.PrefixOnly, fusion.CrossAttend, fusion.ReplaceEncoder
+
+
+def run(seeds: Sequence[int], limit: int, overrides: Sequence[str], runs: Path = RUNS) -> list[Path]:
+    """Train what is missing and compare the systems of each seed.
+
+    Args:
+        seeds: of the trainings; the llm is trained with the first alone.
+        limit: test examples.
+        overrides: further arguments of all trainings.
+        runs: folder of everything.
+
+    Returns:
+        The records.
+    """
+    from evaluation.compare import Settings, compare
+    from evaluation.examples import load_examples
+
+    load_source(RECIPE).prepare()
+    llm = runs / "llm"
+    fit(Variant(LLM, LLM, (f"--trainer.max_steps={LLM_STEPS}",)), llm, seeds[0], overrides)
+    examples = load_examples(RECIPE, "test", limit, seed=12345)
+    records: list[Path] = []
+    for seed in seeds:
+        arms = {Variant(LLM, LLM): _arm(Variant(LLM, LLM), llm)}
+        for variant in variants():
+            folder = runs / str(seed) / variant.folder
+            fit(variant, folder, seed, (f"--model.encoder.source={llm / 'system'}", *overrides))
+            arms[variant] = _arm(variant, folder)
+        for own in (False, True):  # each with the slm that writes in the same tokens, as the baseline
+            chosen = [arm for variant, arm in arms.items() if variant.has_own_tokens is own]
+            settings = Settings(out=runs / "records" / f"{seed}{'-own-tokens' if own else ''}", runs=0)
+            records += compare([*chosen, *_controls(chosen)], examples, settings)
+    return records
+
+
+def fit(variant: Variant, folder: Path, seed: int, overrides: Sequence[str]) -> None:
+    """Train one system, unless its folder holds the result of the same arguments."""
+    from llmslm import training
+
+    arguments = [*("--config", str(find_recipe(RECIPE)), f"--seed_everything={seed}"), *QUIET]
+    arguments += [f"--model.system={variant.system}", f"--trainer.default_root_dir={folder}"]
+    arguments += [f"--save_system.recipe={variant.name}", *variant.arguments, *overrides]
+    done = folder / TRAINED
+    if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["arguments"] == arguments:
+        return
+    begin = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    training.run(["fit", *arguments])
+    seconds = round(time.monotonic() - begin, 1)
+    write_text(done, json.dumps({"arguments": arguments, "seconds": seconds}) + "\n")
+    sys.stdout.write(f"{variant.name}, seed {seed}: {seconds} s\n")
+    sys.stdout.flush()
+
+
+def _arm(variant: Variant, folder: Path) -> Arm:
+    from evaluation.arms import load_arm
+
+    arm = load_arm(variant.system, str(folder), "cpu", "float32")
+    arm.system.name = variant.system if variant.system != LLM_TO_SLM else variant.name
+    return arm
+
+
+def _controls(arms: Sequence[Arm]) -> Iterator[Arm]:
+    """Give each system that reads the llm's states none, and those of another prompt."""
+    for arm in arms:
+        if arm.card["system"] == LLM_TO_SLM:
+            for control in CONTROLS:
+                yield replace(arm, system=arm.system.with_features(control), folder=None)  # type: ignore[attr-defined]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Write the rows, best first, each with its controls beside it."""
+    shown = {_key(row): row for row in rows}
+    names = [name for name, control in shown if not control]
+    names.sort(key=lambda name: (name != LLM, shown[name, ""].scores["bits_per_byte"].value or 0))
+    titles = [title for title, _ in SCORES.values()]
+    columns = ["system", *titles, "p against slm", *(f"bits/byte, {control}" for control in CONTROLS), "trained"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    return "\n".join([*lines, *(_line(name, shown) for name in names)])
+
+
+def _key(row: Row) -> tuple[str, str]:
+    """Name the variant, and its control if the row is one."""
+    return str(row.record["training"]["recipe"]), row.system.partition("/")[2].removesuffix("_features")
+
+
+def _line(name: str, shown: Mapping[tuple[str, str], Row]) -> str:
+    row = shown[name, ""]
+    cells = [name]
+    for key, (_, digits) in SCORES.items():
+        cell = row.scores[key]
+        spread = "" if cell.spread is None else f" ± {number(cell.spread, digits)}"
+        cells.append(number(cell.value, digits) + spread)
+    cells.append(number(row.scores["bits_per_byte"].slm_p_value, 3))
+    for control in CONTROLS:
+        twin = shown.get((name, control))
+        cells.append(number(twin.scores["bits_per_byte"].value if twin else None, 3))
+    cells.append(number(row.mean(lambda record: record["parameters"]["trained"]), 2, 1e-6, " M"))
+    return "| " + " | ".join(cells) + " |"
+
+
+def page(records: Sequence[Path], command: str) -> str:
+    """Write docs/results' page from the records."""
+    rows = leaderboard_rows(read_record(path) for path in records)
+    record = next(row.record for row in rows if row.system == SLM)
+    seeds = len(next(row for row in rows if row.system == SLM).records)
+    origin = record["provenance"]
+    changed = " with local changes" if origin["dirty"] else ""
+    head = f"""# Every fusion and alignment
+
+Which way of handing the LLM's states to the SLM teaches it most, for the same steps on the same data?
+Recipe [ablations/fusions](../../recipes/ablations/fusions.yaml), {seeds} seeds,
+{record["examples"]["effective"]} test examples, {rows[0].hardware}.
+Commit {origin["commit"]}{changed}, {origin["date"][:10]};
+records in [evaluation/records/ablation](../../evaluation/records/ablation).
+
+    {command}
+"""
+    legend = f"""
+Best bits per byte first (lower is better; the one score that compares two vocabularies). Means over seeds, ± standard
+deviation over them. p: the largest over seeds of no difference in bits per byte from the slm with the same tokens
+(paired bootstrap). EncoderTokenizer and Offsets have an slm with a vocabulary of its own, {OTHER_VOCABULARY} instead
+of 2048 entries. Controls: the same system with its features set to zero, or those of another prompt.
+"""
+    return "\n".join([head, table(rows), legend])
+
+
+def publish(records: Sequence[Path], command: str) -> None:
+    """Copy the records to where they are committed, and write the page from those."""
+    shutil.rmtree(RECORDS, ignore_errors=True)
+    for path in records:
+        target = RECORDS / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    write_text(PAGE, page(find_records([RECORDS]), command))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the ablation from the command line."""
+    given = sys.argv[1:] if args is None else args
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the trainings (default: 1 2 3)")
+    parser.add_argument("--limit", type=int, default=200, help="test examples (default: 200)")
+    parser.add_argument("--publish", action="store_true", help=f"write {RECORDS} and {PAGE}")
+    options, overrides = parser.parse_known_args(given)
+    records = run(options.seeds, options.limit, overrides)
+    print(table(leaderboard_rows(read_record(path) for path in records)))
+    if options.publish:
+        publish(records, shlex.join(["python", "-m", "evaluation.ablation", *given]))
+
+
+if __name__ == "__main__":
+    main()
