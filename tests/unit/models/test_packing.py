@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from llmslm.data.codec import IGNORED, Codec, PackedShape, TextFormat, target_positions
 from llmslm.errors import UserError
+from llmslm.models.blocks import blocks
 from llmslm.models.fusion import Add, Replace
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource
@@ -103,3 +105,16 @@ def test_logits_of_chosen_positions_are_those_of_all(family):
         chosen = model(**batch).logits
     torch.testing.assert_close(chosen, expected.unsqueeze(0))
     assert model(**batch).logits.shape[:2] == (2, 6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it and hides the warning
+def test_packed_batches_of_t5_are_compiled_once():
+    torch.compiler.reset()
+    model, compiled = tiny.build("t5").train(), CompileCounter()
+    for block in blocks(model):
+        block.compile(backend=compiled, fullgraph=True)
+    batches = [codec_of(model).collate_packed(rows, PackedShape(2, (16, 24))) for rows in (ROWS, ROWS[::-1], ROWS[:2])]
+    for batch in batches:
+        summed_loss(model, batch).backward()
+    assert compiled.frame_count == 4  # first and further blocks, of encoder and decoder
+    torch.compiler.reset()
