@@ -39,13 +39,17 @@ class WriteFeatures(Callback):
         data = cast(TextDataModule, trainer.datamodule)  # type: ignore[attr-defined]
         encoder = cast(LlmToSlm, module.model).encoder
         assert encoder is not None
-        splits: dict[str, Any] = {split: data.feature_identity(split) for split in SPLITS}
+        rows = {split: data.prompt_rows(split) for split in SPLITS}
+        shards = {split: features.shards_of(encoder, lengths) for split, (_, lengths) in rows.items()}
+        splits: dict[str, Any] = {
+            split: data.feature_identity(split) | {"shards": len(shards[split])} for split in SPLITS
+        }
         if trainer.is_global_zero:
-            features.write_manifest(self.folder, encoder, module.encoder_source(), splits)
+            source, revision = module.encoder_source(), module.encoder_options.revision
+            features.write_manifest(self.folder, encoder, source, revision, splits)
         trainer.strategy.barrier("manifest")
         dealt: dict[str, Any] = {"rank": trainer.global_rank, "world_size": trainer.world_size}
         for split in SPLITS:
-            rows, lengths = data.prompt_rows(split)
-            features.write_features(encoder, data.codec, rows, lengths, self.folder, split, **dealt)
+            features.write_features(encoder, data.codec, rows[split][0], shards[split], self.folder, split, **dealt)
         trainer.strategy.barrier("features")
         raise Written

@@ -236,10 +236,8 @@ class TextDataModule(L.LightningDataModule):
         if folder is None:
             return dataset
         rows, lengths = self.prompt_rows(split)
-        module = self._module
-        features.check(
-            folder, module.encoder_source(), module.encoder_options.layer, split, self.feature_identity(split)
-        )
+        source, options = self._module.encoder_source(), vars(self._module.encoder_options)
+        features.check(folder, source, options, split, self.feature_identity(split))
         return features.RowsWithStates(rows, features.StoredStates(folder, split, lengths))
 
     def _dealing(self) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 import csv
 import re
+import shutil
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaModel
 
 from llmslm.cli import main
 from llmslm.data import features
@@ -17,15 +18,28 @@ from llmslm.system import System
 from tests.unit import toy
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A trained llm and the features that it wrote, in a folder that nobody changes."""
+    folder = tmp_path_factory.mktemp("written")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMSLM_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        patch.setattr(features, "SHARD_BYTES", 4000)
+        path = toy.write_recipe(folder, log_every_n_steps=1)
+        fit(path, "llm")
+        main(["features", "--config", path, "--out", "states"])
+    return folder
+
+
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMSLM_CACHE", str(tmp_path / "cache"))
+def recipe(written, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMSLM_CACHE", str(written / "cache"))
+    monkeypatch.setattr(features, "SHARD_BYTES", 4000)
+    for name in ("runs", "states"):
+        shutil.copytree(written / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(features, "SHARD_EXAMPLES", 10)
-    path = toy.write_recipe(tmp_path, log_every_n_steps=1)
-    fit(path, "llm")
-    main(["features", "--config", path, "--out", "states"])
-    return path
+    return str(written / "toy.yaml")
 
 
 def fit(recipe, system, *args):
@@ -46,13 +60,18 @@ def test_training_from_the_cache_has_the_losses_of_training_on_the_fly(recipe, p
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "from_source", lambda *_a, **_k: pytest.fail("the LLM was loaded"))
         cached = losses(recipe, "cached", "--model.encoder.features=states", *packing)
+    for weights in Path("runs/toy/llm/system").glob("*.safetensors"):  # nobody asks for them
+        weights.rename(weights.with_suffix(".away"))
+    assert losses(recipe, "gone", "--model.encoder.features=states", *packing) == cached
+    for weights in Path("runs/toy/llm/system").glob("*.away"):
+        weights.rename(weights.with_suffix(".safetensors"))
     assert cached == pytest.approx(expected, rel=1e-3)
     assert System.load("runs/toy/llm_to_slm").generate(["say alpha 0"], max_new_tokens=3)
 
 
 def test_a_stopped_call_goes_on_where_it_was(recipe, monkeypatch):
     shards = sorted(Path("states").rglob("*.safetensors"))
-    assert len(shards) == 5 + 1
+    assert len(shards) > 4
     before = {shard: (shard.read_bytes(), shard.stat().st_mtime_ns) for shard in shards}
     shards[2].unlink()
     with pytest.raises(SystemExit):
@@ -62,18 +81,36 @@ def test_a_stopped_call_goes_on_where_it_was(recipe, monkeypatch):
     assert [s for s in shards if s.stat().st_mtime_ns != before[s][1]] == [shards[2]]
 
 
-def test_ranks_share_the_shards(tmp_path):
-    lengths = torch.randint(1, 9, (35,)).numpy()
+def test_ranks_share_the_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SHARD_BYTES", 100)
+    lengths = torch.randint(1, 30, (35,)).numpy()
     rows = features.Dataset.from_dict({"prompt_ids": [[5] * int(n) for n in lengths]})
-    wide = torch.nn.Embedding(9, 4)
-    encoder = lambda ids, mask: (wide(ids), mask)  # noqa: E731
-    encoder.parameters = wide.parameters
+    encoder = Encoder(
+        LlamaModel(LlamaConfig(**{k: v for k, v in toy.LLAMA.items() if k != "model_type"}, vocab_size=9))
+    )
     codec = type("Codec", (), {"encoder_pad_id": 0})
+    shards = features.shards_of(encoder, lengths)
+    features.write_manifest(tmp_path, encoder, "llm", None, {"train": {"shards": len(shards)}})
     for rank in range(3):
-        features.write_features(encoder, codec, rows, lengths, tmp_path, "train", rank=rank, world_size=3)
+        features.write_features(encoder, codec, rows, shards, tmp_path, "train", rank=rank, world_size=3)
     states = features.StoredStates(tmp_path, "train", lengths)
-    assert all(states[i].shape == (lengths[i], 4) for i in range(35))
-    torch.testing.assert_close(states[34], wide(torch.tensor([5] * int(lengths[34]))).bfloat16())
+    assert all(states[i].shape == (lengths[i], 32) for i in range(35))
+    ids = torch.tensor([[5] * int(lengths[34])])
+    torch.testing.assert_close(states[34], encoder(ids, torch.ones_like(ids))[0][0].bfloat16(), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("limit", [1, 300, 10**9])
+def test_shards_hold_no_more_than_their_limit_and_one_example(limit):
+    lengths = torch.randint(0, 30, (200,)).numpy()
+    shards = features.Shards(lengths, 4, limit)
+    assert [example for shard in range(len(shards)) for example in shards.members(shard)] == list(range(200))
+    for shard in range(len(shards)):
+        members = shards.members(shard)
+        assert lengths[members].sum() * 8 <= limit + lengths[members[-1]] * 8
+        rows = [shards.rows(example) for example in members]
+        assert {number for number, _ in rows} == {shard}
+        assert [place.stop - place.start for _, place in rows] == lengths[members].tolist()
+        assert [rows[0][1].start, *(place.stop for _, place in rows[:-1])] == [place.start for _, place in rows]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +118,8 @@ def test_ranks_share_the_shards(tmp_path):
     [
         ("--data.max_prompt_tokens=31", r"features in states are of another (train|validation) tokens"),
         ("--model.encoder.layer=0", r"of another layer \(model\.encoder\.layer\)"),
+        ("--model.encoder.quantization=8bit", r"of another quantization \(model\.encoder\.quantization\): 'None'"),
+        ("--model.encoder.revision=abc", r"of another revision \(model\.encoder\.revision\): 'None', here it is 'abc'"),
         ("--model.encoder.features=elsewhere", r"elsewhere holds no features.*llmslm features --out"),
     ],
 )
@@ -97,11 +136,28 @@ def test_a_cache_of_another_encoder_is_refused(recipe, capsys):
     assert "of another encoder (model.encoder.source)" in capsys.readouterr().err
 
 
-def test_shards_of_other_layers_are_not_taken_over(tmp_path):
-    encoder = types.SimpleNamespace(
-        config=LlamaConfig(), content_hash=lambda: "same", layer=[0, 2], quantization=None, max_positions=None
-    )
-    features.write_manifest(tmp_path, encoder, "llm", {})
-    encoder.layer = [1, 2]
-    with pytest.raises(UserError, match=r"of another encoder \(layer\): '\[0, 2\]', here it is '\[1, 2\]'"):
-        features.write_manifest(tmp_path, encoder, "llm", {})
+@pytest.mark.parametrize(
+    ("name", "ours", "theirs"),
+    [("layer", [0, 2], [1, 2]), ("quantization", None, "8bit"), ("revision", "abc", "def")],
+)
+def test_shards_of_another_encoder_are_not_taken_over(tmp_path, name, ours, theirs):
+    about = {"layer": [0, 2], "quantization": None, "revision": None, name: ours}
+
+    def write():
+        encoder = types.SimpleNamespace(
+            config=LlamaConfig(), content_hash=lambda: "same", max_positions=None, hidden_size=8, **about
+        )
+        features.write_manifest(tmp_path, encoder, "llm", about["revision"], {})
+
+    write()
+    write()
+    about[name] = theirs
+    message = f"of another encoder ({name}): '{ours}', here it is '{theirs}'"
+    with pytest.raises(UserError, match=re.escape(message)):
+        write()
+
+
+def test_a_cache_of_another_version_is_refused(tmp_path):
+    (tmp_path / features.MANIFEST).write_text('{"version": 1}')
+    with pytest.raises(UserError, match=r"has version 1, this llmslm reads 2: write the features again"):
+        features.read_manifest(tmp_path)
