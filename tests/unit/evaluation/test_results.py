@@ -1,0 +1,97 @@
+"""The headline's pages say what its records say."""
+
+import json
+
+import pytest
+
+from evaluation import results
+from evaluation.compare import Settings, compare
+from evaluation.headline_claims import claims
+from evaluation.systems import Arm
+from evaluation.targets import read_targets
+
+FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 2, "resamples": 50}
+README = "# name\n\nWhat it is,\nin two lines.\n\n![a picture](a.svg)\n\nThe rest.\n"
+
+
+@pytest.fixture
+def runs(dummy, examples, tmp_path):
+    """Three stages of a series, one of them not complete."""
+    arms = [Arm(dummy("llm", 0.95), "a"), Arm(dummy("slm", 0.4), "b"), Arm(dummy("llm_to_slm", 0.9), "c")]
+    stages = {
+        "quality": [arms, True],
+        "speed": [arms, False],
+        "verified": [[arms[0], Arm(dummy("verified", 0.95), "d")]],
+    }
+    for name, (systems, *controls) in stages.items():
+        folder = tmp_path / "runs" / "en_it" / name
+        compare(systems, examples, Settings(out=folder, controls=controls == [True], **FAST))
+        state = {"command": f"python {name}", "seconds": 90.0, "commit": "abcdef0123", "complete": True}
+        (folder / "stage.json").write_text(json.dumps(state))
+    (tmp_path / "runs/en_it/add").mkdir()
+    (tmp_path / "runs/en_it/add/stage.json").write_text(json.dumps({"seconds": 1, "complete": False}))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/README.md").write_text(README)
+    return tmp_path / "root"
+
+
+def test_the_pages_of_this_checkout_are_what_its_records_make_them():
+    assert results.stale(results.ROOT) == []
+
+
+def test_pages_come_from_records_and_go_stale_with_them(runs, root):
+    assert results.stale(root) == []  # no records: no pages
+    results.collect(runs, root / results.RECORDS)
+    assert len(results.stale(root)) == 3
+    results.write(root)
+    assert results.stale(root) == []
+    page, readme = (root / results.PAGE).read_text(), (root / "README.md").read_text()
+    assert "| en_it/quality | 1.5 | abcdef0 | `python quality` |" in page
+    assert "en_it/add" not in page
+    assert readme.startswith(f"# name\n\nWhat it is,\nin two lines.\n\n{results.BEGIN}\n| task |")
+    (root / "README.md").write_text(readme.replace("| llm_to_slm |", "| llm_to_slm | 99.9 |"))
+    assert results.stale(root) == [root / "README.md"]
+    results.write(root)
+    assert (root / "README.md").read_text() == readme
+
+
+def test_without_records_nothing_of_them_stays(runs, root):
+    results.collect(runs, root / results.RECORDS)
+    results.write(root)
+    assert results.with_table((root / "README.md").read_text(), "") == README
+    for path in (root / results.RECORDS).rglob("*.json"):
+        path.unlink()
+    assert results.stale(root) == [root / "README.md", root / results.PAGE]
+
+
+def test_numbers_are_those_of_the_records(runs, root):
+    results.collect(runs, root / results.RECORDS)
+    found = results.load(root / results.RECORDS)
+    llm, slm, both = (found.one("en_it", "quality", name) for name in ("llm", "slm", "llm_to_slm"))
+    measured = dict(zip((target.id for target in read_targets(topic="headline")), claims(found), strict=True))
+    bleu = llm["scores"]["bleu"]["value"] - slm["scores"]["bleu"]["value"]
+    assert measured["llm-above-slm"][2] == f"{bleu:.4g} BLEU"
+    assert measured["kept-bleu"][2] == f"{both['scores']['bleu']['versus_llm']['percent']:.4g} %"
+    assert measured["p-translation"][2] == f"{both['scores']['bleu']['versus_slm']['p_value']:.4g}"
+    assert (
+        measured["verified-differences"][2]
+        == f"{results.load(root / results.RECORDS).differences['en_it']} predictions"
+    )
+    assert measured["p-summary"][2:] == ("–", "–")
+    assert measured["recipe-minutes"][2:] == ("1.5 min", "yes")
+
+
+def test_the_verified_mode_is_compared_text_by_text(runs):
+    paths = sorted((runs / "en_it/verified").glob("*.record.json"))
+    record = json.loads(paths[0].read_text())
+    assert results.differing(paths) == 0
+    predictions = paths[0].parent / record["predictions"]
+    lines = predictions.read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"prediction": "another"})
+    predictions.write_text("\n".join(lines) + "\n")
+    assert results.differing(paths) == 1
