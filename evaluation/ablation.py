@@ -221,7 +221,7 @@ def main(args: list[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the trainings (default: 1 2 3)")
-    parser.add_argument("--limit", type=int, default=200, help="test examples (default: 200)")
+    parser.add_argument("--limit", type=int, default=100, help="test examples (default: 100)")
     parser.add_argument("--publish", action="store_true", help=f"write {RECORDS} and {PAGE}")
     options, overrides = parser.parse_known_args(given)
     records = run(options.seeds, options.limit, overrides)
