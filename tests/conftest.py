@@ -13,7 +13,10 @@ import torch
 
 _LONG = (
     "distributed",
-    *(f"faults/test_{name}.py" for name in ("killed", "killed_evaluation", "lost_rank", "torchrun", "tracking_server")),
+    *(
+        f"faults/test_{name}.py"
+        for name in ("killed", "killed_evaluation", "killed_features", "lost_rank", "torchrun", "tracking_server")
+    ),
     *(f"unit/generation/test_{name}.py" for name in ("memory", "verified")),
 )
 SLOW = {Path(__file__).parent / name for name in _LONG}

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 import llmslm.resume
+from llmslm.data import features
 
 
 class Losses(Callback):
@@ -32,6 +33,20 @@ class SlowValidation(Callback):
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
         Path(f"{self.file}.begun").touch()
         time.sleep(0.3)
+
+
+class SlowShards(Callback):
+    """Makes shards of features small, and the writing of each slow: half of a file is there while it is written."""
+
+    def __init__(self, shard_bytes: int, seconds: float) -> None:
+        features.SHARD_BYTES, write = shard_bytes, features.save_file
+
+        def slowly(states, path):
+            path.write_bytes(b"half")
+            time.sleep(seconds)
+            write(states, path)
+
+        features.save_file = slowly
 
 
 class KillWhileSaving(Callback):
