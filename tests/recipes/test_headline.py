@@ -12,7 +12,13 @@ from llmslm.training import run
 
 STAGES = load_series("headline")
 OTHERS = ("llm", "t5", "llm_alone", "cross_labels", "slm_encoder_decoder", "read_labels", "t5_add_labels")
-PARSED = ["pretrain/t5", *(f"en_it/{name}" for name in OTHERS), "summary/slm_labels_2", "smollm2_docstrings/add"]
+PARSED = [
+    "pretrain/t5",
+    *(f"en_it/{name}" for name in OTHERS),
+    "summary/slm_labels_2",
+    "smollm2_docstrings/add",
+    "smollm2_summary/llm",
+]
 
 
 @pytest.mark.parametrize("name", PARSED)
