@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 import llmslm.resume
-from llmslm.data import features
+from llmslm.data import features, shards
 
 
 class Losses(Callback):
@@ -39,14 +39,14 @@ class SlowShards(Callback):
     """Makes shards of features small, and the writing of each slow: half of a file is there while it is written."""
 
     def __init__(self, shard_bytes: int, seconds: float) -> None:
-        features.SHARD_BYTES, write = shard_bytes, features.save_file
+        features.SHARD_BYTES, write = shard_bytes, shards.save_file
 
         def slowly(states, path):
             path.write_bytes(b"half")
             time.sleep(seconds)
             write(states, path)
 
-        features.save_file = slowly
+        shards.save_file = slowly
 
 
 class KillWhileSaving(Callback):

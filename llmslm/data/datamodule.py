@@ -21,6 +21,7 @@ from llmslm.data import features
 from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
 from llmslm.data.loader import BatchLoader, StreamLoader
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
+from llmslm.data.shards import RowsWithStored
 from llmslm.data.sources import Source, Split
 from llmslm.data.sources.base import FEATURES
 from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
@@ -238,7 +239,7 @@ class TextDataModule(L.LightningDataModule):
         rows, lengths = self.prompt_rows(split)
         source, options = self._module.encoder_source(), vars(self._module.encoder_options)
         features.check(folder, source, options, split, self.feature_identity(split))
-        return features.RowsWithStates(rows, features.StoredStates(folder, split, lengths))
+        return RowsWithStored(rows, features.StoredStates(folder, split, lengths))
 
     def _dealing(self) -> dict[str, int]:
         trainer = self._module.trainer

@@ -8,23 +8,21 @@ follow from the data and `shard_bytes` in the manifest.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmslm.data.codec import Codec, pad
+from llmslm.data.shards import Shards, StoredRows, missing_shards, write_shards
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder, Layers
-from llmslm.writing import file_aside, write_text
+from llmslm.writing import write_text
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -85,38 +83,8 @@ class StoredEncoder(Encoder):
     embed_tokens = forward  # type: ignore[assignment]
 
 
-class Shards:
-    """Where the states of each example of a split lie.
-
-    Args:
-        lengths: (examples,), encoder tokens of each example.
-        width: of the states.
-        limit: bytes of a shard; the example with which it is reached is its last.
-    """
-
-    def __init__(self, lengths: np.ndarray, width: int, limit: int) -> None:
-        self.lengths = lengths
-        self.width = width
-        self.ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        numbers = self.ends[:-1] * width * _STATE_BYTES // limit
-        self._firsts = np.append(np.flatnonzero(np.diff(numbers, prepend=-1)), len(lengths))
-
-    def __len__(self) -> int:
-        return len(self._firsts) - 1
-
-    def members(self, shard: int) -> range:
-        """Return the examples of a shard."""
-        return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
-
-    def rows(self, example: int) -> tuple[int, slice]:
-        """Return an example's shard, and its rows there."""
-        shard = int(np.searchsorted(self._firsts, example, side="right")) - 1
-        first = int(self.ends[self._firsts[shard]])
-        return shard, slice(int(self.ends[example]) - first, int(self.ends[example + 1]) - first)
-
-
-class StoredStates:
-    """The states of a split, by example.
+class StoredStates(StoredRows):
+    """The states of a split, by example: `hidden_states` (prompt_len, width) in bf16.
 
     Args:
         folder: of the cache.
@@ -126,47 +94,13 @@ class StoredStates:
 
     def __init__(self, folder: Path, split: str, lengths: np.ndarray) -> None:
         manifest = read_manifest(folder)
-        self.folder, self.split = folder, split
-        self.shards = Shards(lengths, manifest["encoder"]["width"], manifest["shard_bytes"])
-        self._open: dict[int, Any] = {}
-
-    def __getitem__(self, example: int) -> Tensor:
-        """Return (prompt_len, width) states in bf16."""
-        shard, rows = self.shards.rows(example)
-        if shard not in self._open:
-            path = shard_path(self.folder, self.split, shard)
-            self._open[shard] = safe_open(path, framework="pt").get_slice("states")
-        states: Tensor = self._open[shard][rows]
-        return states
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: a worker opens its own."""
-        return self.__dict__ | {"_open": {}}
-
-
-class RowsWithStates(torch.utils.data.Dataset):
-    """Tokenised rows with `hidden_states` beside them.
-
-    Args:
-        rows: of a split.
-        states: of the same.
-    """
-
-    def __init__(self, rows: Dataset, states: StoredStates) -> None:
-        self.rows, self.states = rows, states
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, examples: list[int]) -> list[dict[str, Any]]:
-        """Return some rows; torch's loader asks for those of a batch together."""
-        rows = self.rows.__getitems__(examples)
-        return [row | {"hidden_states": self.states[i]} for row, i in zip(rows, examples, strict=True)]
+        shards = Shards(lengths, manifest["encoder"]["width"] * _STATE_BYTES, manifest["shard_bytes"])
+        super().__init__(folder, split, shards, {"states": "hidden_states"})
 
 
 def shards_of(encoder: Encoder, lengths: np.ndarray) -> Shards:
     """Divide a split of which each example has so many encoder tokens, (examples,)."""
-    return Shards(lengths, encoder.hidden_size * _layer_count(encoder.layer), SHARD_BYTES)
+    return Shards(lengths, encoder.hidden_size * _layer_count(encoder.layer) * _STATE_BYTES, SHARD_BYTES)
 
 
 def write_features(
@@ -195,23 +129,15 @@ def write_features(
         world_size: number of processes.
     """
     device = next(encoder.parameters()).device
-    mine = {shard: shard_path(folder, split, shard) for shard in range(rank, len(shards), world_size)}
-    total = sum(len(shards.members(shard)) for shard in mine)
-    with tqdm(total=total, desc=f"encoding {split}", unit="example", disable=rank > 0) as progress:
-        for shard, path in mine.items():
-            members = shards.members(shard)
-            if path.is_file():
-                progress.update(len(members))
-                continue
-            states = torch.empty(int(shards.lengths[members].sum()), shards.width, dtype=torch.bfloat16)
-            for batch in _batches(members, shards.lengths, batch_tokens):
-                ids, mask = pad([row["prompt_ids"] for row in rows.__getitems__(batch)], codec.encoder_pad_id)
-                hidden, _ = encoder(ids.to(device), mask.to(device))
-                for example, row in zip(batch, hidden.to(torch.bfloat16).cpu(), strict=True):
-                    states[shards.rows(example)[1]] = row[: shards.lengths[example]]
-                progress.update(len(batch))
-            with file_aside(path) as aside:
-                save_file({"states": states}, aside)
+
+    def compute(batch: list[int]) -> list[dict[str, Tensor]]:
+        ids, mask = pad([row["prompt_ids"] for row in rows.__getitems__(batch)], codec.encoder_pad_id)
+        hidden, _ = encoder(ids.to(device), mask.to(device))
+        states = zip(batch, hidden.to(torch.bfloat16).cpu(), strict=True)
+        return [{"states": state[: shards.lengths[example]]} for example, state in states]
+
+    dealt = {"batch_tokens": batch_tokens, "rank": rank, "world_size": world_size}
+    write_shards(compute, shards, folder, split, name="encoding", sizes=shards.lengths, **dealt)
 
 
 def write_manifest(
@@ -262,11 +188,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no features: write them with llmslm features --out (model.encoder.features)")
     manifest = _parsed(path)
     for split, about in manifest["splits"].items():
-        wanted = range(about["shards"])
-        missing = sum(not shard_path(folder, split, shard).is_file() for shard in wanted)
-        if missing:
+        count = about["shards"]
+        if missing := missing_shards(folder, split, count):
             raise UserError(
-                f"{folder} lacks {missing} of {len(wanted)} shards of {split}: run llmslm features again, it goes on"
+                f"{folder} lacks {missing} of {count} shards of {split}: run llmslm features again, it goes on"
             )
     return manifest
 
@@ -337,26 +262,9 @@ def _layer_count(layer: Layers) -> int:
     return len(layer) if isinstance(layer, list) else 1
 
 
-def shard_path(folder: Path, split: str, shard: int) -> Path:
-    """Name a shard's file."""
-    return folder / split / f"{shard:05d}.safetensors"
-
-
 def _same(folder: Path, what: str, stored: Any, wanted: Any) -> None:
     if stored != wanted:
         raise UserError(
             f"the features in {folder} are of another {what}: {str(stored)[:80]!r}, here it is {str(wanted)[:80]!r}; "
             "write others with llmslm features --out (model.encoder.features)"
         )
-
-
-def _batches(examples: range, lengths: np.ndarray, tokens: int) -> Iterator[list[int]]:
-    """Group examples of similar length, longest first, up to so many padded tokens."""
-    batch: list[int] = []
-    for example in sorted(examples, key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
-            yield batch
-            batch = []
-        batch.append(example)
-    if batch:
-        yield batch

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from evaluation.benchmarks import feature_cache
 from llmslm.cli import main
 from llmslm.data import features
+from llmslm.data.shards import Shards
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder
 from llmslm.system import System
@@ -94,15 +96,16 @@ def test_ranks_share_the_shards(tmp_path, monkeypatch):
     for rank in range(3):
         features.write_features(encoder, codec, rows, shards, tmp_path, "train", rank=rank, world_size=3)
     states = features.StoredStates(tmp_path, "train", lengths)
-    assert all(states[i].shape == (lengths[i], 32) for i in range(35))
+    stored = [states[i]["hidden_states"] for i in range(35)]
+    assert all(rows.shape == (length, 32) for rows, length in zip(stored, lengths, strict=True))
     ids = torch.tensor([[5] * int(lengths[34])])
-    torch.testing.assert_close(states[34], encoder(ids, torch.ones_like(ids))[0][0].bfloat16(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(stored[34], encoder(ids, torch.ones_like(ids))[0][0].bfloat16(), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("limit", [1, 300, 10**9])
 def test_shards_hold_no_more_than_their_limit_and_one_example(limit):
     lengths = torch.randint(0, 30, (200,)).numpy()
-    shards = features.Shards(lengths, 4, limit)
+    shards = Shards(lengths, 8, limit)
     assert [example for shard in range(len(shards)) for example in shards.members(shard)] == list(range(200))
     for shard in range(len(shards)):
         members = shards.members(shard)
@@ -161,3 +164,14 @@ def test_a_cache_of_another_version_is_refused(tmp_path):
     (tmp_path / features.MANIFEST).write_text('{"version": 1}')
     with pytest.raises(UserError, match=r"has version 1, this llmslm reads 2: write the features again"):
         features.read_manifest(tmp_path)
+
+
+def test_the_benchmark_compares_both_ways(recipe, monkeypatch):
+    monkeypatch.setattr(feature_cache, "LLM", toy.T5)
+    monkeypatch.setattr(feature_cache, "WARMUP", 1)
+    found = feature_cache.measure(recipe, [], steps=3, rounds=1, examples=20)
+    assert found["same_losses"]
+    assert found["ratio"] == found["steps_per_s"]["cached"][0] / found["steps_per_s"]["on_the_fly"][0]
+    assert (found["examples"], len(found["losses"]["cached"])) == (28, 3)
+    tokens = Path("states/train/00000.safetensors").stat().st_size
+    assert 0 < found["bytes_per_example"] < tokens

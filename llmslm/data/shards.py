@@ -1,0 +1,166 @@
+"""Tensors of each token of a data set on disk: written once, shard by shard, and read memory-mapped.
+
+A shard is a safetensors file with the rows of consecutive examples, one row a token. Which examples lie in which shard,
+and where, follows from the tokens of each example and the limit of a shard's bytes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from llmslm.writing import file_aside
+
+
+class Shards:
+    """Where the rows of each example of a split lie.
+
+    Args:
+        lengths: (examples,), rows of each example.
+        row_bytes: of one row, all its tensors together.
+        limit: bytes of a shard; the example with which it is reached is its last.
+    """
+
+    def __init__(self, lengths: np.ndarray, row_bytes: int, limit: int) -> None:
+        self.lengths = lengths
+        self.ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        numbers = self.ends[:-1] * row_bytes // limit
+        self._firsts = np.append(np.flatnonzero(np.diff(numbers, prepend=-1)), len(lengths))
+
+    def __len__(self) -> int:
+        return len(self._firsts) - 1
+
+    def members(self, shard: int) -> range:
+        """Return the examples of a shard."""
+        return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
+
+    def rows(self, example: int) -> tuple[int, slice]:
+        """Return an example's shard, and its rows there."""
+        shard = int(np.searchsorted(self._firsts, example, side="right")) - 1
+        first = int(self.ends[self._firsts[shard]])
+        return shard, slice(int(self.ends[example]) - first, int(self.ends[example + 1]) - first)
+
+
+class StoredRows:
+    """The stored tensors of a split, by example.
+
+    Args:
+        folder: of the cache.
+        split: for example "train".
+        shards: of the split.
+        names: the tensors in the files, and what they are called here.
+    """
+
+    def __init__(self, folder: Path, split: str, shards: Shards, names: Mapping[str, str]) -> None:
+        self.folder, self.split, self.shards, self.names = folder, split, shards, names
+        self._open: dict[int, dict[str, Any]] = {}
+
+    def __getitem__(self, example: int) -> dict[str, Tensor]:
+        """Return an example's tensors, (tokens, ...) each."""
+        shard, rows = self.shards.rows(example)
+        if shard not in self._open:
+            file = safe_open(shard_path(self.folder, self.split, shard), framework="pt")
+            self._open[shard] = {name: file.get_slice(stored) for stored, name in self.names.items()}
+        return {name: tensor[rows] for name, tensor in self._open[shard].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open files behind: a worker opens its own."""
+        return self.__dict__ | {"_open": {}}
+
+
+class RowsWithStored(torch.utils.data.Dataset):
+    """Tokenised rows with stored tensors beside them.
+
+    Args:
+        rows: of a split.
+        stored: of the same.
+    """
+
+    def __init__(self, rows: Any, stored: StoredRows) -> None:
+        self.rows, self.stored = rows, stored
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, examples: list[int]) -> list[dict[str, Any]]:
+        """Return some rows; torch's loader asks for those of a batch together."""
+        rows = self.rows.__getitems__(examples)
+        return [row | self.stored[i] for row, i in zip(rows, examples, strict=True)]
+
+
+def write_shards(
+    compute: Callable[[list[int]], Sequence[Mapping[str, Tensor]]],
+    shards: Shards,
+    folder: Path,
+    split: str,
+    *,
+    name: str,
+    sizes: np.ndarray,
+    batch_tokens: int = 16_384,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """Write the shards of a split that are this rank's and not there yet; each appears when it is complete.
+
+    Args:
+        compute: the tensors of each example of a batch, (its rows, ...) each, on the CPU.
+        shards: of the split.
+        folder: of the cache.
+        split: for example "train".
+        name: of the work, for the progress bar.
+        sizes: (examples,), tokens that an example takes in a batch.
+        batch_tokens: padded tokens of a batch.
+        rank: this process.
+        world_size: number of processes.
+    """
+    mine = {shard: shard_path(folder, split, shard) for shard in range(rank, len(shards), world_size)}
+    total = sum(len(shards.members(shard)) for shard in mine)
+    with tqdm(total=total, desc=f"{name} {split}", unit="example", disable=rank > 0) as progress:
+        for shard, path in mine.items():
+            members = shards.members(shard)
+            if path.is_file():
+                progress.update(len(members))
+                continue
+            stored: dict[str, Tensor] = {}
+            for batch in _batches(members, sizes, batch_tokens):
+                for example, tensors in zip(batch, compute(batch), strict=True):
+                    _put(stored, tensors, shards.rows(example)[1], int(shards.lengths[members].sum()))
+                progress.update(len(batch))
+            with file_aside(path) as aside:
+                save_file(stored, aside)
+
+
+def shard_path(folder: Path, split: str, shard: int) -> Path:
+    """Name a shard's file."""
+    return folder / split / f"{shard:05d}.safetensors"
+
+
+def missing_shards(folder: Path, split: str, count: int) -> int:
+    """Count those of a split's shards that are not there."""
+    return sum(not shard_path(folder, split, shard).is_file() for shard in range(count))
+
+
+def _put(stored: dict[str, Tensor], tensors: Mapping[str, Tensor], rows: slice, total: int) -> None:
+    """Copy an example's tensors to their place among `total` rows; the first one says of what kind they are."""
+    for name, tensor in tensors.items():
+        if name not in stored:
+            stored[name] = tensor.new_empty(total, *tensor.shape[1:])
+        stored[name][rows] = tensor
+
+
+def _batches(examples: range, sizes: np.ndarray, tokens: int) -> Iterator[list[int]]:
+    """Group examples of similar size, longest first, up to so many padded tokens."""
+    batch: list[int] = []
+    for example in sorted(examples, key=lambda i: -sizes[i]):
+        if batch and (len(batch) + 1) * sizes[batch[0]] > tokens:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
