@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmslm.errors import UserError
+from llmslm.recipe import resolve_recipes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -30,6 +31,7 @@ commands:
   label      let the LLM write the targets: llmslm label --config R --checkpoint LLM --out DIR
   plan       memory per GPU and time per step: llmslm plan --config quickstart --config hardware/8gpu_fsdp
   consolidate  make a system of a training checkpoint, sharded or not, on a CPU
+  export     a folder for the hub:  llmslm export --checkpoint runs/quickstart/llm_to_slm --output FOLDER
   generate   answer prompts:        llmslm generate --checkpoint runs/quickstart/llm_to_slm "prompt"
              as text comes (--stream), for a file (--input, --output), exactly as the llm would (--verify LLM)
 
@@ -48,10 +50,12 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         sys.stdout.write(f"llmslm {metadata.version('llmslm')}\n")
         return
-    others = {"generate": _generate, "features": _features, "label": _label, "plan": _plan, "consolidate": _consolidate}
+    others = {"generate": _generate, "features": _features, "label": _label, "plan": _plan}
+    others |= {"consolidate": _consolidate, "export": _export}
     if args[0] not in (*TRAINER_COMMANDS, *others):
         _fail(f"unknown command {args[0]!r}; expected one of {', '.join((*TRAINER_COMMANDS, *others))}", 2)
     try:
+        resolve_recipes(args)  # a misspelt one costs no time
         others[args[0]](args[1:]) if args[0] in others else _train(args)
     except UserError as error:
         _fail(str(error), 1)
@@ -122,6 +126,12 @@ def _consolidate(args: list[str]) -> None:
     from llmslm.consolidate import consolidate
 
     sys.stdout.write(f"{consolidate(options.checkpoint, options.output)}\n")
+
+
+def _export(args: list[str]) -> None:
+    from llmslm.export import main as export
+
+    export(args)
 
 
 def _generate(args: list[str]) -> None:

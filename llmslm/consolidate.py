@@ -23,8 +23,8 @@ from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.source import beside, seen_from
-from llmslm.models.trained import base_names, freeze, frozen_base, moved, save_adapters
+from llmslm.models.source import seen_from
+from llmslm.models.trained import base_names, freeze, moved, save_adapters
 from llmslm.resume import CheckpointFiles, resolve
 
 FRAME = "frame"
@@ -103,8 +103,5 @@ def _config(frame: Path, card: dict[str, Any]) -> PreTrainedConfig:
         return config
     config = AutoConfig.from_pretrained(frame)
     if isinstance(config, LlmToSlmConfig):
-        if config.encoder_source is not None:
-            config.encoder_source = beside(config.encoder_source, frame)
-        if (base_of_slm := frozen_base(config.slm_config)) is not None:
-            config.slm_config.frozen_base = moved(base_of_slm, frame)
+        config.resolve(frame)
     return config

