@@ -3,6 +3,7 @@
 A converted model is a folder of `ct2-transformers-converter`. The tokenizer is that of the model it was made from.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,13 @@ class CTranslate2System:
         decoder_only = any(Path(folder).glob("vocabulary.*"))  # an encoder-decoder's is shared_ or source_vocabulary
         self._model: Any = (ctranslate2.Generator if decoder_only else ctranslate2.Translator)(folder, **settings)
         self.dtype = str(self._model.compute_type)
+        words = load_tokenizer(tokenizer)
+        start = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("decoder_start_token")
         self.codec = Codec(
-            load_tokenizer(tokenizer),
+            words,
             text_format=text_format or TextFormat(),
             is_encoder_decoder=not decoder_only,
+            decoder_start_token_id=words.convert_tokens_to_ids(start) if start else None,
         )
 
     def generate(
@@ -87,15 +91,19 @@ class CTranslate2System:
         return [Generation(text, len(tokens)) for text, tokens in zip(texts, produced, strict=True)]
 
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
-        """Score one batch of targets given their prompts, end of sequence included."""
+        """Score one batch of targets given their prompts, end of sequence included where they are not cut."""
         encoded = self.codec.encode(prompts, targets)
         rows = self._tokens(row["input_prompt_ids"] for row in encoded)
         gold = self._tokens(row["target_ids"] for row in encoded)
-        if self.codec.is_encoder_decoder:  # CTranslate2 adds the end of sequence itself
-            results = self._model.score_batch(rows, [tokens[:-1] for tokens in gold], max_input_length=0)
+        if self.codec.is_encoder_decoder:  # CTranslate2 adds the end of sequence itself, also to what was cut
+            end = self.codec.slm_tokenizer.eos_token
+            results = self._model.score_batch(
+                rows, [tokens[:-1] if tokens[-1] == end else tokens for tokens in gold], max_input_length=0
+            )
+            logs = [result.log_probs[: len(tokens)] for result, tokens in zip(results, gold, strict=True)]
         else:
             results = self._model.score_batch([row + tokens for row, tokens in zip(rows, gold, strict=True)])
-        logs = [result.log_probs[-len(tokens) :] for result, tokens in zip(results, gold, strict=True)]
+            logs = [result.log_probs[-len(tokens) :] for result, tokens in zip(results, gold, strict=True)]
         return [TargetScore(-sum(row), len(row)) for row in logs]
 
     def parameters(self) -> dict[str, int]:

@@ -54,8 +54,8 @@ def parse_record(text: str, place: str) -> Record:
         UserError: if it is no record, or one of a newer schema.
     """
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
+        record = json.loads(text, parse_constant=_refuse)
+    except ValueError as error:
         raise UserError(f"{place} is not a record: {error}") from error
     version = record.get("schema_version") if isinstance(record, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -82,6 +82,11 @@ def find_records(paths: Iterable[str | Path]) -> list[Path]:
             raise UserError(f"{path} holds no *{SUFFIX} file; expected the --out folder of llmslm-eval compare")
         found |= dict.fromkeys(each.resolve() for each in inside)
     return list(found)
+
+
+def _refuse(constant: str) -> None:
+    """Refuse what Python reads and JSON does not know; scores that are no numbers are null in a record."""
+    raise ValueError(f"{constant} is no number")
 
 
 @cache

@@ -60,7 +60,7 @@ def test_references_may_be_called_so(tmp_path):
     assert load_examples(path, "test", None, 0).references == ["b"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": "new"}', "{", "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": "new"}', '{"scores": NaN}', "{", "\x00"])
 def test_files_that_are_no_records(tmp_path, text):
     path = tmp_path / "x.record.json"
     path.write_text(text)

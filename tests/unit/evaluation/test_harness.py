@@ -10,9 +10,11 @@ from dummy import DummySystem, Produced, Scored
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
+from test_systems import composed, saved
 
 from evaluation.harness import HarnessModel, cut
 from llmslm.errors import UserError
+from llmslm.system import System
 
 
 class Knowing(DummySystem):
@@ -64,6 +66,24 @@ def test_generation(tmp_path, monkeypatch):
         metric_list=[{"metric": "bypass"}],
     )
     assert "bypass,none" in run(HarnessModel(system=Knowing()), config, monkeypatch, tmp_path)
+
+
+def test_the_three_systems_are_its_models(tmp_path, monkeypatch):
+    """Real weights: llm and slm from the folder they lie in, the composition as loaded."""
+    llm = System.load(saved(tmp_path, "llm", "llama"))
+    models = [
+        *(HarnessModel(folder=saved(tmp_path, name, "llama", seed)) for seed, name in enumerate(("llm", "slm"))),
+        HarnessModel(system=composed(llm)),
+    ]
+    config = task(tmp_path, "choose", output_type="multiple_choice", doc_to_choice="choices", doc_to_target="gold")
+    for model in models:
+        found = run(model, config | {"metric_list": [{"metric": "acc"}]}, monkeypatch, tmp_path)["acc,none"]
+        pairs = [("The capital of France is", ("Paris", "Rome")), ("The capital of Peru is", ("Paris", "Lima"))]
+        likelier = []
+        for prompt, texts in pairs:
+            nats = [score.nats for score in model.system.log_likelihood([prompt] * 2, [f" {text}" for text in texts])]
+            likelier.append(nats.index(min(nats)))
+        assert found == ((likelier[0] == 0) + (likelier[1] == 1)) / 2, model.system.name
 
 
 def test_requests_in_batches():
