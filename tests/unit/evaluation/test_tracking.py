@@ -11,7 +11,7 @@ from evaluation.compare import Settings, compare
 from evaluation.leaderboard import build
 from evaluation.record import read_record
 from evaluation.systems import Arm
-from evaluation.tracking import log_comparison, metrics, tracking_uri
+from evaluation.tracking import fetch_records, log_comparison, metrics, tracking_uri
 from llmslm.errors import UserError
 
 FAST = {"max_new_tokens": 16, "batch_size": 8, "warmups": 0, "runs": 1, "resamples": 20}
@@ -61,6 +61,19 @@ def test_under_a_given_parent(client, records, tmp_path):
     assert log_comparison(build([records], tmp_path / "board"), parent) == logged
     with pytest.raises(UserError, match=r"MLflow at sqlite:.*not found.*--mlflow-parent"):
         log_comparison(build([records], tmp_path / "board"), "0" * 32)
+
+
+def test_a_record_of_a_newer_schema_is_refused(client, records, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.tracking.EXPERIMENT", "newer")
+    run = log_comparison(build([records], tmp_path / "board")).child_run_ids[0]
+    record = read_record(records / "copying.llm.record.json")
+    assert len(fetch_records("newer", tmp_path / "back")) == 2
+    client.log_dict(run, record | {"predictions": "../../outside.jsonl"}, "record.json")
+    fetch_records("newer", tmp_path / "a" / "b")
+    assert not (tmp_path / "outside.jsonl").exists()
+    client.log_dict(run, record | {"schema_version": 99}, "record.json")
+    with pytest.raises(UserError, match=f"run {run} of MLflow at sqlite:.* has record schema 99"):
+        fetch_records("newer", tmp_path / "back")
 
 
 def test_metrics_hold_numbers_only(records):
