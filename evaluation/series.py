@@ -72,7 +72,7 @@ def load_series(name: str, overrides: Sequence[str] = ()) -> dict[str, Stage]:
 
     Args:
         name: of a file in `evaluation/series/`, without its ending.
-        overrides: further arguments of each `fit`.
+        overrides: further arguments of each `fit`; {folder} in them is the stage's.
 
     Raises:
         UserError: if there is no such series, or a stage of it is none.
@@ -90,8 +90,9 @@ def load_series(name: str, overrides: Sequence[str] = ()) -> dict[str, Stage]:
         needs = tuple(text.get("needs", "").split())
         if len(kinds) != 1 or not stages.keys() >= set(needs):
             raise UserError(f"{path}: stage {label!r} needs one of {', '.join(KINDS)}, and stages above it in `needs`")
-        more = tuple(overrides) if kinds[0] == "fit" else ()
-        stages[label] = Stage(label, kinds[0], (*shlex.split(text[kinds[0]]), *more), needs, RUNS / name / label)
+        folder = RUNS / name / label
+        more = [_fill(part, {"folder": folder}) for part in overrides] if kinds[0] == "fit" else []
+        stages[label] = Stage(label, kinds[0], (*shlex.split(text[kinds[0]]), *more), needs, folder)
     return stages
 
 
