@@ -9,16 +9,20 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BartConfig,
     BertConfig,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    MBartConfig,
     ModernBertConfig,
     MT5Config,
     OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
     RobertaConfig,
+    SmolLM3Config,
     T5Config,
     T5GemmaConfig,
 )
@@ -60,6 +64,31 @@ ENCODERS: dict[str, PreTrainedConfig] = {
         hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=3, num_attention_heads=4, **_IDS
     ),
     "gemma": GemmaConfig(**_GEMMA, **_IDS),
+    "flan-t5": T5Config(  # and T5 1.1
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+        **_IDS,
+    ),
+    "mbart": MBartConfig(
+        d_model=32,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+        **_BART,
+        **_IDS,
+    ),
+    "qwen3": Qwen3Config(head_dim=8, num_hidden_layers=3, **_LLAMA, **_IDS),
+    "gemma2": Gemma2Config(**_GEMMA, **_IDS),  # windows in every other layer
+    "smollm3": SmolLM3Config(num_hidden_layers=3, **_LLAMA, **_IDS),  # SmolLM 1 and 2 are Llamas
+    "minilm-bert": BertConfig(**{**_BERT, "num_attention_heads": 8}, **_IDS, type_vocab_size=2),
 }
 
 

@@ -1,14 +1,20 @@
 """The Offsets alignment: means of the right states, of the same prompt alone, on either side of padding."""
 
+import functools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmslm.data.codec import Codec, TextFormat
+from llmslm.errors import UserError
 from llmslm.models.alignment import Offsets, SameTokenizer
 from llmslm.models.fusion import CrossAttend, Prefix
 from llmslm.models.prompt import ProjectedPrompt
 from tests import tiny
-from tests.unit.data.tokenizers import bytes_of, words
+from tests.unit.data.test_overlap import texts
+from tests.unit.data.tokenizers import bytes_of, pieces, words
 from tests.unit.models.compositions import compose
 
 SPANS = torch.tensor([[[0, 1], [1, 3], [2, 3]], [[0, 2], [1, 2], [0, 0]]])
@@ -72,3 +78,30 @@ def test_a_batch_of_two_tokenizers_leaks_nothing_between_prompts(parts, slm, tmp
         torch.testing.assert_close(together[row, : len(logits)], logits, atol=1e-4, rtol=1e-4)
         alone = model.generate(**codec.collate_prompts(rows[row : row + 1]), max_new_tokens=4, do_sample=False)
         assert torch.equal(alone[0, -4:], new[row])
+
+
+@pytest.mark.parametrize("slm_tokenizer", [bytes_of, words, pieces])
+@settings(max_examples=25, deadline=None)
+@given(prompts=st.lists(texts, min_size=2, max_size=4))
+def test_random_prompts_are_covered_and_keep_to_themselves(slm_tokenizer, prompts):
+    """Where each state says whose prompt it is of, each token of the slm's prompt reads its own prompt's number."""
+    tokenizers = _made(slm_tokenizer), _made(words if slm_tokenizer is bytes_of else bytes_of)
+    codec = Codec(
+        *tokenizers, text_format=TextFormat(), is_encoder_decoder=False, has_encoder=True, prompt_layout="offsets"
+    )
+    try:
+        batch = codec.collate_prompts(codec.encode(prompts))
+    except UserError:
+        return  # a side that has no token for any of a prompt's characters
+    mask, spans, owners = batch["prompt_attention_mask"], batch["prompt_spans"], torch.arange(1.0, len(prompts) + 1)
+    states = owners.reshape(-1, 1, 1).expand(-1, mask.shape[1], 2)
+    own = torch.zeros(*batch["attention_mask"].shape, 2)
+    aligned = Offsets(2, 2)(own, batch["attention_mask"], ProjectedPrompt(states, mask, spans=spans))
+    expected = batch["attention_mask"].unsqueeze(-1) * states[:, :1]
+    torch.testing.assert_close(aligned.prompt_embeds, expected.expand_as(aligned.prompt_embeds))
+    assert torch.equal(aligned.on_prompt[..., 0], batch["attention_mask"].bool())
+
+
+@functools.cache
+def _made(kind):
+    return kind()

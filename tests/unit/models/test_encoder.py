@@ -1,9 +1,13 @@
 """The frozen encoder: right states, right layers, no other weights, no gradient."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import llmslm.models
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder, layer_index, layer_list, pad_right
 from tests import tiny
@@ -109,3 +113,13 @@ def test_errors_say_what_to_change(tmp_path):
         Encoder.from_source(str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"layer 7 does not exist in a model of 3 layers"):
         Encoder.from_source(tiny.folder("llama", tmp_path), layer=7)
+
+
+def test_no_family_is_asked_for_by_name():
+    names = {config.model_type for config in (tiny.CONFIGS | tiny.ENCODERS).values()}
+    for path in Path(llmslm.models.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        constants = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+        identifiers = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names & {str(constant).lower() for constant in constants}, path
+        assert not [name for name in identifiers if name.removesuffix("Config").lower() in names], path
