@@ -13,6 +13,7 @@ import torch
 
 _LONG = (
     "distributed",
+    "unit/evaluation/test_experiment.py",
     *(
         f"faults/test_{name}.py"
         for name in ("killed", "killed_evaluation", "killed_features", "lost_rank", "torchrun", "tracking_server")
