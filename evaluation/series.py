@@ -13,11 +13,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,19 +145,33 @@ def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[
     Raises:
         UserError: if a stage fails; those that ran beside it are finished, and nothing else is begun.
     """
-    stages = load_series(name, overrides)
-    left = {stage.name: stage for stage in choose(stages, only)}
+    left = {stage.name: stage for stage in choose(load_series(name, overrides), only)}
     stamps: dict[str, str] = {}
     running: dict[Future[None], Stage] = {}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, _children() as children:
         while left or running:
             while stage := _next(left.values(), stamps, list(running.values()), jobs):
                 stamp = stage.stamp(stamps[need] for need in stage.needs)
-                running[pool.submit(perform, stage, stamp)] = left.pop(stage.name)
+                running[pool.submit(perform, stage, stamp, children)] = left.pop(stage.name)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 stage = running.pop(future)
                 future.result()
                 stamps[stage.name] = read_state(stage.folder)["stamp"]
+
+
+@contextmanager
+def _children() -> Iterator[set[subprocess.Popen[bytes]]]:
+    """Yield a place for the processes of stages; when this one is told to stop, so are they, and trainings save."""
+    children: set[subprocess.Popen[bytes]] = set()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield children
+    except (KeyboardInterrupt, SystemExit):
+        for child in list(children):
+            child.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _next(left: Iterable[Stage], done: Container[str], running: Sequence[Stage], jobs: int) -> Stage | None:
@@ -166,8 +182,13 @@ def _next(left: Iterable[Stage], done: Container[str], running: Sequence[Stage],
     return next((stage for stage in ready if not (running and stage.kind in ALONE)), None)
 
 
-def perform(stage: Stage, stamp: str) -> None:
+def perform(stage: Stage, stamp: str, children: set[subprocess.Popen[bytes]]) -> None:
     """Run one stage unless it is complete; what another version of it left is removed first.
+
+    Args:
+        stage: what to run.
+        stamp: what it is complete with.
+        children: has its process while that runs.
 
     Raises:
         UserError: if its command fails.
@@ -185,12 +206,15 @@ def perform(stage: Stage, stamp: str) -> None:
     _write(stage.folder, state)
     begin = time.monotonic()
     with (stage.folder / LOG).open("ab") as log:
-        done = subprocess.run([sys.executable, *stage.command()], stdout=log, stderr=log, env=_environment())
+        child = subprocess.Popen([sys.executable, *stage.command()], stdout=log, stderr=log, env=_environment())
+        children.add(child)
+        status = child.wait()
+        children.discard(child)
     state["seconds"] = round(state["seconds"] + time.monotonic() - begin, 1)
-    if done.returncode:
+    if status:
         _write(stage.folder, state)
         last = (stage.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"stage {stage.name} ended with status {done.returncode} ({stage.folder / LOG}): {last[0]}")
+        raise UserError(f"stage {stage.name} ended with status {status} ({stage.folder / LOG}): {last[0]}")
     _write(stage.folder, state | {"complete": True})
     _say(f"{stage.name}: complete, {state['seconds']:.0f} s")
 

@@ -1,6 +1,12 @@
 """A series of stages: each once, in order, gone on with after a stop."""
 
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +107,22 @@ def test_seeds_share_a_row_of_the_leaderboard(here, monkeypatch):
     stage = series.Stage("a/b_labels_3", "append", (), (), here)
     assert stage.command() == ["-m", "module", "a-b_labels"]
     assert sys.executable not in stage.command()
+
+
+def test_told_to_stop_it_tells_its_stages(here):
+    (here / "append_word.py").write_text("import time\ntime.sleep(60)\n")
+    path = os.pathsep.join([str(here), str(Path(series.__file__).parent.parent)])
+    program = (
+        "from evaluation import series; from pathlib import Path; series.FOLDER = Path(); "
+        "series.KINDS = dict.fromkeys(('append', 'alone'), ('append_word', '{folder}')); series.run('toy')"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path})
+    state = here / "runs/toy/first/stage.json"
+    while not state.is_file() or not (here / "runs/toy/first/log.txt").is_file():
+        time.sleep(0.1)
+    time.sleep(0.5)
+    run.terminate()
+    assert run.wait(timeout=20) == 128 + signal.SIGTERM
+    left = json.loads(state.read_text())
+    assert not left["complete"]
+    assert 0.1 < left["seconds"] < 50
