@@ -6,7 +6,7 @@ activations and arithmetic as they will be; what sharding divides, gathers and s
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.encoder import Encoder
 from llmslm.models.head import logits_at
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.trained import FrozenBase, Lora, adapters, base_names, freeze
 from llmslm.parallel import EncoderPlace, checkpoint_activations
 
 Values = Mapping[str, Any]
@@ -106,11 +107,18 @@ class Sizes:
     frozen: int
     frozen_bytes: int
     """Of one frozen weight."""
+    base: int
+    """Frozen weights of the language model beside which adapters are trained."""
     root: int
-    """Trained weights outside of blocks: embeddings, head, projector."""
+    """Weights outside of the blocks that train: embeddings, head, projector."""
     block: int
-    """The largest trained block."""
+    """The largest block through which gradients go."""
     frozen_block: int
+
+    @property
+    def sharded(self) -> int:
+        """Weights that lie in float32 beside the encoder."""
+        return self.trained + self.base
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Sizes":
@@ -118,12 +126,15 @@ class Sizes:
         encoder = model.encoder if isinstance(model, LlmToSlm) else None
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         frozen = [] if encoder is None else list(encoder.parameters())
-        own = [_numel(block) for block in blocks(model) if any(p.requires_grad for p in block.parameters())]
+        base = sum(p.numel() for name, p in model.named_parameters() if name in base_names(model))
+        ours = blocks(model.slm if isinstance(model, LlmToSlm) else model)
+        own = [_numel(block) for block in ours if base or any(p.requires_grad for p in block.parameters())]
         return cls(
             trained,
             sum(p.numel() for p in frozen),
             frozen[0].element_size() if frozen else 0,
-            trained - sum(own),
+            base,
+            trained + base - sum(own),
             max(own, default=0),
             max((_numel(block) for block in blocks(encoder)), default=0) if encoder is not None else 0,
         )
@@ -144,7 +155,7 @@ def predict(job: Job, world: World) -> dict[str, Any]:
     seconds = _seconds(job, world, sizes, cost)
     tokens = job.rows * (job.prompt_tokens + job.target_tokens) * world.gpus * job.accumulate
     return {
-        "weights": {"trained": sizes.trained, "frozen": sizes.frozen},
+        "weights": {"trained": sizes.trained, "frozen": sizes.frozen + sizes.base},
         "memory_bytes": memory,
         "fits": memory["peak"] < world.device.memory_bytes * 0.94,  # the driver and fragments take some
         "seconds": seconds,
@@ -176,7 +187,7 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     if (system := job.model.get("system", "llm_to_slm")) != "llm_to_slm":
         config = _config(job, system)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_config(config, dtype=dtype or torch.float32)
+        return _restricted(auto.from_config(config, dtype=dtype or torch.float32), job.model[system])
     encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
     parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
     options = job.model.get("encoder") or {}
@@ -185,9 +196,25 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     )
     model = LlmToSlm(config)
     auto = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM
-    model.slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
+    slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
+    model.slm = _restricted(slm, job.model["slm"])
     model.fusion.attach(model.slm)
     model.encoder = encoder
+    return model
+
+
+def _restricted(model: PreTrainedModel, options: Values) -> PreTrainedModel:
+    """Freeze what a recipe does not train of a language model, as training does."""
+    train = options.get("train", "full")
+    if train != "full":
+        lora = asdict(Lora(**train)) if isinstance(train, Mapping) else None
+        model.config.frozen_base = FrozenBase(source="", revision=None, hash="", lora=lora)
+        with torch.device("meta"):  # peft moves adapters that lie elsewhere, which tensors without memory cannot
+            freeze(model)
+        for name, weight in adapters(dict(model.named_parameters())).items():
+            owner, _, own_name = name.rpartition(".")
+            empty = torch.empty(weight.shape, dtype=weight.dtype)
+            setattr(model.get_submodule(owner), own_name, nn.Parameter(empty, weight.requires_grad))
     return model
 
 
@@ -276,7 +303,7 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float
         job.encoder if job.is_sharded else "replicated"
     ]
     parts: dict[str, float] = {
-        "weights": sizes.trained * 4 / shard,
+        "weights": sizes.sharded * 4 / shard,
         "encoder": sizes.frozen * sizes.frozen_bytes / encoder_shard,
         "gradients": sizes.trained * 4 / shard,
         "optimizer": sizes.trained * job.moment_bytes / shard,
@@ -284,7 +311,7 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float
         "activations": float(cost.peak_bytes),
     }
     if job.is_sharded:
-        kept = 2 * sizes.block if job.reshard_after_forward else sizes.trained - sizes.root
+        kept = 2 * sizes.block if job.reshard_after_forward else sizes.sharded - sizes.root
         unit = max(kept, 0 if job.encoder == "replicated" else 2 * sizes.frozen_block)
         # In the backward the last unit's weights and its gradients in float32 wait to be reduced.
         parts["gathered"] = (sizes.root + unit) * width + max(sizes.root, 2 * sizes.block) * 4
@@ -308,7 +335,7 @@ def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, floa
     share = (shard - 1) / shard
     gathers = 2 if job.reshard_after_forward else 1
     frozen = sizes.frozen * width if job.encoder == "sharded" else 0
-    gather = share * ((sizes.trained - sizes.root) * gathers * width + sizes.root * width + frozen) / world.shard_link
+    gather = share * ((sizes.sharded - sizes.root) * gathers * width + sizes.root * width + frozen) / world.shard_link
     reduce = share * sizes.trained * 4 / world.shard_link
     if job.encoder == "offloaded" and job.is_sharded:
         gather += sizes.frozen * sizes.frozen_bytes / shard / 25e9 + share * sizes.frozen * width / world.shard_link

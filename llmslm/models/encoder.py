@@ -119,7 +119,7 @@ class Encoder(nn.Module):
             empty = empty_encoder(config)
             full_depth = len(layer_list(empty))
             kwargs |= _part_of(config, empty) | {"config": _shorten(empty.config, layer, full_depth)}
-            with _without_load_report():
+            with without_load_report():
                 model, info = type(empty).from_pretrained(place, **kwargs)
         except UserError:
             raise
@@ -289,8 +289,8 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of weights that were left out: leaving out the head and upper layers is the aim."""
+def without_load_report() -> Iterator[None]:
+    """Silence transformers' table of weights that were left out, where leaving them out is the aim."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, PromptLayout, SameTokenizer
 from llmslm.models.configuration import LlmToSlmConfig
-from llmslm.models.encoder import Encoder
+from llmslm.models.encoder import Encoder, without_load_report
 from llmslm.models.fusion import Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
@@ -146,7 +147,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             UserError: if the encoder cannot be found or is a different one.
         """
         kwargs.setdefault("use_safetensors", True)
-        model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with without_load_report() if _has_frozen_slm(pretrained_model_name_or_path, kwargs) else nullcontext():
+            model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         config, folder = model.config, Path(pretrained_model_name_or_path)
         config.resolve(folder)
         if (base := frozen_base(config.slm_config)) is not None:
@@ -448,6 +450,15 @@ def _positions(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _has_frozen_slm(place: str | os.PathLike[str], kwargs: dict[str, Any]) -> bool:
+    """Look ahead whether a folder or hub name leaves most of the slm to be fetched, so that its lack is no news."""
+    config = kwargs.get("config")
+    if not isinstance(config, LlmToSlmConfig):
+        where = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+        config = LlmToSlmConfig.from_pretrained(place, **{name: kwargs[name] for name in where if name in kwargs})
+    return frozen_base(config.slm_config) is not None
 
 
 def _check_parts(projector: Projector, alignment: Alignment, fusion: Fusion) -> None:

@@ -10,6 +10,7 @@ from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Add
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import MlpProjector
+from llmslm.models.trained import Lora, restrict
 from llmslm.parallel import gathered, make_mesh, parallelize, token_share
 from tests import tiny
 from tests.distributed.ranks import run_ranks
@@ -17,11 +18,15 @@ from tests.distributed.ranks import run_ranks
 ROWS, LENGTH = 6, 12
 
 
-def composition(slm="llama"):
+def composition(slm="llama", trained="full"):
     """The same composition on every rank."""
     torch.manual_seed(3)
     encoder = Encoder(tiny.build("t5").get_encoder())
     model = tiny.build(slm)
+    restrict(model, trained, "somewhere", None, "model.slm")
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)  # where it is zero, the other adapters have no gradient
     parts = {"projector": MlpProjector(32, 32), "alignment": SameTokenizer(32, 32), "fusion": Add(32, 32)}
     return LlmToSlm.compose(encoder, model, **parts).train()
 
@@ -50,8 +55,8 @@ def gradients(model):
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
 
 
-def sharded_gradients(rank, world_size, shards, options):
-    model = composition()
+def sharded_gradients(rank, world_size, shards, options, trained="full"):
+    model = composition(trained=trained)
     parallelize(model, mesh=make_mesh("cpu", world_size, shards), **options)
     rows = slice(rank * ROWS // world_size, (rank + 1) * ROWS // world_size)
     loss = backward(model, rows)
@@ -75,6 +80,19 @@ def test_loss_and_gradients_are_those_of_one_process(world_size, shards, options
     expected_loss = backward(model, slice(None)).item()
     expected = gradients(model)
     for loss, found in run_ranks(sharded_gradients, world_size, world_size, shards, options):
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert set(found) == set(expected)
+        for name, value in found.items():
+            torch.testing.assert_close(torch.from_numpy(value), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [Lora(rank=4), Lora(rank=4, dora=True), "nothing"], ids=["lora", "dora", "nothing"])
+def test_gradients_of_adapters_and_projector_alone_too(trained):
+    model = composition(trained=trained)
+    expected_loss = backward(model, slice(None)).item()
+    expected = gradients(model)
+    options = {"activation_checkpointing": True}
+    for loss, found in run_ranks(sharded_gradients, 2, 2, None, options, trained):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert set(found) == set(expected)
         for name, value in found.items():

@@ -94,6 +94,28 @@ def test_the_system_agrees_with_its_checkpoint_and_predicts(folder):
     assert system.generate(prompts, max_new_tokens=5) == again.generate(prompts, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("system", ["llm", "llm_to_slm"])
+def test_adapters_train_sharded_and_become_a_system(folder, system):
+    """The checkpoint holds no frozen weight, the system is the one that the checkpoint gives, and it goes on."""
+    lora = [f"--model.{key}.source={folder}/llm/system" for key in ("llm", "slm")]
+    lora += ["--model.llm.config=null", "--model.slm.config=null"]
+    lora += [f"--model.{'llm' if system == 'llm' else 'slm'}.train.rank=2", "--trainer.gradient_clip_val=1.0"]
+    name = f"lora_{system}"
+    assert "parameters are trained" in fit(folder, 2, name, *lora, system=system)
+    path = newest(folder / name / "checkpoints")
+    state = CheckpointFiles().load_checkpoint(path, weights_only=True)["state_dict"]
+    assert all(".lora_" in key or key.startswith("model.projector.") for key in state)
+    output = consolidate(next((folder / name / "checkpoints").glob("step-*.ckpt")), folder / f"{name}_consolidated")
+    system_of_run, again = System.load(folder / name), System.load(output)
+    for key, value in system_of_run.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[key], value), key
+    resume = [*lora, "--ckpt_path=last", "--trainer.max_steps=6", "--trainer.val_check_interval=6"]
+    fit(folder, 1, name, *resume, system=system)
+    assert (
+        CheckpointFiles().load_checkpoint(newest(folder / name / "checkpoints"), weights_only=True)["global_step"] == 6
+    )
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_it_resumes_on_another_number_of_ranks(folder, world_size):
     """The same weights and moments: the next two steps' losses are what one process without sharding has."""

@@ -44,6 +44,18 @@ def test_weights_are_those_of_the_real_system_and_a_step_runs(system):
     assert 0 < found["seconds"]["compute"] <= found["seconds"]["step"]
 
 
+@pytest.mark.parametrize("train", [{"rank": 2}, {"rank": 2, "dora": True}, "nothing"], ids=["lora", "dora", "nothing"])
+def test_what_is_not_trained_needs_no_moments(train):
+    recipe = RECIPE | {"model": RECIPE["model"] | {"slm": RECIPE["model"]["slm"] | {"train": train}}}
+    one, full = Job.of(recipe), job()
+    trained = sum(p.numel() for p in build(one).parameters() if p.requires_grad)
+    found, whole = predict(one, ONE), predict(full, ONE)
+    assert found["weights"]["trained"] == trained < whole["weights"]["trained"]
+    assert found["memory_bytes"]["optimizer"] == 8 * trained
+    assert found["memory_bytes"]["weights"] >= whole["memory_bytes"]["weights"]
+    assert Sizes.of(build(one)).root > 0
+
+
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
     small, large = predict(job(), ONE), predict(Job.of(RECIPE, prompt_tokens=256), ONE)
     assert large["memory_bytes"]["activations"] > 8 * small["memory_bytes"]["activations"]
