@@ -32,8 +32,8 @@ LLM = {
     "model_type": "t5",
     "d_model": 384,
     "d_kv": 64,
-    "d_ff": 1024,
-    "num_layers": 4,
+    "d_ff": 1152,
+    "num_layers": 5,
     "num_decoder_layers": 1,
     "num_heads": 6,
     "feed_forward_proj": "gated-gelu",
@@ -153,9 +153,9 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="quickstart", help="recipe, by name or path (default: quickstart)")
     parser.add_argument(
-        "--steps", type=int, default=12, help=f"optimizer steps of a turn (default: 12), {WARMUP} uncounted"
+        "--steps", type=int, default=6, help=f"optimizer steps of a turn (default: 6), {WARMUP} uncounted"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each way (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each way (default: 5)")
     parser.add_argument("--examples", type=int, default=256, help="examples that are encoded (default: 256)")
     parser.add_argument("--out", type=Path, help="JSON file of the record")
     options = parser.parse_args(given[:split])
