@@ -48,9 +48,11 @@ class Results:
         return median(times) if times else None
 
     def ratio(self, task: str, slow: str, fast: str) -> float | None:
-        """Return how many times as fast one system is as another, at natural length."""
+        """Return how many times as fast one system is as another, at natural length; None if one stops early."""
+        records = self.one(task, "speed", slow), self.one(task, "speed", fast)
         times = self.time_s(task, slow), self.time_s(task, fast)
-        return times[0] / times[1] if times[0] and times[1] else None
+        met = all(record["length"]["met"] for record in records if record)
+        return times[0] / times[1] if met and times[0] and times[1] else None
 
     def examples(self, task: str) -> int | None:
         """Return the number of test examples."""

@@ -34,7 +34,10 @@ RUNS = Path("runs")
 STATE, LOG = "stage.json", "log.txt"
 KINDS: Mapping[str, tuple[str, ...]] = {
     "data": ("evaluation.headline_data", "--out={folder}"),
-    "fit": ("llmslm", "fit", "--trainer.default_root_dir={folder}", "--save_system.recipe={label}", "--ckpt_path=last"),
+    "fit": (
+        *("llmslm", "fit", "--trainer.default_root_dir={folder}", "--save_system.recipe={label}"),
+        *("--ckpt_path=last", "--trainer.enable_progress_bar=false"),
+    ),
     "label": ("llmslm", "label", "--out={folder}"),
     "compare": ("evaluation", "compare", "--out={folder}"),
     "speed": ("evaluation", "compare", "--out={folder}"),
