@@ -9,7 +9,7 @@ import datasets
 import evaluate
 
 from evaluation.bootstrap import Statistics, mean_statistics
-from evaluation.metrics.texts import References, reference_lists, text_features
+from evaluation.metrics.texts import References, reference_lists, text_info
 from llmslm.errors import UserError
 
 NAME = "bertscore"
@@ -65,12 +65,7 @@ class Bertscore(evaluate.Metric):
     """BERTScore (Zhang et al. 2020): greedy matching of contextual embeddings; `model` is a local folder."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Zhang et al. 2020, BERTScore: Evaluating Text Generation with BERT",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, "Zhang et al. 2020, BERTScore: Evaluating Text Generation with BERT")
 
     def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence, model: str) -> dict[str, Any]:
         (statistics,) = bertscore_statistics(predictions, references, model)

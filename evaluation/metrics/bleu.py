@@ -7,7 +7,7 @@ import evaluate
 from sacrebleu.metrics.bleu import BLEU
 
 from evaluation.bootstrap import Statistics
-from evaluation.metrics.texts import References, corpus_rows, text_features
+from evaluation.metrics.texts import References, corpus_rows, text_info
 
 
 def bleu_statistics(predictions: Sequence[str], references: References, tokenize: str = "13a") -> list[Statistics]:
@@ -28,12 +28,7 @@ class Bleu(evaluate.Metric):
     """Corpus BLEU (Papineni et al. 2002) as sacrebleu computes it."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Post 2018, A Call for Clarity in Reporting BLEU Scores",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, "Post 2018, A Call for Clarity in Reporting BLEU Scores")
 
     def _compute(
         self, predictions: datasets.Sequence, references: datasets.Sequence, tokenize: str = "13a"

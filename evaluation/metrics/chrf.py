@@ -7,7 +7,7 @@ import evaluate
 from sacrebleu.metrics.chrf import CHRF
 
 from evaluation.bootstrap import Floats, Statistics
-from evaluation.metrics.texts import References, corpus_rows, text_features
+from evaluation.metrics.texts import References, corpus_rows, text_info
 
 
 def chrf_statistics(predictions: Sequence[str], references: References) -> list[Statistics]:
@@ -36,12 +36,7 @@ class Chrf(evaluate.Metric):
     """Character n-gram F-score: chrF2 (Popović 2015) and, with word bigrams, chrF++ (Popović 2017)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Popović 2015, 2017",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, "Popović 2015, 2017")
 
     def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         statistics = chrf_statistics(predictions, references)

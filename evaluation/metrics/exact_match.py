@@ -6,7 +6,7 @@ import datasets
 import evaluate
 
 from evaluation.bootstrap import Statistics, mean_statistics
-from evaluation.metrics.texts import References, reference_lists, text_features
+from evaluation.metrics.texts import References, reference_lists, text_info
 
 
 def exact_match_statistics(predictions: Sequence[str], references: References) -> list[Statistics]:
@@ -22,12 +22,7 @@ class ExactMatch(evaluate.Metric):
     """The percentage of predictions that are the same text as one of their references."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, citation="")
 
     def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float]:
         (statistics,) = exact_match_statistics(predictions, references)

@@ -10,7 +10,7 @@ from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 from rouge_score import rouge_scorer, tokenize, tokenizers
 
 from evaluation.bootstrap import Statistics, mean_statistics
-from evaluation.metrics.texts import References, reference_lists, text_features
+from evaluation.metrics.texts import References, reference_lists, text_info
 
 _NAMES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l", "rougeLsum": "rouge_lsum"}
 
@@ -55,12 +55,7 @@ class Rouge(evaluate.Metric):
     """ROUGE (Lin 2004) as rouge_score computes it, with the Porter stemmer."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Lin 2004, ROUGE: a Package for Automatic Evaluation of Summaries",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, "Lin 2004, ROUGE: a Package for Automatic Evaluation of Summaries")
 
     def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         statistics = rouge_statistics(predictions, references)

@@ -10,7 +10,7 @@ import datasets
 import evaluate
 
 from evaluation.bootstrap import Statistics, mean_statistics
-from evaluation.metrics.texts import References, reference_lists, text_features
+from evaluation.metrics.texts import References, reference_lists, text_info
 
 _ORDER = 4
 _LEAST = sys.float_info.min  # stands for zero under a logarithm
@@ -55,12 +55,7 @@ class SmoothedBleu(evaluate.Metric):
     """Mean sentence BLEU-4 with add-one smoothing (Lin and Och 2004), as CodeXGLUE has it for code summarisation."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Lin and Och 2004, ORANGE; Lu et al. 2021, CodeXGLUE",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, "Lin and Och 2004, ORANGE; Lu et al. 2021, CodeXGLUE")
 
     def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         (statistics,) = smoothed_bleu_statistics(predictions, references)

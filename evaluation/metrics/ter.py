@@ -7,7 +7,7 @@ import evaluate
 from sacrebleu.metrics.ter import TER
 
 from evaluation.bootstrap import Floats, Statistics
-from evaluation.metrics.texts import References, corpus_rows, text_features
+from evaluation.metrics.texts import References, corpus_rows, text_info
 
 
 def ter_statistics(predictions: Sequence[str], references: References) -> list[Statistics]:
@@ -26,12 +26,7 @@ class Ter(evaluate.Metric):
     """Translation edit rate (Snover et al. 2006): edits and shifts to reach the closest reference."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="Snover et al. 2006, A Study of Translation Edit Rate",
-            inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
-            features=text_features(),
-        )
+        return text_info(self.__doc__, "Snover et al. 2006, A Study of Translation Edit Rate")
 
     def _compute(self, predictions: datasets.Sequence, references: datasets.Sequence) -> dict[str, float | str]:
         (statistics,) = ter_statistics(predictions, references)

@@ -4,19 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import evaluate
 
 from llmslm.errors import UserError
 
 References = Sequence[str] | Sequence[Sequence[str]]
 
 
-def text_features() -> list[datasets.Features]:
-    """Describe the inputs for `evaluate`: one reference a prediction, or a list of them."""
+def text_info(description: str | None, citation: str) -> evaluate.MetricInfo:
+    """Describe a metric to `evaluate`: one reference a prediction, or a list of them."""
     text = datasets.Value("string")
-    return [
-        datasets.Features({"predictions": text, "references": references})
-        for references in (text, datasets.Sequence(text))
-    ]
+    return evaluate.MetricInfo(
+        description=description or "",
+        citation=citation,
+        inputs_description="predictions: texts. references: a text, or a list of texts, for each.",
+        features=[
+            datasets.Features({"predictions": text, "references": references})
+            for references in (text, datasets.Sequence(text))
+        ],
+    )
 
 
 def reference_lists(predictions: Sequence[str], references: References) -> list[list[str]]:
