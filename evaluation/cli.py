@@ -234,7 +234,7 @@ def _experiment(options: argparse.Namespace) -> None:
     if options.series:
         from evaluation.series import run as run_series
 
-        run_series(options.series, options.only, options.jobs, options.rest)
+        run_series(options.series, options.only, options.jobs, [part for part in options.rest if part != "--"])
         return
     from evaluation.experiment import run
 
