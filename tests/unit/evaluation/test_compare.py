@@ -6,6 +6,7 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from evaluation.compare import Settings, compare
 from evaluation.predictions import predict, read_partial, read_predictions
@@ -63,6 +64,33 @@ def test_a_killed_evaluation_goes_on_where_it_was(dummy, examples, tmp_path):
     assert rows == predict(dummy(), examples, tmp_path / "uninterrupted.jsonl", **budget)
     assert path.read_bytes() == (tmp_path / "uninterrupted.jsonl").read_bytes()
     assert [row.id for row in rows] == examples.ids
+
+
+@pytest.mark.parametrize(("parameters", "threads"), [(10, 1), (20_000_000, 2)])
+def test_a_small_system_predicts_on_one_thread(dummy, examples, tmp_path, monkeypatch, parameters, threads):
+    """The bits of its scores are then those of a rank, which has fewer threads than a process alone."""
+    seen, before = set(), torch.get_num_threads()
+    system = dummy()
+    system.device, system.parameters = torch.device("cpu"), lambda: {"total": parameters}
+    score = system.log_likelihood
+    system.log_likelihood = lambda *texts: seen.add(torch.get_num_threads()) or score(*texts)
+    torch.set_num_threads(2)
+    try:
+        predict(system, examples, tmp_path / "x.jsonl", max_new_tokens=4, batch_size=4)
+        assert (seen, torch.get_num_threads()) == ({threads}, 2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_predictions_of_other_code_are_not_taken_over(dummy, examples, settings, monkeypatch):
+    machine = {"cpu": "x", "cores": 1, "threads": 1, "gpus": []}
+    origin = {"dirty": False, "date": "2026-01-01", "command": "", "versions": {}, "hardware": machine}
+    systems = []
+    for change in ({"commit": "a"}, {"commit": "b"}, {"commit": "b"}, {"commit": "b", "versions": {"torch": "9"}}):
+        monkeypatch.setattr("evaluation.compare.provenance", lambda change=change: origin | change)
+        systems.append(dummy())
+        compare([Arm(systems[-1], checkpoint="one")], examples, replace(settings, runs=0, seed=len(systems)))
+    assert [system.calls for system in systems] == [5, 5, 0, 5]
 
 
 def test_finished_predictions_are_taken_over_and_other_systems_are_not(dummy, examples, settings):
