@@ -29,6 +29,8 @@ commands:
   features   encode a recipe's prompts once: llmslm features --config R --out DIR; then fit with
              --model.encoder.features DIR
   label      let the LLM write the targets: llmslm label --config R --checkpoint LLM --out DIR
+  logits     store what the LLM finds likely: llmslm logits --config R --checkpoint LLM --out DIR; then fit with
+             --model.distillation.logits DIR
   plan       memory per GPU and time per step: llmslm plan --config quickstart --config hardware/8gpu_fsdp
   consolidate  make a system of a training checkpoint, sharded or not, on a CPU
   export     a folder for the hub:  llmslm export --checkpoint runs/quickstart/llm_to_slm --output FOLDER
@@ -50,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         sys.stdout.write(f"llmslm {metadata.version('llmslm')}\n")
         return
-    others = {"generate": _generate, "features": _features, "label": _label, "plan": _plan}
+    others = {"generate": _generate, "features": _features, "label": _label, "logits": _logits, "plan": _plan}
     others |= {"consolidate": _consolidate, "export": _export}
     if args[0] not in (*TRAINER_COMMANDS, *others):
         _fail(f"unknown command {args[0]!r}; expected one of {', '.join((*TRAINER_COMMANDS, *others))}", 2)
@@ -109,6 +111,12 @@ def _label(args: list[str]) -> None:
     from llmslm.distillation.label import main as label
 
     label(args)
+
+
+def _logits(args: list[str]) -> None:
+    from llmslm.distillation.logits import main as logits
+
+    logits(args)
 
 
 def _plan(args: list[str]) -> None:

@@ -19,23 +19,26 @@ from torchmetrics.text import SacreBLEUScore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
-from llmslm.data.codec import IGNORED, Codec, TextFormat, target_positions
+from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.features import StoredEncoder
+from llmslm.data.logits import COLUMNS
+from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
+from llmslm.distillation.loss import Distillation
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
 from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder, Layers
 from llmslm.models.fusion import Add, Fusion
-from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.packing import check_packing, cross_attending, encoder_decoder_inputs
+from llmslm.models.packing import check_packing
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.models.quantization import Quantization
 from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict
 from llmslm.parallel import Fsdp, gathered, token_share
 from llmslm.system import System
+from llmslm.target_logits import target_logits
 
 SystemName = Literal["llm", "slm", "llm_to_slm"]
 Batch = dict[str, Any]
@@ -87,6 +90,7 @@ class SystemModule(L.LightningModule):
         bleu_examples: validation examples per rank that are generated for val/bleu; 0 switches the monitor off.
         label_smoothing: share of each target's probability that training spreads over the vocabulary.
         dropout: of the trained language model's residual branches, for architectures without dropout of their own.
+        distillation: from an LLM's stored logits, beside the targets.
         compile: train with compiled blocks; best with data.pack_tokens, whose batches have one shape.
     """
 
@@ -105,6 +109,7 @@ class SystemModule(L.LightningModule):
         bleu_examples: int = 64,
         label_smoothing: float = 0.0,
         dropout: float = 0.0,
+        distillation: Distillation = Distillation(),  # noqa: B008 (as above)
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -124,6 +129,8 @@ class SystemModule(L.LightningModule):
         self.bleu_examples = 0 if self.features else bleu_examples
         self.label_smoothing = label_smoothing
         self.dropout = dropout
+        self.distillation = distillation
+        self.logits = Path(distillation.logits) if distillation.logits and system != "llm" else None
         self.compile_blocks = compile
         self.model: PreTrainedModel | None = None
         self.codec: Codec | None = None
@@ -146,6 +153,7 @@ class SystemModule(L.LightningModule):
         if self.codec is None:
             slm_tokenizer = datamodule.slm_tokenizer
             encoder_tokenizer = datamodule.encoder_tokenizer if self.system == "llm_to_slm" else None
+            self._check_tokenizer(encoder_tokenizer or slm_tokenizer)
             self.model = self._build(slm_tokenizer)
             self.codec = codec_for(self.model, slm_tokenizer, encoder_tokenizer, datamodule.text_format)
             self._check_positions(datamodule.text_format)
@@ -214,6 +222,17 @@ class SystemModule(L.LightningModule):
                 "first with --model.system llm, or set model.encoder.source"
             ) from error
 
+    def _check_tokenizer(self, read: PreTrainedTokenizerBase) -> None:
+        """See to it that an encoder that the recipe has trained reads the tokens that it was trained with."""
+        if self.system != "llm_to_slm" or self.features is not None or self.tokenizer_sources()[0] is not None:
+            return
+        source = self.encoder_source()
+        if not same_tokenizer(load_tokenizer(source), read):
+            raise UserError(
+                f"the llm in {source} was trained with another tokenizer than this data's; set model.encoder.source to "
+                "that folder and data.tokenizer to null, or train the llm on this data (--model.system llm)"
+            )
+
     def _check_positions(self, text_format: TextFormat) -> None:
         encoder = self.model.encoder if isinstance(self.model, LlmToSlm) else None
         limit = None if encoder is None else encoder.max_positions
@@ -244,31 +263,31 @@ class SystemModule(L.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams({f"parameters/{name}": count for name, count in counts.items()})
 
-    def loss(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the mean cross-entropy in nats a target token, and the number of target tokens."""
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        labels = tensors.pop("labels")
-        model = self._built
-        rows, columns = tensors.pop("target_positions") if "target_positions" in batch else target_positions(labels)
-        targets = labels[rows, columns]
-        cross = None
-        if model.config.is_encoder_decoder:
-            start, pad = model.config.decoder_start_token_id, self._built_codec.pad_id
-            ends = tensors.pop("target_documents", None)
-            tensors["decoder_input_ids"] = shift_right(labels, start, pad, ends)
-            if ends is not None:
-                tensors |= encoder_decoder_inputs(tensors.pop("documents"), ends)
-                cross = tensors.pop("cross_attention_mask")
-        else:
-            columns = columns - 1  # the position before a target predicts it
-        with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
-            logits = self(**tensors, use_cache=False).logits[0]
-        return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing), targets.numel()
+        terms, tokens = self.loss_terms(batch)
+        return terms["cross_entropy"], tokens
+
+    def loss_terms(self, batch: Batch, label_smoothing: float = 0.0) -> tuple[dict[str, Tensor], int]:
+        """Return the parts of the loss, each a mean over target tokens, and the number of these.
+
+        They are cross_entropy and, where the batch carries logits of the LLM, the divergence from them.
+        """
+        inputs = {name: value for name, value in batch.items() if name not in COLUMNS.values()}
+        logits, targets = target_logits(self._built, inputs, self._built_codec.pad_id)
+        entropy = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+        terms = {"cross_entropy": entropy}
+        if len(inputs) < len(batch):
+            terms["divergence"] = self.distillation.divergence(logits, **{n: batch[n] for n in COLUMNS.values()})
+        return terms, targets.numel()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log train/loss, with label smoothing where the recipe has it (val/loss is without)."""
-        loss, tokens = self.loss(batch, self.label_smoothing)
+        terms, tokens = self.loss_terms(batch, self.label_smoothing)
+        loss = self.distillation.mix(**terms)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=tokens)
+        if "divergence" in terms:
+            self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=tokens)
         return loss * token_share(tokens, loss.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -411,18 +430,6 @@ class SystemModule(L.LightningModule):
             self.log(f"{stage}/bleu", 100 * self.val_bleu.compute(), prog_bar=True)
         if stage == "val" and isinstance(self.model, LlmToSlm):
             self.log_dict(self.model.metrics())
-
-
-def shift_right(labels: Tensor, start_id: int, pad_id: int, documents: Tensor | None = None) -> Tensor:
-    """Turn labels (batch, target_len) into a decoder's inputs: the start token, then the targets but the last.
-
-    With documents (batch, target_len), the number of each position's target in its row, each of them is shifted.
-    """
-    shifted = labels.roll(1, dims=1)
-    if documents is not None:
-        shifted = shifted.masked_fill(documents != documents.roll(1, dims=1), start_id)
-    shifted[:, 0] = start_id
-    return shifted.masked_fill(shifted == IGNORED, pad_id)
 
 
 def shape_of(model: PreTrainedModel) -> dict[str, Any]:

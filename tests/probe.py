@@ -82,11 +82,11 @@ class BadLoss(Callback):
         self.steps, self.value = steps, float(value)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step + 1 in self.steps and not hasattr(module, "_loss"):
-            module._loss, module.loss = module.loss, lambda batch: self._spoil(module, batch)
-        elif hasattr(module, "_loss"):
-            module.loss = module.__dict__.pop("_loss")
+        if trainer.global_step + 1 in self.steps and not hasattr(module, "_terms"):
+            module._terms, module.loss_terms = module.loss_terms, lambda *args: self._spoil(module, *args)
+        elif hasattr(module, "_terms"):
+            module.loss_terms = module.__dict__.pop("_terms")
 
-    def _spoil(self, module, batch):
-        loss, tokens = module._loss(batch)
-        return loss * self.value, tokens
+    def _spoil(self, module, *args):
+        terms, tokens = module._terms(*args)
+        return {name: term * self.value for name, term in terms.items()}, tokens

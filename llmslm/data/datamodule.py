@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llmslm.data import features
+from llmslm.data import features, logits
 from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
 from llmslm.data.loader import BatchLoader, StreamLoader
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
@@ -120,15 +120,17 @@ class TextDataModule(L.LightningDataModule):
             shape = PackedShape(batch_size, capacities(sides, self.pack_tokens))
             sampler: LengthBatchSampler = PackedBatchSampler(sides, batch_size, shape.capacities, **self._dealing())
             packed = partial(collate, shape=shape)
-            rows = self._with_states(dataset, "train")
+            rows = self._with_logits(self._with_states(dataset, "train"), dataset)
             return BatchLoader(rows, sampler, self._trained, collate_fn=packed, **self._workers())
         if isinstance(dataset, Dataset):
             sampler = LengthBatchSampler(_lengths(dataset), batch_size, shuffle=True, **self._dealing())
-            rows = self._with_states(dataset, "train")
+            rows = self._with_logits(self._with_states(dataset, "train"), dataset)
             return BatchLoader(rows, sampler, self._trained, collate_fn=collate, **self._workers())
         trainer = self._module.trainer
         if trainer.max_steps == -1:
             raise UserError(f"{self.source.name} is streamed and has no end: set trainer.max_steps")
+        if self._module.logits is not None:
+            raise UserError(f"{self.source.name} is streamed, so it has no stored logits (model.distillation.logits)")
         dataset = split_dataset_by_node(dataset, trainer.global_rank, trainer.world_size)
         dataset = dataset.shuffle(seed=self._seed, buffer_size=self.shuffle_buffer)
         return StreamLoader(dataset, self._trained, batch_size=batch_size, collate_fn=collate, **self._workers())
@@ -180,19 +182,9 @@ class TextDataModule(L.LightningDataModule):
             self.encoder_tokenizer = encoder_tokenizer
 
     def _tokenise(self, split: Split) -> Dataset | IterableDataset:
-        dataset = self.source.load(split)
-        arguments = {"batched": True, "fn_kwargs": {"codec": self.codec}}
-        if isinstance(dataset, IterableDataset):
-            if split == "train":
-                return dataset.map(encode, **arguments)
-            # Every example once, in equally many batches a rank: that takes a look at all of them.
-            dataset = Dataset.from_list(list(tqdm(dataset, f"reading {split}")), features=FEATURES)
-        if len(dataset) == 0:
-            raise UserError(f"the {split} split of {self.source.name} has no rows (data.source)")
-        key = f"{self.source.fingerprint()} {split} {len(dataset)} {self.codec.signature()}"
-        fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
-        tokenised = dataset.map(encode, desc=f"tokenising {split}", new_fingerprint=fingerprint, **arguments)
-        self._report_cuts(split, tokenised)
+        tokenised = tokenise(self.source, split, self.codec)
+        if isinstance(tokenised, Dataset):
+            self._report_cuts(split, tokenised)
         return tokenised
 
     def _report_cuts(self, split: Split, dataset: Dataset) -> None:
@@ -241,6 +233,14 @@ class TextDataModule(L.LightningDataModule):
         features.check(folder, source, options, split, self.feature_identity(split))
         return RowsWithStored(rows, features.StoredStates(folder, split, lengths))
 
+    def _with_logits(self, rows: Any, dataset: Dataset) -> Any:
+        """Put the LLM's logits beside the training rows, where the module learns from them."""
+        folder = self._module.logits
+        if folder is None:
+            return rows
+        about = logits.identity(dataset, self.codec.slm_tokenizer, self.source.fingerprint())
+        return RowsWithStored(rows, logits.stored_logits(folder, token_counts(dataset, ("target_ids",)), about))
+
     def _dealing(self) -> dict[str, int]:
         trainer = self._module.trainer
         return {"seed": self._seed, "rank": trainer.global_rank, "world_size": trainer.world_size}
@@ -257,6 +257,26 @@ class TextDataModule(L.LightningDataModule):
         return int(self._module.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
 
 
+def tokenise(source: Source, split: Split, codec: Codec) -> Dataset | IterableDataset:
+    """Tokenise a split for a system, once: the rows are cached, but for a streamed training split.
+
+    Raises:
+        UserError: if it has no rows, or a prompt is too long.
+    """
+    dataset = source.load(split)
+    arguments = {"batched": True, "fn_kwargs": {"codec": codec}}
+    if isinstance(dataset, IterableDataset):
+        if split == "train":
+            return dataset.map(encode, **arguments)
+        # Every example once, in equally many batches a rank: that takes a look at all of them.
+        dataset = Dataset.from_list(list(tqdm(dataset, f"reading {split}")), features=FEATURES)
+    if len(dataset) == 0:
+        raise UserError(f"the {split} split of {source.name} has no rows (data.source)")
+    key = f"{source.fingerprint()} {split} {len(dataset)} {codec.signature()}"
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return dataset.map(encode, desc=f"tokenising {split}", new_fingerprint=fingerprint, **arguments)
+
+
 def encode(batch: dict[str, list[str]], codec: Codec) -> dict[str, list[Any]]:
     """Tokenise a batch of columns."""
     rows = codec.encode(batch["prompt"], batch["target"])
@@ -267,9 +287,12 @@ def collate_training(rows: list[dict[str, Any]], codec: Codec, shape: PackedShap
     """Collate a batch, packed into `shape` if given, and count here what the device should not be asked for.
 
     Returns:
-        The codec's tensors, target_positions (2, n): row and column of each target, and sizes.
+        The codec's tensors, target_positions (2, n): row and column of each target, and sizes. Where the rows carry
+        logits of the LLM also these, (n, ...), in the same order: packing keeps that of the rows.
     """
     batch = codec.collate(rows) if shape is None else codec.collate_packed(rows, shape)
+    stored = [name for name in logits.COLUMNS.values() if name in rows[0]]
+    batch |= {name: torch.cat([row[name] for row in rows]) for name in stored}
     return batch | {
         "target_positions": torch.stack(target_positions(batch["labels"])),
         "sizes": codec.sizes(rows, batch),

@@ -47,6 +47,8 @@ class Job:
     is_own_llm: bool
     """Whether it is the llm that the recipe trains, and then reads with."""
     source: Source
+    max_target_tokens: int
+    """Longest target of the recipe."""
     identity: dict[str, Any]
     """Content of weights, tokens and data, in plain types."""
     ranks: Ranks
@@ -59,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         "--checkpoint", required=True, metavar="LLM", help="run or system folder; or a hub name or folder of a model"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help=out)
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts that are run together")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights; default: bfloat16 on a GPU, else float32"
@@ -72,8 +73,6 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> Job:
     Raises:
         UserError: for mistakes in them.
     """
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size} was given; expected 1 or more")
     recipe = read_recipe(options.config, overrides)
     data = build_data(recipe)
     device = options.device or _default_device()
@@ -90,7 +89,8 @@ def load_job(options: argparse.Namespace, overrides: Sequence[str]) -> Job:
     }
     name = Path(options.config[0]).stem
     is_own = _trains_its_llm(recipe) and (system.name, system.card.get("recipe")) == ("llm", name)
-    return Job(system, checkpoint, is_own, data.source, identity, Ranks.of_environment())
+    limit = data.text_format.max_target_tokens
+    return Job(system, checkpoint, is_own, data.source, limit, identity, Ranks.of_environment())
 
 
 def claim(manifest: Path, about: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def claim(manifest: Path, about: dict[str, Any]) -> None:
         write_text(manifest, json.dumps(about, indent=1) + "\n")
         return
     stored = json.loads(manifest.read_text(encoding="utf-8"))
-    for name in sorted({*stored, *about}):
+    for name in stored | about:
         if stored.get(name) != about.get(name):
             raise UserError(
                 f"{manifest.parent} is of another {name}: {str(stored.get(name))[:80]!r}, here it is "

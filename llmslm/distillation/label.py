@@ -74,9 +74,10 @@ def main(args: Sequence[str]) -> None:
         UserError: for mistakes in the arguments, the recipe or the data.
     """
     options, overrides = _parser().parse_known_args(args)
+    for key, number in (("batch-size", options.batch_size), ("max-new-tokens", options.max_new_tokens)):
+        if number is not None and number < 1:
+            raise UserError(f"--{key} {number} was given; expected 1 or more")
     job, out = load_job(options, overrides), Path(options.out)
-    if options.max_new_tokens is not None and options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens} was given; expected 1 or more")
     limit = options.max_new_tokens or job.system.codec.text_format.max_target_tokens
     low, high = options.gate
     gate = Gate(low, high, limit)
@@ -243,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_arguments(parser, "folder of the labels: SPLIT.parquet for llmslm.data.sources.TextFiles, and labels.json")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train", "validation"], help="default: both")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together; default: 32")
     parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
     parser.add_argument(
         "--gate",

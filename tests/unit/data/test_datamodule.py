@@ -22,7 +22,7 @@ BATCH, ROWS = 4, 22  # 5 full batches an epoch
 class Recorder(L.LightningModule):
     """Notes the texts that it is given."""
 
-    features = None
+    features = logits = None
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ def ranks_of(datamodule, world_size):
     for rank in range(world_size):
         trainer = SimpleNamespace(global_rank=rank, world_size=world_size, max_steps=1, datamodule=datamodule)
         datamodule.trainer = SimpleNamespace(
-            lightning_module=SimpleNamespace(trainer=trainer, device=torch.device("cpu"), features=None)
+            lightning_module=SimpleNamespace(trainer=trainer, device=torch.device("cpu"), features=None, logits=None)
         )
         result.append(datamodule.train_dataloader())
     return result

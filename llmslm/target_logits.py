@@ -1,0 +1,52 @@
+"""Logits of a batch's targets, teacher-forced: the same for all systems, packed or not, in training and before it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmslm.data.codec import IGNORED, target_positions
+from llmslm.models.head import logits_at
+from llmslm.models.packing import cross_attending, encoder_decoder_inputs
+
+
+def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Run a system on a training batch.
+
+    Args:
+        model: any of the three systems'.
+        batch: tensors of `Codec.collate` or `Codec.collate_packed`, target_positions beside them if they are known.
+        pad_id: what stands for ignored labels among a decoder's inputs.
+
+    Returns:
+        logits (n, vocabulary) of the n target tokens, row by row, and their ids (n,).
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    labels = tensors.pop("labels")
+    rows, columns = tensors.pop("target_positions") if "target_positions" in batch else target_positions(labels)
+    targets = labels[rows, columns]
+    cross = None
+    if model.config.is_encoder_decoder:
+        ends = tensors.pop("target_documents", None)
+        tensors["decoder_input_ids"] = shift_right(labels, model.config.decoder_start_token_id, pad_id, ends)
+        if ends is not None:
+            tensors |= encoder_decoder_inputs(tensors.pop("documents"), ends)
+            cross = tensors.pop("cross_attention_mask")
+    else:
+        columns = columns - 1  # the position before a target predicts it
+    with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
+        logits: Tensor = model(**tensors, use_cache=False).logits[0]
+    return logits, targets
+
+
+def shift_right(labels: Tensor, start_id: int, pad_id: int, documents: Tensor | None = None) -> Tensor:
+    """Turn labels (batch, target_len) into a decoder's inputs: the start token, then the targets but the last.
+
+    With documents (batch, target_len), the number of each position's target in its row, each of them is shifted.
+    """
+    shifted = labels.roll(1, dims=1)
+    if documents is not None:
+        shifted = shifted.masked_fill(documents != documents.roll(1, dims=1), start_id)
+    shifted[:, 0] = start_id
+    return shifted.masked_fill(shifted == IGNORED, pad_id)
