@@ -234,9 +234,10 @@ def _write(folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """A stage finds the packages of this one, wherever it is started."""
+    """A stage finds the packages of this one, wherever it is started, and tokenises on all cores: workers do not."""
     root = str(Path(__file__).parent.parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true"}
 
 
 def _say(line: str) -> None:
