@@ -29,11 +29,14 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> tuple[str | None, bool]:
-    """Return the commit of the checkout that this package lies in and whether it has changes; (None, False) if none."""
+    """Return the commit of the checkout that this package lies in and whether it has changes; (None, False) if none.
+
+    A copy without its repository is of the commit that $LLMSLM_COMMIT names.
+    """
     here = Path(__file__).resolve().parent
     head = _git("rev-parse", "HEAD", cwd=here)
     if head is None:
-        return None, False
+        return os.environ.get("LLMSLM_COMMIT"), False
     return head, bool(_git("status", "--porcelain", "--untracked-files=no", cwd=here))
 
 
