@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,7 @@ def _answering() -> "Iterator[MlflowClient]":
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's 7 are four minutes of silence
     try:
         yield MlflowClient(tracking_uri())
     except MlflowException as error:

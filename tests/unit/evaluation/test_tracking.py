@@ -76,6 +76,13 @@ def test_a_record_of_a_newer_schema_is_refused(client, records, tmp_path, monkey
         fetch_records("newer", tmp_path / "back")
 
 
+def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"MLflow at http://127\.0\.0\.1:9: .*MLFLOW_TRACKING_URI"):
+        fetch_records("llmslm", tmp_path)
+
+
 def test_metrics_hold_numbers_only(records):
     record = read_record(records / "copying.slm.record.json")
     record["scores"]["bleu"]["value"] = None
