@@ -124,10 +124,12 @@ class Encoder(nn.Module):
         except UserError:
             raise
         except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise UserError(_not_loaded(source, quantization, error)) from error
+        if quantization is not None and not _is_quantised(model):
             raise UserError(
-                f"encoder source {source!r} cannot be loaded: {_first_line(error)}; "
-                "expected a hub name, a folder with config.json and weights, or a GGUF file (model.encoder.source)"
-            ) from error
+                f"encoder source {source!r} has no layer that the quantiser stores in {quantization}, which takes "
+                "widths in whole groups; leave model.encoder.quantization out"
+            )
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"encoder source {source!r} lacks the weights of {', '.join(missing[:3])}"
@@ -286,6 +288,23 @@ def _plain(tensor: Tensor) -> Tensor:
     """Return a tensor's values, those of a quantised one as they are computed with."""
     tensor = tensor.detach()
     return tensor if type(tensor) is Tensor else tensor.dequantize()
+
+
+def _is_quantised(model: PreTrainedModel) -> bool:
+    weights = [parameter.detach() for parameter in model.parameters()]
+    return any(type(weight) is not Tensor or not weight.is_floating_point() for weight in weights)
+
+
+def _not_loaded(source: str, quantization: Quantization | None, error: Exception) -> str:
+    """Say why, and what to change; a file that is not there is no matter of the quantiser."""
+    start = f"encoder source {source!r} cannot be loaded"
+    if quantization is None or isinstance(error, OSError):
+        expected = "expected a hub name, a folder with config.json and weights, or a GGUF file (model.encoder.source)"
+        return f"{start}: {_first_line(error)}; {expected}"
+    return (
+        f"{start} in {quantization} on this machine: {_first_line(error)}; "
+        "give the other number of bits, install another quantiser, or leave model.encoder.quantization out"
+    )
 
 
 @contextlib.contextmanager

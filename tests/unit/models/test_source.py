@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaModel
 
 from llmslm.data.tokenizer import load_tokenizer
 from llmslm.errors import UserError
+from llmslm.models import encoder as encoder_module
 from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.quantization import quantization_config
@@ -100,3 +102,23 @@ def test_a_missing_quantiser_is_named(monkeypatch):
         quantization_config("4bit")
     with pytest.raises(UserError, match="quantization '3bit'; expected 8bit or 4bit"):
         quantization_config("3bit")
+
+
+def test_weights_that_cannot_be_quantised_are_refused(monkeypatch, tmp_path):
+    source = tiny.folder("llama", tmp_path)
+    monkeypatch.setattr(encoder_module, "quantization_config", lambda _bits: None)
+    with pytest.raises(
+        UserError, match=r"has no layer that the quantiser stores in 4bit.*model\.encoder\.quantization"
+    ):
+        Encoder.from_source(source, quantization="4bit")
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("no kernel for this device\nand more")
+
+    monkeypatch.setattr(LlamaModel, "from_pretrained", fail)
+    with pytest.raises(
+        UserError, match=r"cannot be loaded in 4bit on this machine: no kernel for this device; give the"
+    ):
+        Encoder.from_source(source, quantization="4bit")
+    with pytest.raises(UserError, match=r"cannot be loaded: no kernel for this device; expected a hub name"):
+        Encoder.from_source(source)
