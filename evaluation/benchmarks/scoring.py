@@ -1,20 +1,24 @@
 """How long scoring takes: BLEU, chrF, ROUGE, 1,000 bootstrap draws and the paired test, on 10,000 predictions.
 
-    python -m evaluation.benchmarks.scoring
+    python -m evaluation.benchmarks.scoring --out evaluation/records/scoring.json
 
 The texts are runs of 10 to 40 words of this project's installed sources, of which a third is replaced. The last line is
 one JSON object.
 """
 
+import argparse
 import inspect
 import json
 import random
 import time
+import typing
+from pathlib import Path
 from types import ModuleType
 
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.scoring import as_record, score, statistics_of
 from llmslm.provenance import provenance
+from llmslm.writing import write_text
 
 METRICS = ("bleu", "chrf", "rouge")
 
@@ -32,11 +36,11 @@ def make_texts(modules: list[ModuleType], count: int, seed: int) -> tuple[list[s
     return references, predictions
 
 
-def main(count: int = 10_000) -> None:
-    """Measure and print."""
-    import argparse
-    import typing
-
+def main() -> None:
+    """Measure, print and, where asked, write a record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file for the record")
+    out, count = parser.parse_args().out, 10_000
     references, predictions = make_texts([argparse, typing, inspect], count, seed=0)
     columns = {"prediction": predictions}
     llm = score(statistics_of(METRICS, references, {"prediction": predictions[1:] + predictions[:1]}))
@@ -46,7 +50,10 @@ def main(count: int = 10_000) -> None:
     as_record(score(statistics), {"llm": llm}, RESAMPLES, SEED)
     end = time.perf_counter()
     print(f"counting {counted - start:.1f} s, bootstrap and paired tests {end - counted:.1f} s")
-    print(json.dumps({"predictions": count, "seconds": end - start, "provenance": provenance()}))
+    record = {"predictions": count, "seconds": end - start, "provenance": provenance()}
+    if out is not None:
+        write_text(out, json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":
