@@ -95,7 +95,8 @@ def main(args: Sequence[str]) -> None:
     _write_report(job, out, limit, reports)
     for split, report in reports.items():
         sys.stdout.write(f"{out / split}.parquet: {_line(report)}\n")
-    sys.stdout.write(f"train on it with llmslm fit --config {options.config[0]} --config {out / RECIPE}\n")
+    configs = " ".join(f"--config {name}" for name in [*options.config, out / RECIPE])
+    sys.stdout.write(f"train on it with llmslm fit {configs}\n")
 
 
 def predict_split(job: Job, split: Split, out: Path, limit: int, batch_size: int) -> tuple[list[Path], Throughput]:
