@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from llmslm.data.codec import Codec, TextFormat
-from llmslm.data.tokenizer import load_tokenizer
+from llmslm.data.tokenizer import load_tokenizer, same_tokenizer, tokenizer_hash
 from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.language_model import ModelSource, load_language_model
@@ -61,9 +61,7 @@ def save_system(
             model.save_pretrained(aside) if base is None else save_adapters(model, aside)
         else:
             _save_configs(model, aside)
-        codec.slm_tokenizer.save_pretrained(aside)
-        if codec.encoder_tokenizer is not None:
-            codec.encoder_tokenizer.save_pretrained(aside / ENCODER_TOKENIZER)
+        card = card | {"named_tokenizers": _save_tokenizers(aside, model, codec)}
         text = json.dumps(card | {"version": CARD_VERSION, "text_format": asdict(codec.text_format)}, indent=2)
         (aside / CARD).write_text(text + "\n", encoding="utf-8")
 
@@ -88,8 +86,9 @@ def load_parts(
         model = _load_adapted(folder, base, dtype)
     else:
         model = _load_model(folder, dtype, encoder_source=encoder_source, load_encoder=load_encoder)
+    codec = load_codec(folder, model, card)
     model.make_whole() if isinstance(model, LlmToSlm) else make_whole(model)
-    return model, load_codec(folder, model, card), card
+    return model, codec, card
 
 
 def load_card(folder: Path) -> dict[str, Any]:
@@ -105,14 +104,19 @@ def load_card(folder: Path) -> dict[str, Any]:
 
 
 def load_codec(folder: Path, model: PreTrainedModel, card: dict[str, Any]) -> Codec:
-    """Load the tokenizers of a system folder, and make the codec that its model needs."""
-    encoder_tokenizer = folder / ENCODER_TOKENIZER
-    return codec_for(
-        model,
-        load_tokenizer(str(folder)),
-        load_tokenizer(str(encoder_tokenizer)) if encoder_tokenizer.is_dir() else None,
-        TextFormat(**card["text_format"]),
-    )
+    """Load the tokenizers of a system folder, and make the codec that its model needs.
+
+    Raises:
+        UserError: if a tokenizer that comes with a frozen model from its source is not what it was.
+    """
+    named, sources = card.get("named_tokenizers") or {}, _sources(model)
+    slm_tokenizer = _named(sources["slm"], named["slm"]) if "slm" in named else load_tokenizer(str(folder))
+    encoder_tokenizer = None
+    if "encoder" in named:
+        encoder_tokenizer = _named(sources["encoder"], named["encoder"])
+    elif (folder / ENCODER_TOKENIZER).is_dir():
+        encoder_tokenizer = load_tokenizer(str(folder / ENCODER_TOKENIZER))
+    return codec_for(model, slm_tokenizer, encoder_tokenizer, TextFormat(**card["text_format"]))
 
 
 def codec_for(model: PreTrainedModel, slm_tokenizer: Any, encoder_tokenizer: Any, text_format: TextFormat) -> Codec:
@@ -157,6 +161,49 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise_if_full(error, f"{folder} was not written; free some space and run again")
         raise
+
+
+def _sources(model: PreTrainedModel) -> dict[str, tuple[str | None, str | None]]:
+    """Return source and revision of the frozen encoder and of the frozen base, None where there is none."""
+    config = model.config
+    composed = isinstance(config, LlmToSlmConfig)
+    base = frozen_base(config.slm_config if composed else config)
+    return {
+        "slm": (None, None) if base is None else (base["source"], base["revision"]),
+        "encoder": (config.encoder_source, config.encoder_revision) if composed else (None, None),
+    }
+
+
+def _save_tokenizers(folder: Path, model: PreTrainedModel, codec: Codec) -> dict[str, str]:
+    """Write the tokenizers; of those that come with a frozen model from its source, return the hashes instead."""
+    named = {}
+    for role, tokenizer in (("slm", codec.slm_tokenizer), ("encoder", codec.encoder_tokenizer)):
+        if tokenizer is None:
+            continue
+        if _comes_with(tokenizer, *_sources(model)[role]):
+            named[role] = tokenizer_hash(tokenizer)
+        else:
+            tokenizer.save_pretrained(folder / ENCODER_TOKENIZER if role == "encoder" else folder)
+    return named
+
+
+def _comes_with(tokenizer: Any, source: str | None, revision: str | None) -> bool:
+    if source is None:
+        return False
+    try:
+        return same_tokenizer(load_tokenizer(source, revision), tokenizer)
+    except UserError:
+        return False
+
+
+def _named(source: tuple[str | None, str | None], content: str) -> Any:
+    tokenizer = load_tokenizer(str(source[0]), source[1])
+    if tokenizer_hash(tokenizer) != content:
+        raise UserError(
+            f"the tokenizer at {source[0]!r} is not the one that this system was trained with; give the right source "
+            "(encoder_source or frozen_base.source)"
+        )
+    return tokenizer
 
 
 def _save_configs(model: PreTrainedModel, folder: Path) -> None:

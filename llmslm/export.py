@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig
 
-from llmslm.checkpoint import CARD, find_system, load_card, load_parts, save_system, written_aside
+from llmslm.checkpoint import CARD, ENCODER_TOKENIZER, find_system, load_card, load_parts, save_system, written_aside
 from llmslm.errors import UserError
 from llmslm.model_card import Part, body, results, scores
 from llmslm.models.configuration import LlmToSlmConfig
@@ -78,6 +78,7 @@ def export(
     parts = _parts(folder, card, licenses, sources, merge)
     with written_aside(output) as aside:
         _merge(folder, aside) if merge else shutil.copytree(folder, aside, dirs_exist_ok=True)
+        _add_tokenizers(folder, aside)
         _name_sources(aside, aside if merge else folder, sources)
         text = _card(output.name, load_card(aside), parts, found, licenses["system"])
         text.save(aside / README)
@@ -123,8 +124,19 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _merge(folder: Path, aside: Path) -> None:
     """Save with whole weights; the frozen encoder stays out as always."""
     model, codec, card = load_parts(folder, load_encoder=False)
-    card = {name: value for name, value in card.items() if name not in ("frozen_base", "version", "text_format")}
+    card.pop("frozen_base", None)
     save_system(aside, model, codec, card)
+
+
+def _add_tokenizers(folder: Path, aside: Path) -> None:
+    """Write those tokenizers too that a run folder leaves to the sources of its frozen models."""
+    _, codec, card = load_parts(folder, load_encoder=False)
+    named = card.get("named_tokenizers") or {}
+    if "slm" in named:
+        codec.slm_tokenizer.save_pretrained(aside)
+    if "encoder" in named and codec.encoder_tokenizer is not None:
+        codec.encoder_tokenizer.save_pretrained(aside / ENCODER_TOKENIZER)
+    _write_json(aside / CARD, load_card(aside) | {"named_tokenizers": {}})
 
 
 def _name_sources(aside: Path, origin: Path, sources: dict[str, str | None]) -> None:

@@ -7,7 +7,10 @@ share a tokenizer, and knows nothing of a system's prompt template and limits.
 from pathlib import Path
 from typing import Any
 
-from transformers import Pipeline
+from transformers import AutoModelForCausalLM, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+TASK = "llm-to-slm"
 
 
 class LlmToSlmPipeline(Pipeline):
@@ -29,8 +32,9 @@ class LlmToSlmPipeline(Pipeline):
         super().__init__(model=model, **kwargs)
         folder = find_system(_local(model.name_or_path))
         card = load_card(folder)
+        codec = load_codec(folder, self.model, card)
         self.model.make_whole()
-        self.system = System(card["system"], self.model, load_codec(folder, self.model, card), card)
+        self.system = System(card["system"], self.model, codec, card)
 
     def _sanitize_parameters(
         self, max_new_tokens: int | None = None, min_new_tokens: int = 0
@@ -59,3 +63,6 @@ def _local(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name_or_path))
+
+
+PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=LlmToSlmPipeline, pt_model=AutoModelForCausalLM)

@@ -12,9 +12,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-TASK = "llm-to-slm"
-"""Of `transformers.pipeline`."""
-
 
 def register() -> None:
     """Register config, model and pipeline with transformers, now or when it is imported."""
@@ -27,11 +24,8 @@ def _register_config(module: ModuleType) -> None:
         module.CONFIG_MAPPING.register("llm_to_slm", LlmToSlmConfig)
 
 
-def _register_pipeline(module: ModuleType) -> None:
-    from llmslm.pipeline import LlmToSlmPipeline
-
-    auto = sys.modules["transformers"].AutoModelForCausalLM
-    module.PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=LlmToSlmPipeline, pt_model=auto)
+def _register_pipeline(_: ModuleType) -> None:
+    importlib.import_module("llmslm.pipeline")  # it registers itself at its end, also where it is imported first
 
 
 class _Deferred(type):

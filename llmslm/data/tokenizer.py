@@ -1,6 +1,7 @@
 """Tokenizers: loaded from a model's source, or a byte-level BPE trained on the training split."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -111,7 +112,15 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
+_PROBE = "The quick brown fox: 東京 🙂  x"
+
+
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether two tokenizers give the same ids to every token and wrap prompts in the same special tokens."""
-    probe = "The quick brown fox: 東京 🙂  x"
-    return one.get_vocab() == other.get_vocab() and one(probe).input_ids == other(probe).input_ids
+    return one.get_vocab() == other.get_vocab() and one(_PROBE).input_ids == other(_PROBE).input_ids
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what `same_tokenizer` compares."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE).input_ids])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

@@ -157,7 +157,9 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             source = beside(encoder_source, folder) if encoder_source else config.encoder_source
             if source is None:
                 raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
-            revision = None if encoder_source else config.encoder_revision
+            if encoder_source:
+                config.encoder_source, config.encoder_revision = source, None
+            revision = config.encoder_revision
             encoder = Encoder.from_source(
                 source,
                 revision=revision,

@@ -7,20 +7,26 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llmslm.checkpoint import load_parts, save_system
+from llmslm.checkpoint import codec_for, load_parts, save_system
 from llmslm.data.codec import Codec, TextFormat
+from llmslm.data.tokenizer import load_tokenizer
 from llmslm.errors import UserError
+from llmslm.export import export
+from llmslm.models.alignment import Offsets
 from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Add, CrossAttend
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.trained import Lora, count_parameters, make_whole, restrict
+from llmslm.pipeline import LlmToSlmPipeline
 from llmslm.system import System
 from tests import tiny
 from tests.unit.data.test_codec import byte_tokenizer
+from tests.unit.data.tokenizers import bytes_of, words
 from tests.unit.models.compositions import parts_for
 
 FORMAT = TextFormat(max_prompt_tokens=40, max_target_tokens=12)
+NOTHING = dict.fromkeys(("system", "encoder", "base"))
 PROMPTS = ["def f(x):", "a", "some longer prompt than that"]
 LORA = Lora(rank=4)
 DORA = Lora(rank=4, dora=True)
@@ -155,6 +161,35 @@ def test_adapters_alone_are_no_source(tmp_path):
         load_language_model(ModelSource(str(tmp_path / "system")), None, "model.llm")
     with pytest.raises(UserError, match=r"adapters without the model.*export --merge"):
         Encoder.from_source(str(tmp_path / "system"))
+
+
+def test_tokenizers_of_frozen_models_are_named_not_copied(tmp_path):
+    """A pretrained tokenizer takes megabytes: adapters of a small model take less."""
+    encoder = tmp_path / "t5"
+    model = composition("llama", LORA, tmp_path)
+    words().save_pretrained(encoder)
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    model.alignment = Offsets(32, 32)
+    model.config.alignment = model.alignment.spec()
+    theirs = load_tokenizer(str(encoder))
+    codec = codec_for(model, bytes_of(template="<s> $A"), theirs, FORMAT)
+    save_system(tmp_path / "copied", model, codec, {"system": "llm_to_slm"})
+    codec = codec_for(model, byte_tokenizer(), theirs, FORMAT)
+    save_system(tmp_path / "system", model, codec, {"system": "llm_to_slm"})
+    assert not list((tmp_path / "system").rglob("tokenizer.json"))
+    assert [path.parent.name for path in (tmp_path / "copied").rglob("tokenizer.json")] == ["copied"]
+    system = System.load(tmp_path / "system")
+    assert system.generate(PROMPTS, max_new_tokens=5)
+    assert LlmToSlmPipeline(LlmToSlm.from_pretrained(tmp_path / "system"))("a", max_new_tokens=2)
+    export(tmp_path / "system", tmp_path / "hub", records=[], licenses=NOTHING, sources=NOTHING)
+    assert len(list((tmp_path / "hub").rglob("tokenizer.json"))) == 2
+    encoder.joinpath("tokenizer.json").unlink()
+    assert System.load(tmp_path / "hub").generate(PROMPTS, max_new_tokens=5) == system.generate(
+        PROMPTS, max_new_tokens=5
+    )
+    byte_tokenizer().save_pretrained(encoder)
+    with pytest.raises(UserError, match=r"the tokenizer at '.*t5' is not the one that this system was trained with"):
+        System.load(tmp_path / "system")
 
 
 def test_weights_in_pickles_are_refused(tmp_path):
