@@ -18,6 +18,7 @@ _LONG = (
         f"faults/test_{name}.py"
         for name in ("killed", "killed_evaluation", "killed_features", "lost_rank", "torchrun", "tracking_server")
     ),
+    "unit/evaluation/test_ablation.py",
     *(f"unit/generation/test_{name}.py" for name in ("memory", "verified")),
 )
 SLOW = {Path(__file__).parent / name for name in _LONG}
