@@ -160,7 +160,7 @@ def test_two_ranks_train_as_one_on_the_same_global_batch(folder, strategy):
     rows = [json.dumps({"prompt": f"say {'la ' * (i % 4)}{i}", "target": "x"}) for i in range(48)]
     (folder / "equal.jsonl").write_text("\n".join(rows))
     args = [f"--data.source.init_args.train={folder}/equal.jsonl", "--trainer.max_steps=3"]
-    args += ["--trainer.limit_val_batches=0"]
+    args += ["--trainer.limit_val_batches=0", "--model.encoder.source=llm/system", "--data.tokenizer=null"]
     name = "ddp" if strategy == "ddp" else "fsdp"
     if not (folder / "accumulated.0.txt").exists():
         fit(folder, 1, "accumulated", *args, "--trainer.accumulate_grad_batches=2", strategy="auto")
