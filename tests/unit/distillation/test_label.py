@@ -108,6 +108,7 @@ label.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_call_goes_on_without_loss_or_doubles(trained, arguments):
     """The process dies when its third shard is on disk, but not yet under its name."""
     environment = os.environ | {"PYTHONPATH": str(Path(label.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -148,6 +149,13 @@ def test_a_recipe_trains_on_the_labels(trained, arguments, capsys):
     system, llm = System.load("runs/toy/llm_to_slm"), System.load(trained / "runs/toy/llm")
     assert same_tokenizer(system.codec.slm_tokenizer, llm.codec.slm_tokenizer)
     assert system.codec.encoder_tokenizer is None
+
+
+def test_without_the_overlay_an_llm_of_other_tokens_is_refused(trained, arguments, capsys):
+    root = f"--trainer.default_root_dir={trained}/runs/toy/llm_to_slm"
+    fitting = ["fit", "--config", str(trained / "toy.yaml"), root]
+    line = fails(capsys, *fitting, "--data.tokenizer.vocab_size=290")
+    assert "runs/toy/llm/system was trained with another tokenizer than this data's; set model.encoder.source" in line
 
 
 def test_a_bare_model_reads_prompts_as_the_recipe_says(trained, arguments):
