@@ -119,7 +119,7 @@ def fit(variant: Variant, folder: Path, seed: int, overrides: Sequence[str]) -> 
 
     arguments = [*("--config", str(find_recipe(RECIPE)), f"--seed_everything={seed}"), *QUIET]
     arguments += [f"--model.system={variant.system}", f"--trainer.default_root_dir={folder}"]
-    arguments += [f"--save_system.recipe={variant.name}", *variant.arguments, *overrides]
+    arguments += [f"--save_system.recipe={variant.name}", *overrides, *variant.arguments]
     done = folder / TRAINED
     if done.is_file() and json.loads(done.read_text(encoding="utf-8"))["arguments"] == arguments:
         return
