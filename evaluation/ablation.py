@@ -190,7 +190,8 @@ def page(records: Sequence[Path], command: str) -> str:
 
 Which way of handing the LLM's states to the SLM teaches it most, for the same steps on the same data?
 Recipe [ablations/fusions](../../recipes/ablations/fusions.yaml), {seeds} seeds,
-{record["examples"]["effective"]} test examples, {rows[0].hardware}.
+{record["training"]["steps"]} steps each, {record["examples"]["effective"]} test examples, {rows[0].hardware}.
+The llm was trained before, for {LLM_STEPS} steps.
 Commit {origin["commit"]}{changed}, {origin["date"][:10]};
 records in [evaluation/records/ablation](../../evaluation/records/ablation).
 
