@@ -3,13 +3,15 @@
     python -m evaluation.benchmarks.memory_growth --shape llama-4x512 --prompts 1000 --out growth.json
 
 Prompts come in batches of mixed length, each decoded to a length of its own, as a server would see them. The first
-`--warmup` prompts fill what is kept for further calls. Growth is the median of the later half of the readings over that
-of the earlier half: what is kept for the last four sizes goes up and down with them. On the CPU the resident set is
-read, after freed heap was handed back, on CUDA what the allocator has reserved. The last line is one JSON object.
+`--warmup` prompts come before the first reading. A reading follows after the engine gave up the caches it keeps, whose
+size is that of the last calls: on the CPU the resident set, once freed heap was handed back, on CUDA the allocator's
+live bytes. Growth is the median of the later half of the readings over that of the earlier half. The last line is one
+JSON object.
 """
 
 import argparse
 import ctypes
+import gc
 import json
 import random
 import statistics
@@ -29,11 +31,13 @@ _FIRST_ID, _LAST_ID = 3, 1000  # ordinary tokens, which every shape's vocabulary
 _SAMPLES = 20  # readings after the warm-up
 
 
-def held_bytes(device: torch.device) -> int:
-    """What is held at this moment: reserved by CUDA's allocator, or resident once freed heap is handed back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.memory_reserved(device)
+def held_bytes(engine: DecodeEngine) -> int:
+    """What is held without the engine's caches: live in CUDA's allocator, or resident once freed heap is back."""
+    engine.forget()
+    gc.collect()
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+        return torch.cuda.memory_allocated(engine.device)
     ctypes.CDLL(None).malloc_trim(0)
     return resident_bytes()
 
@@ -54,13 +58,13 @@ def measure(engine: DecodeEngine, prompts: int, warmup: int, batch: int, seed: i
     with tqdm(total=warmup + prompts, unit=" prompts", desc="decoding") as progress:
         for done in range(0, warmup + prompts, batch):
             if done >= next_reading:
-                readings.append({"prompts": done - warmup, "bytes": held_bytes(engine.device)})
+                readings.append({"prompts": done - warmup, "bytes": held_bytes(engine)})
                 next_reading += max(prompts // _SAMPLES, batch)
             ids = torch.randint(_FIRST_ID, _LAST_ID, (batch, rng.randint(4, 192)), generator=generator)
             new = rng.randint(2, 48)
             engine.generate(input_ids=ids.to(engine.device), max_new_tokens=new, min_new_tokens=new)
             progress.update(batch)
-    return [*readings, {"prompts": prompts, "bytes": held_bytes(engine.device)}]
+    return [*readings, {"prompts": prompts, "bytes": held_bytes(engine)}]
 
 
 def main(args: list[str] | None = None) -> None:
