@@ -1,8 +1,8 @@
 """Systems on disk: one folder with config, trained weights, tokenizers and a card; written whole or not at all."""
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -147,12 +147,12 @@ def find_system(folder: str | Path) -> Path:
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder` that takes its name when the block ends well, and is removed otherwise."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
         if folder.exists():
             folder.rename(old)
         aside.rename(folder)

@@ -153,7 +153,8 @@ def _generate(args: list[str]) -> None:
     from llmslm.verified_system import VerifiedSystem
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    fast = device.startswith("cuda") and options.verify is None  # exactly the llm's output: no rounding in between
+    dtype = getattr(torch, options.dtype or ("bfloat16" if fast else "float32"))
     if options.verify is not None:
         system: System = VerifiedSystem.load_pair(options.checkpoint, options.verify, device=device, dtype=dtype)
     else:
@@ -186,7 +187,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "int8"),
-        help="of the weights; default: bfloat16 on a GPU, float32 on the CPU, which alone has int8",
+        help="of the weights; default: bfloat16 on a GPU, float32 with --verify and on the CPU, which alone has int8",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens; default: take the most probable")
     parser.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: from all")

@@ -130,8 +130,10 @@ def _merge(folder: Path, aside: Path) -> None:
 
 def _add_tokenizers(folder: Path, aside: Path) -> None:
     """Write those tokenizers too that a run folder leaves to the sources of its frozen models."""
-    _, codec, card = load_parts(folder, load_encoder=False)
-    named = card.get("named_tokenizers") or {}
+    named = load_card(folder).get("named_tokenizers") or {}
+    if not named:
+        return
+    _, codec, _ = load_parts(folder, load_encoder=False)
     if "slm" in named:
         codec.slm_tokenizer.save_pretrained(aside)
     if "encoder" in named and codec.encoder_tokenizer is not None:
@@ -144,11 +146,12 @@ def _name_sources(aside: Path, origin: Path, sources: dict[str, str | None]) -> 
     config = _composition(aside)
     if config is not None:
         config.resolve(origin)
+        config = config.seen_from(aside)
         if sources["encoder"]:
             config.encoder_source, config.encoder_revision = sources["encoder"], None
         if (base := frozen_base(config.slm_config)) is not None and sources["base"]:
             config.slm_config.frozen_base = base | {"source": sources["base"], "revision": None}
-        config.seen_from(aside).save_pretrained(aside)
+        config.save_pretrained(aside)
     card = load_card(aside)
     if (base := card.get("frozen_base")) is not None:
         source = sources["base"] or seen_from(beside(base["source"], origin), aside)

@@ -10,14 +10,19 @@ from typing import Any
 from transformers import AutoModelForCausalLM, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from llmslm.errors import UserError
+from llmslm.models.modeling import LlmToSlm
+
 TASK = "llm-to-slm"
+_SETTINGS = {"max_new_tokens", "min_new_tokens"}
 
 
 class LlmToSlmPipeline(Pipeline):
     """Answers prompts as `llmslm generate` does, by the decode engine.
 
     Called with a prompt it returns `[{"generated_text": answer}]`, with a list of prompts a list of these. Settings:
-    `max_new_tokens` (the system's own limit where left out) and `min_new_tokens`.
+    `max_new_tokens` (the system's own limit where left out) and `min_new_tokens`. Adapters of the model are folded into
+    its weights.
     """
 
     _load_processor = False
@@ -30,22 +35,26 @@ class LlmToSlmPipeline(Pipeline):
         from llmslm.system import System
 
         super().__init__(model=model, **kwargs)
-        folder = find_system(_local(model.name_or_path))
+        folder = find_system(_local(model.name_or_path, getattr(model.config, "_commit_hash", None)))
         card = load_card(folder)
+        if not isinstance(self.model, LlmToSlm):
+            raise UserError(f"{folder} holds a system {card['system']}; expected llm_to_slm (task {TASK})")
         codec = load_codec(folder, self.model, card)
         self.model.make_whole()
         self.system = System(card["system"], self.model, codec, card)
 
-    def _sanitize_parameters(
-        self, max_new_tokens: int | None = None, min_new_tokens: int = 0
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return {}, {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}, {}
+    def _sanitize_parameters(self, **settings: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if unknown := settings.keys() - _SETTINGS:
+            raise UserError(f"the pipeline {TASK} has no {min(unknown)}; expected {' or '.join(sorted(_SETTINGS))}")
+        return {}, settings, {}
 
     def preprocess(self, prompt: str) -> dict[str, Any]:
         """Pass the prompt on: the system tokenises it."""
         return {"prompt": prompt}
 
-    def _forward(self, model_inputs: dict[str, Any], max_new_tokens: int | None, min_new_tokens: int) -> dict[str, Any]:
+    def _forward(
+        self, model_inputs: dict[str, Any], max_new_tokens: int | None = None, min_new_tokens: int = 0
+    ) -> dict[str, Any]:
         limit = max_new_tokens or self.system.codec.text_format.max_target_tokens
         prompts = [model_inputs["prompt"]]
         generation = self.system.generate(prompts, max_new_tokens=limit, min_new_tokens=min_new_tokens)[0]
@@ -56,13 +65,13 @@ class LlmToSlmPipeline(Pipeline):
         return [{"generated_text": model_outputs["text"]}]
 
 
-def _local(name_or_path: str) -> Path:
+def _local(name_or_path: str, revision: str | None) -> Path:
     """Return a model's folder, fetched from the hub where it is not a local one."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name_or_path))
+    return Path(snapshot_download(name_or_path, revision=revision))
 
 
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=LlmToSlmPipeline, pt_model=AutoModelForCausalLM)

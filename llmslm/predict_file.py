@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from llmslm.data.sources.files import read_jsonl
 from llmslm.errors import UserError
+from llmslm.generation.int8 import weights
 from llmslm.generation.sampling import Sampling
 from llmslm.system import Generation, System
 from llmslm.writing import is_disk_full
@@ -72,7 +73,9 @@ def predict_file(
             disk is full.
     """
     total = sum(1 for _ in read_prompts(source))
-    settings = [system.name, system.card, max_new_tokens, batch_size, None if sampling is None else asdict(sampling)]
+    precision = sorted({str(weight.dtype) for weight in weights(system.model)})
+    drawn = None if sampling is None else asdict(sampling)
+    settings = [system.name, system.card, precision, max_new_tokens, batch_size, drawn]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
     part = out.with_name(f".{out.name}.{key}.part")
     done = _keep_matching(part, source)

@@ -57,21 +57,27 @@ class _Watch(MetaPathFinder):
 
     def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
         self.name, self.action = name, action
+        self._asks_others = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        if fullname != self.name:
+        if fullname != self.name or self._asks_others:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asks_others = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asks_others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                self.action(module)
+                if self in sys.meta_path:  # until now somebody may only have asked whether there is such a module
+                    sys.meta_path.remove(self)
+                    self.action(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from llmslm.checkpoint import load_parts
+from llmslm.checkpoint import find_system, load_parts
 from llmslm.data.tokenizer import same_tokenizer
 from llmslm.errors import UserError
 from llmslm.generation.acceptance import Acceptance
@@ -58,7 +58,9 @@ class VerifiedSystem(System):
         Raises:
             UserError: if one of them cannot be loaded, or they do not belong together.
         """
-        model, codec, card = load_parts(draft_folder, dtype=dtype, load_encoder=False)
+        model, codec, card = load_parts(
+            draft_folder, dtype=dtype, load_encoder=False, encoder_source=str(_model_folder(llm_source))
+        )
         draft = System(card["system"], model.to(device), codec, card)
         key = "the LLM to verify with (--verify): model"
         llm = load_llm(llm_source, draft.codec.text_format, key, device=device, dtype=dtype)
@@ -80,6 +82,14 @@ class VerifiedSystem(System):
         result = self._verified.generate(**settings)
         self.acceptance.add(result.acceptance)
         return result.tokens
+
+
+def _model_folder(source: str | Path) -> str | Path:
+    """Return the system folder of a run folder; anything else as it is."""
+    try:
+        return find_system(source)
+    except UserError:
+        return source
 
 
 def _check_pair(llm: System, draft: System) -> None:

@@ -188,12 +188,15 @@ def _write_report(job: Job, out: Path, limit: int, reports: dict[Split, dict[str
     splits = json.loads(path.read_text(encoding="utf-8"))["splits"] if path.is_file() else {}
     about = {"checkpoint": job.checkpoint, "system": job.system.name, "max_new_tokens": limit}
     write_text(path, json.dumps(about | {"splits": splits | reports}, indent=1) + "\n")
-    files = {split: str(out / f"{split}.parquet") for split in SPLITS if split in splits | reports}
+    files = {split: str((out / f"{split}.parquet").resolve()) for split in SPLITS if split in splits | reports}
     columns = {"prompt_column": "prompt", "target_column": "target"}
     source = {"class_path": "llmslm.data.sources.TextFiles", "init_args": files | columns}
     overlay: dict[str, Any] = {"data": {"source": source}}
     if job.is_own_llm:  # it was trained with the gold data's tokenizer: one made from the labels would be another
-        overlay = {"model": {"encoder": {"source": job.checkpoint}}, "data": {"source": source, "tokenizer": None}}
+        overlay = {
+            "model": {"encoder": {"source": str(Path(job.checkpoint).resolve())}},
+            "data": {"source": source, "tokenizer": None},
+        }
     write_text(out / RECIPE, yaml.safe_dump(overlay, sort_keys=False))
 
 

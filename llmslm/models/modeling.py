@@ -153,16 +153,14 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         config.resolve(folder)
         if (base := frozen_base(config.slm_config)) is not None:
             model._stand_on(base)
+        if encoder_source:
+            config.encoder_source, config.encoder_revision = beside(encoder_source, folder), None
         if load_encoder:
-            source = beside(encoder_source, folder) if encoder_source else config.encoder_source
-            if source is None:
+            if config.encoder_source is None:
                 raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
-            if encoder_source:
-                config.encoder_source, config.encoder_revision = source, None
-            revision = config.encoder_revision
             encoder = Encoder.from_source(
-                source,
-                revision=revision,
+                config.encoder_source,
+                revision=config.encoder_revision,
                 layer=config.encoder_layer,
                 dtype=kwargs.get("dtype"),
                 quantization=config.encoder_quantization,

@@ -9,6 +9,7 @@ from transformers import pipeline
 
 from llmslm.checkpoint import codec_for, save_system
 from llmslm.data.codec import TextFormat
+from llmslm.errors import UserError
 from llmslm.models.alignment import Offsets
 from llmslm.system import System
 from tests import tiny
@@ -68,6 +69,11 @@ def test_the_pipeline_carries_two_tokenizers(slm, tmp_path, monkeypatch):
     assert answer(["the quick fox", "naïve 京"]) == [[{"generated_text": text}] for text in answers]
     short = system.generate(["x"], max_new_tokens=2)[0].text
     assert answer("x", max_new_tokens=2) == [{"generated_text": short}]
+    assert pipeline("llm-to-slm", model=str(tmp_path / "system"), max_new_tokens=2)("x") == answer(
+        "x", max_new_tokens=2
+    )
+    with pytest.raises(UserError, match="has no temperature; expected max_new_tokens or min_new_tokens"):
+        answer("x", temperature=2.0)
 
 
 def test_text_generation_serves_two_sides_that_share_a_tokenizer(tmp_path, monkeypatch):

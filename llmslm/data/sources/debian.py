@@ -36,10 +36,10 @@ class _Debian(BuiltSource):
     Args:
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
-        held_out_percent: share of the source packages in validation, and in test.
         cache_dir: see `BuiltSource`.
         release: Debian release, for example bookworm; None takes the running system's. Another's data must be in the
             cache: built on such a system and copied, as for machines without apt.
+        held_out_percent: share of the source packages in validation, and in test, 1 to 25.
     """
 
     languages: tuple[str, ...] = ()
@@ -48,14 +48,19 @@ class _Debian(BuiltSource):
         self,
         max_chars: int = 2000,
         max_eval: int | None = None,
-        held_out_percent: int = HELD_OUT_PERCENT,
         cache_dir: str | None = None,
         release: str | None = None,
+        held_out_percent: int = HELD_OUT_PERCENT,
     ) -> None:
         super().__init__(cache_dir)
         self.release = release or running_release()
         self.max_chars = max_chars
         self.max_eval = max_eval
+        if not 1 <= held_out_percent <= 25:
+            raise UserError(
+                f"{held_out_percent} was given; expected 1 to 25, of which validation and test get as much each "
+                "(data.source.init_args.held_out_percent)"
+            )
         self.held_out_percent = held_out_percent
 
     def key(self) -> dict[str, Any]:
@@ -104,9 +109,9 @@ class DebianTranslation(_Debian):
         target_language: code that Debian uses ("it", "da", "de", "fr", "pt_BR", ...).
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
-        held_out_percent: share of the source packages in validation, and in test.
         cache_dir: see `BuiltSource`.
         release: Debian release, None takes the running system's; another's must be in the cache.
+        held_out_percent: share of the source packages in validation, and in test.
     """
 
     def __init__(
@@ -114,11 +119,11 @@ class DebianTranslation(_Debian):
         target_language: str = "it",
         max_chars: int = 2000,
         max_eval: int | None = None,
-        held_out_percent: int = HELD_OUT_PERCENT,
         cache_dir: str | None = None,
         release: str | None = None,
+        held_out_percent: int = HELD_OUT_PERCENT,
     ) -> None:
-        super().__init__(max_chars, max_eval, held_out_percent, cache_dir, release)
+        super().__init__(max_chars, max_eval, cache_dir, release, held_out_percent)
         self.target_language = target_language
         self.languages = ("en", target_language)
         self.name = f"debian-translation-en-{target_language}"
