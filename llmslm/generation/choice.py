@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llmslm.generation.acceptance import Verdict, drawn, judge_greedy, judge_sampled
-from llmslm.generation.sampling import Sampling, TokenRules, cut
+from llmslm.generation.sampling import Sampling, TokenRules, cut, start_token
 
 
 class Choice:
@@ -32,9 +32,14 @@ class Choice:
         sampling: Sampling | None,
     ) -> None:
         encoder_decoder = bool(llm.config.is_encoder_decoder)
-        self.rules = TokenRules(llm.generation_config, encoder_decoder=encoder_decoder, device=prompt_ids.device)
-        self.min_new, self.max_new, self.sampling = min_new, max_new, sampling
         self.vocabulary = int(llm.get_output_embeddings().weight.shape[0])
+        self.rules = TokenRules(
+            llm.generation_config,
+            vocabulary=self.vocabulary,
+            encoder_decoder=encoder_decoder,
+            device=prompt_ids.device,
+        )
+        self.min_new, self.max_new, self.sampling = min_new, max_new, sampling
         self.mode = self.rules.mode(sampling)
         self.generator = torch.Generator(device=prompt_ids.device)
         self.penalty = self.rules.repetition_penalty if sampling is None else sampling.repetition_penalty
@@ -43,8 +48,7 @@ class Choice:
             self.generator.manual_seed(sampling.seed)
         if self.penalty != 1.0:
             self.seen = torch.zeros(len(mask), self.vocabulary, device=mask.device, dtype=torch.bool)
-            start = llm.generation_config.decoder_start_token_id
-            first = torch.full_like(prompt_ids[:, :1], start) if encoder_decoder else prompt_ids
+            first = torch.full_like(prompt_ids[:, :1], start_token(llm) or 0) if encoder_decoder else prompt_ids
             kept = torch.ones_like(first) if encoder_decoder else mask
             self.seen |= _marked(first, kept, self.vocabulary)
 

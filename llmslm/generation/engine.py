@@ -19,7 +19,7 @@ from llmslm.generation.families import UnreadableModelError, read
 from llmslm.generation.loop import DecodeLoop, GraphLoop, HostLoop
 from llmslm.generation.memory import Call, require
 from llmslm.generation.plan import Decoder
-from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate
+from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate, start_token
 from llmslm.generation.state import DecodeState, capacity_bucket, prompt_bucket
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -100,7 +100,7 @@ class DecodeEngine:
             encoder_outputs: the encoder's output, or its last states (batch, length, width), in place of input_ids,
                 for an encoder-decoder model.
             max_new_tokens: number of tokens after which a row ends in any case.
-            min_new_tokens: number of tokens before which no row ends.
+            min_new_tokens: number of tokens before which no row ends; 0 leaves it to the model's generation_config.
             sampling: how tokens are drawn; the most probable ones are taken if not given.
             on_first_token: called once the first token of the batch is known.
             on_tokens: called with (batch, n) tokens on the CPU as they come; put side by side, they are the result.
@@ -113,7 +113,7 @@ class DecodeEngine:
         """
         prompt = self._prompt(input_ids, inputs_embeds, encoder_outputs, attention_mask, max_new_tokens)
         width = 1 if self.model.config.is_encoder_decoder else prompt.length
-        min_new = max(min_new_tokens, self.configured_minimum(width))
+        min_new = min_new_tokens or self.configured_minimum(width)
         reason = self.reason or self.reason_for_generate(width + max_new_tokens)
         if reason is not None:
             warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
@@ -155,6 +155,8 @@ class DecodeEngine:
             raise UserError("the model is in training mode, in which dropout changes its tokens; call model.eval()")
         values = given[names[0]]
         assert isinstance(values, Tensor)
+        if values.dim() not in (2, 3) or 0 in values.shape:
+            raise UserError(f"{names[0]} is {tuple(values.shape)}; expected (batch, length), at least one of each")
         if attention_mask is None:
             attention_mask = torch.ones(values.shape[:2], dtype=torch.long, device=values.device)
         if attention_mask.shape != values.shape[:2]:
@@ -162,12 +164,26 @@ class DecodeEngine:
                 f"attention_mask is {tuple(attention_mask.shape)}, {names[0]} {tuple(values.shape)}; "
                 "the mask must be (batch, length) of the same prompt"
             )
+        self._refuse_too_long(values)
         return _Prompt(values.to(self.device), attention_mask.to(self.device))
+
+    def _refuse_too_long(self, values: Tensor) -> None:
+        """Refuse what a table of positions has no rows for, which on CUDA would end the process."""
+        decoder, states_given = self.decoder, self.model.config.is_encoder_decoder and values.dim() == 3
+        if decoder is None or decoder.positions is None or decoder.max_positions is None or states_given:
+            return
+        if values.shape[1] > decoder.max_positions:
+            raise UserError(
+                f"a prompt of {values.shape[1]} tokens was given; the model has {decoder.max_positions} positions; "
+                "cut the prompt"
+            )
 
     def configured_minimum(self, width: int) -> int:
         """New tokens before which no row ends; generation_config.min_length counts `width` tokens before them too."""
         config = self.model.generation_config
-        return max((config.min_length or 0) - width, config.min_new_tokens or 0, 0)
+        if config.min_new_tokens is not None:
+            return int(config.min_new_tokens)
+        return max((config.min_length or 0) - width, 0)
 
     def reason_for_generate(self, positions: int) -> str | None:
         """Say why a call that takes up to this many positions is left to `generate()`, or None."""
@@ -179,19 +195,18 @@ class DecodeEngine:
             return f"{positions} tokens exceed the sliding window of {decoder.window}"
         if config.forced_bos_token_id is not None and not self.model.config.is_encoder_decoder:
             return "generation_config.forced_bos_token_id of a decoder-only model"
-        if self.model.config.is_encoder_decoder and not isinstance(self.start_token(), int):
-            return "no single decoder_start_token_id"
+        if self.model.config.is_encoder_decoder and start_token(self.model) is None:
+            return "no single decoder_start_token_id of the vocabulary"
         return reason_for_generate(config)
 
-    def start_token(self) -> Any:
-        """The token that an encoder-decoder model starts with, as its generation_config says."""
-        config = self.model.generation_config
-        start = config.decoder_start_token_id
-        return config.bos_token_id if start is None else start
-
     def _rules(self) -> TokenRules:
-        encoder_decoder = self.model.config.is_encoder_decoder
-        return TokenRules(self.model.generation_config, encoder_decoder=encoder_decoder, device=self.device)
+        assert self.decoder is not None
+        return TokenRules(
+            self.model.generation_config,
+            vocabulary=self.decoder.shape.vocabulary,
+            encoder_decoder=self.model.config.is_encoder_decoder,
+            device=self.device,
+        )
 
     def _padded(self, prompt: _Prompt) -> _Prompt:
         """Prompts come in a few lengths on CUDA, so that their pass can be captured too."""
@@ -247,7 +262,7 @@ class DecodeEngine:
             device=self.device,
             dtype=self.decoder.embedding.dtype,
         )
-        start = self.start_token() if self.model.config.is_encoder_decoder else None
+        start = start_token(self.model) if self.model.config.is_encoder_decoder else None
         kind = GraphLoop if self.device.type == "cuda" else HostLoop
         self._loops[key] = kind(self.model, self.decoder, state, rules, start)
         return self._loops[key]
@@ -277,7 +292,8 @@ class DecodeEngine:
         min_new: int,
     ) -> Tensor:
         """The same call through `generate()`; tokens are known, and reported, at its end."""
-        kwargs: dict[str, Any] = {"do_sample": sampling is not None and sampling.temperature > 0}
+        kwargs: dict[str, Any] = {"return_dict_in_generate": False, "num_return_sequences": 1}
+        kwargs["do_sample"] = sampling is not None and sampling.temperature > 0
         if sampling is not None:
             kwargs["repetition_penalty"] = sampling.repetition_penalty
             torch.manual_seed(sampling.seed)
@@ -306,9 +322,7 @@ class DecodeEngine:
         """
         from llmslm.generation.self_check import relative_difference
 
-        start = self.start_token() if self.model.config.is_encoder_decoder else None
-        start = start if isinstance(start, int) else 0
-        difference = relative_difference(self.model, decoder, start)
+        difference = relative_difference(self.model, decoder, start_token(self.model) or 0)
         rounded = decoder.head.row_scale is not None
         tolerance = _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
         if not difference <= tolerance:

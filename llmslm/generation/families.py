@@ -122,7 +122,7 @@ def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _r
     config, body = model.config, model.model
     if body.rotary_emb.rope_type in ("dynamic", "longrope"):
         raise UnreadableModelError(f"rotary angles of type {body.rotary_emb.rope_type!r} change with the length")
-    activation = _activation(getattr(config, "hidden_activation", None) or config.hidden_act)
+    activation = _activation(config.hidden_act)
     sublayers = []
     for index, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmslm.errors import UserError
 from llmslm.generation.state import DecodeState
@@ -48,7 +48,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         bounds = {
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < float("inf"),
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
@@ -56,7 +56,7 @@ class Sampling:
         for key, holds in bounds.items():
             if not holds:
                 raise UserError(
-                    f"{key}={getattr(self, key)} was given; temperature and top_k must be 0 or more, "
+                    f"{key}={getattr(self, key)} was given; temperature and top_k must be 0 or more and finite, "
                     f"top_p in (0, 1], repetition_penalty above 0; change {key}"
                 )
 
@@ -72,12 +72,21 @@ def reason_for_generate(config: GenerationConfig) -> str | None:
     return None
 
 
-def _ids(value: int | list[int] | Tensor | None) -> list[int]:
+def start_token(model: PreTrainedModel) -> int | None:
+    """The token that an encoder-decoder model starts with, as its generation_config says; None if it names none."""
+    config = model.generation_config
+    start = config.decoder_start_token_id
+    start = config.bos_token_id if start is None else start
+    known = isinstance(start, int) and 0 <= start < model.get_output_embeddings().weight.shape[0]
+    return start if known else None
+
+
+def _ids(value: int | list[int] | Tensor | None, vocabulary: int) -> list[int]:
+    """The ids that there are: configs name others too, such as -1, which no logit stands for."""
     if value is None:
         return []
-    if isinstance(value, Tensor):
-        return [int(item) for item in value.flatten()]
-    return [value] if isinstance(value, int) else [int(item) for item in value]
+    ids = value.flatten().tolist() if isinstance(value, Tensor) else [value] if isinstance(value, int) else value
+    return [int(item) for item in ids if 0 <= item < vocabulary]
 
 
 class TokenRules:
@@ -85,20 +94,24 @@ class TokenRules:
 
     Args:
         config: the model's generation_config.
+        vocabulary: number of logits; ids beyond it are as good as not given.
         encoder_decoder: whether forced_bos_token_id applies (to the token after the start token).
         device: where the state lies.
     """
 
-    def __init__(self, config: GenerationConfig, *, encoder_decoder: bool, device: torch.device) -> None:
-        eos = _ids(config.eos_token_id)
-        pad = _ids(config.pad_token_id)
-        self.pad = pad[0] if pad else (eos[0] if eos else 0)
+    def __init__(
+        self, config: GenerationConfig, *, vocabulary: int, encoder_decoder: bool, device: torch.device
+    ) -> None:
+        def known(key: str) -> list[int]:
+            return _ids(getattr(config, key), vocabulary)
+
+        eos = known("eos_token_id")
+        self.pad = next(iter(known("pad_token_id") + eos), 0)
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
-        self.suppress = torch.tensor(_ids(config.suppress_tokens), dtype=torch.long, device=device)
-        self.begin_suppress = torch.tensor(_ids(config.begin_suppress_tokens), dtype=torch.long, device=device)
-        self.forced_bos = config.forced_bos_token_id if encoder_decoder else None
-        forced_eos = _ids(config.forced_eos_token_id)
-        self.forced_eos = forced_eos[0] if forced_eos else None
+        self.suppress = torch.tensor(known("suppress_tokens"), dtype=torch.long, device=device)
+        self.begin_suppress = torch.tensor(known("begin_suppress_tokens"), dtype=torch.long, device=device)
+        self.forced_bos = next(iter(known("forced_bos_token_id")), None) if encoder_decoder else None
+        self.forced_eos = next(iter(known("forced_eos_token_id")), None)
         self.repetition_penalty = config.repetition_penalty or 1.0
 
     @property
@@ -166,7 +179,9 @@ def cut(
 
     The mass is the softmax of scores / temperature over the top_k; what top_p cuts off is zero, the rest as it was.
     """
-    ordered, order = (scores / temperature).sort(dim=-1, descending=True)
+    # Below the largest one before the division: a small temperature would make it infinite.
+    below = scores - scores.amax(dim=-1, keepdim=True)
+    ordered, order = (below / temperature).sort(dim=-1, descending=True)
     rank = torch.arange(ordered.shape[-1], device=ordered.device)
     mass = ordered.masked_fill(rank >= top_k, float("-inf")).softmax(dim=-1)
     return mass.masked_fill(mass.cumsum(dim=-1) - mass >= top_p, 0.0), order

@@ -21,7 +21,7 @@ from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.memory import require
 from llmslm.generation.plan import Decoder
 from llmslm.generation.products import fast_products
-from llmslm.generation.sampling import Sampling
+from llmslm.generation.sampling import Sampling, start_token
 from llmslm.generation.side import Side
 from llmslm.generation.state import capacity_bucket, prompt_bucket
 from llmslm.models.encoder import pad_right
@@ -88,7 +88,7 @@ class VerifiedEngine:
             prompt_ids: (batch, prompt_len), in the LLM's tokenizer.
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
             max_new_tokens: number of tokens after which a row ends in any case.
-            min_new_tokens: number of tokens before which no row ends.
+            min_new_tokens: number of tokens before which no row ends; 0 leaves it to the LLM's generation_config.
             sampling: how the LLM's tokens are drawn; its most probable ones are taken if not given.
             on_first_token: called once the first tokens of the batch are known.
             on_tokens: called with (batch, n) tokens on the CPU as they come; put side by side, they are the result.
@@ -116,7 +116,7 @@ class VerifiedEngine:
                 **slm_side,
             )
             sides = self._llm_side(reading, prompt_ids, places), self._draft_side(inputs, places)
-        min_new = max(min_new_tokens, self._alone.configured_minimum(start))
+        min_new = min_new_tokens or self._alone.configured_minimum(start)
         choice = Choice(self.llm, prompt_ids, prompt_mask, min_new=min_new, max_new=max_new_tokens, sampling=sampling)
         run = _Run(*sides, choice, BlockLength(_cost_of_drafting(*sides)))
         return run.decode(on_first_token, on_tokens)
@@ -125,6 +125,8 @@ class VerifiedEngine:
         for engine, name in ((self._alone, "LLM"), (self._slm, "slm")):
             if engine.decoder is None:
                 return f"the {name} cannot be read in blocks ({engine.reason})"
+            if engine.model.config.is_encoder_decoder and start_token(engine.model) is None:
+                return f"the {name} has no single decoder_start_token_id of its vocabulary"
         return self._alone.reason_for_generate(positions)
 
     def _require_memory(self, batch: int, length: int, places: int) -> None:
@@ -150,7 +152,7 @@ class VerifiedEngine:
         batch, length = reading.mask.shape
         if reading.past_key_values is None:
             side = self._side(self._alone.decoder, batch, places, length)
-            side.take_states(reading.last_hidden_state, reading.mask, self._alone.start_token())
+            side.take_states(reading.last_hidden_state, reading.mask, start_token(self.llm) or 0)
         else:
             side = self._side(self._alone.decoder, batch, length + places, 0)
             side.take_prompt(reading.past_key_values, reading.mask, prompt_ids)
@@ -161,7 +163,7 @@ class VerifiedEngine:
         batch, length = mask.shape
         if "encoder_outputs" in inputs:
             side = self._side(self._slm.decoder, batch, places, length)
-            side.take_states(inputs["encoder_outputs"].last_hidden_state, mask, self._slm.start_token())
+            side.take_states(inputs["encoder_outputs"].last_hidden_state, mask, start_token(slm) or 0)
             return side
         order = mask.argsort(dim=1, descending=True, stable=True)  # rows without gaps, from position 0
         embeds, mask = inputs["inputs_embeds"], mask.gather(1, order)

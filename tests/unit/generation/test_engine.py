@@ -71,6 +71,36 @@ def test_settings_of_the_generation_config_are_honoured(family: str) -> None:
     assert torch.equal(DecodeEngine(model).generate(**inputs, max_new_tokens=10), expected)
 
 
+@families
+def test_ids_beyond_the_vocabulary_are_those_of_no_token(family: str) -> None:
+    """Configs name -1 for "none", or the ids of a larger vocabulary; nothing may be read or written at such places."""
+    model = tiny(family)
+    inputs = prompts(model, 4, 6)
+    config = model.generation_config
+    config.eos_token_id = [EOS, -1, 10**6]
+    engine = DecodeEngine(model)
+    limits = {"max_new_tokens": 9, "min_new_tokens": 4}
+    assert torch.equal(engine.generate(**inputs, **limits), by_generate(model, inputs, **limits))
+    config.suppress_tokens, config.begin_suppress_tokens = [7, 10**6], [-1, 9]
+    assert torch.equal(engine.generate(**inputs, **limits), by_generate(model, inputs, **limits))
+    config.pad_token_id = -1  # generate() reads it as a token of rows that have ended, and fails
+    config.eos_token_id = [EOS, int(by_generate(model, prompts(model, 1, 6), max_new_tokens=1))]
+    assert engine.generate(**inputs, max_new_tokens=9).min() >= 0
+
+
+@pytest.mark.parametrize(("minimum", "given"), [(None, 0), (None, 2), (3, 0), (0, 0), (3, 2)])
+def test_which_of_several_minimum_lengths_holds(minimum: int | None, given: int) -> None:
+    for family in ("gpt2", "t5"):
+        model = tiny(family)
+        inputs = prompts(model, 8, 3)
+        config = model.generation_config
+        config.eos_token_id = by_generate(model, inputs, max_new_tokens=6).unique().tolist()
+        config.min_length, config.min_new_tokens = 9, minimum
+        limits = {"max_new_tokens": 12, **({"min_new_tokens": given} if given else {})}
+        tokens = DecodeEngine(model).generate(**inputs, **limits)
+        assert torch.equal(tokens, by_generate(model, inputs, **limits))
+
+
 def test_grouped_biased_and_scaled_variants_are_exact() -> None:
     config = LlamaConfig(
         hidden_size=32,
@@ -117,16 +147,18 @@ def test_tokens_are_handed_out_as_they_come() -> None:
     assert torch.equal(torch.cat(events[1:], dim=1), tokens)
 
 
-@pytest.mark.parametrize("setting", [{"num_beams": 2}, {"no_repeat_ngram_size": 2}])
+@pytest.mark.parametrize("setting", [{"num_beams": 2, "num_return_sequences": 2}, {"no_repeat_ngram_size": 2}])
 def test_what_only_generate_can_do_is_left_to_it_with_the_reason(setting: dict[str, int]) -> None:
     model = tiny("bart")
     inputs = prompts(model, 2, 5)
     engine = DecodeEngine(model)
     for key, value in setting.items():
         setattr(model.generation_config, key, value)
+    expected = by_generate(model, inputs, max_new_tokens=6, num_return_sequences=1)
+    model.generation_config.return_dict_in_generate = True
     with pytest.warns(UserWarning, match=next(iter(setting))):
         tokens = engine.generate(**inputs, max_new_tokens=6)
-    assert torch.equal(tokens, by_generate(model, inputs, max_new_tokens=6))
+    assert torch.equal(tokens, expected)
 
 
 def test_a_step_that_differs_from_the_model_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +197,9 @@ def test_sliding_windows_are_served_as_long_as_they_hold_the_whole_text() -> Non
         ({"attention_mask": torch.ones(2, 3)}, "mask must be"),
         ({"inputs_embeds": torch.ones(2, 4, 32)}, "one of them"),
         ({"input_ids": None}, "no input given"),
+        ({"input_ids": torch.ones(2, 0, dtype=torch.long)}, "at least one of each"),
+        ({"input_ids": torch.ones(4, dtype=torch.long)}, "at least one of each"),
+        ({"input_ids": torch.ones(1, 129, dtype=torch.long), "attention_mask": None}, "has 128 positions; cut"),
     ],
 )
 def test_wrong_inputs_are_named(change: dict[str, object], text: str) -> None:
@@ -193,7 +228,7 @@ def test_sampling_repeats_with_its_seed_and_stays_inside_its_cuts() -> None:
     assert torch.equal(drawn(seed=3), drawn(seed=3))
     assert not torch.equal(drawn(seed=3), drawn(seed=4))
     greedy = engine.generate(**inputs, max_new_tokens=6, min_new_tokens=6)
-    for alone in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.0}):
+    for alone in ({"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.0}, {"temperature": 1e-40}):
         assert torch.equal(drawn(**alone), greedy)
 
 

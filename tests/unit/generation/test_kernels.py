@@ -231,7 +231,7 @@ def test_the_largest_logit(vocabulary: int, eos: list[int]) -> None:
     logits[6] = float("nan")
     state = made_state(8, 6, vocabulary=vocabulary)
     config = GenerationConfig(eos_token_id=eos or None, pad_token_id=0)
-    rules = TokenRules(config, encoder_decoder=False, device=DEVICE)
+    rules = TokenRules(config, vocabulary=vocabulary, encoder_decoder=False, device=DEVICE)
     results = []
     for take in (step.take_largest for step in steps(made_decoder(), state)):
         state.start(min_new=2, max_new=5, sampling=None, penalty=1.0)
