@@ -4,6 +4,7 @@ The prompt goes through the model's own forward; each further token through a le
 On CUDA that step is fused kernels in a graph which feeds itself: nothing waits for the host between tokens.
 """
 
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class DecodeEngine:
         self.reason: str | None = None
         self.decoder: Decoder | None = None
         self._loops: OrderedDict[tuple[Any, ...], DecodeLoop] = OrderedDict()
+        self._lock = threading.RLock()  # calls of one size share a state: those of other threads wait
         limit = getattr(model.config, "max_position_embeddings", None) or 1024
         try:
             with torch.no_grad():
@@ -123,15 +125,16 @@ class DecodeEngine:
             if on_tokens is not None:
                 on_tokens(ids.cpu())
             return ids
-        rules = self._rules()
-        loop = self._loop(prompt, max_new_tokens, rules, sampling)
-        penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
-        padded = self._padded(prompt)
-        loop.prepare(padded.values, padded.attention_mask)
-        loop.state.start(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
-        may_end = rules.eos.numel() > 0 and min_new < max_new_tokens
-        loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
-        return loop.state.tokens(rules.eos, max_new_tokens)
+        with self._lock:
+            rules = self._rules()
+            loop = self._loop(prompt, max_new_tokens, rules, sampling)
+            penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
+            padded = self._padded(prompt)
+            loop.prepare(padded.values, padded.attention_mask)
+            loop.state.start(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
+            may_end = rules.eos.numel() > 0 and min_new < max_new_tokens
+            loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
+            return loop.state.tokens(rules.eos, max_new_tokens)
 
     def _prompt(
         self,

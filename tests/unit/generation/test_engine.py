@@ -1,5 +1,7 @@
 """The engine's tokens are `generate()`'s, for every family, batch, padding and end; and what it refuses."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -132,6 +134,16 @@ def test_a_state_is_used_again_without_traces_of_the_last_call() -> None:
     for length in range(1, 9):
         engine.generate(**prompts(model, 3, length), max_new_tokens=8)
     assert len(engine._loops) == engine.keep
+
+
+def test_calls_from_several_threads_wait_for_each_other() -> None:
+    model = tiny("gpt2")
+    engine = DecodeEngine(model)
+    inputs = [prompts(model, 3, 5, seed=seed) for seed in range(4)]
+    expected = [engine.generate(**one, max_new_tokens=12) for one in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda index: engine.generate(**inputs[index % 4], max_new_tokens=12), range(32)))
+    assert all(torch.equal(tokens, expected[index % 4]) for index, tokens in enumerate(results))
 
 
 def test_tokens_are_handed_out_as_they_come() -> None:
