@@ -1,5 +1,9 @@
 /* One decode step on the CPU as a list of operations, walked by all threads of one parallel region.
  *
+ * Threads claim pieces of an operation and go on once all pieces are done, whoever did them. They do not wait for each
+ * other as at a barrier: where other programs want the cores too, a thread that lost its core would hold up all others
+ * at each of a step's operations.
+ *
  * At a few rows a step is bound by the bytes of the weights, so products stream each weight once, four rows of it at a
  * time, past all inputs. Activations are float; weights and caches are float or bfloat16, weights also 8 bits with a
  * scale for each row. Vectors of 16 are GCC's and Clang's own type, which any instruction set is good for.
@@ -7,6 +11,8 @@
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
@@ -24,6 +30,7 @@ typedef uint16_t v16h __attribute__((vector_size(32), aligned(2)));
 typedef int8_t v16b __attribute__((vector_size(16), aligned(1)));
 #define INLINE static inline __attribute__((always_inline))
 
+enum { SHARES = 8, SPINS = 2000 }; /* of an operation, for each thread; before a thread that waits gives way */
 enum { EMBED, NORM, LINEAR, SELF_ATTENTION, CROSS_ATTENTION };
 enum { FLOAT, BFLOAT16, INT8 };
 enum { NONE, RELU, SILU, GELU, GELU_TANH };
@@ -178,9 +185,9 @@ static void products(const Op *op, int64_t row, int R, const float *x, int M, fl
   }
 }
 
-static void linear(const Op *op, int64_t batch, int64_t thread, int64_t threads) {
-  int64_t N = op->rows, tiles = (N + 3) / 4;
-  int64_t first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
+/* Tiles of 4 outputs. */
+static void linear(const Op *op, int64_t batch, int64_t first, int64_t last) {
+  int64_t N = op->rows;
   for (int64_t tile = first; tile < last; tile++) {
     int64_t row = tile * 4;
     int R = N - row < 4 ? (int)(N - row) : 4;
@@ -200,9 +207,9 @@ static void linear(const Op *op, int64_t batch, int64_t thread, int64_t threads)
   }
 }
 
-static void embed(const Op *op, int64_t batch, int64_t thread, int64_t threads) {
+static void embed(const Op *op, int64_t first, int64_t last) {
   int64_t width = op->columns;
-  for (int64_t b = thread; b < batch; b += threads)
+  for (int64_t b = first; b < last; b++)
     for (int64_t k = 0; k < width; k++) {
       int64_t at = op->token[b] * width + k, place = (op->position[b] + op->offset) * width + k;
       int half = op->dtype == BFLOAT16;
@@ -214,9 +221,9 @@ static void embed(const Op *op, int64_t batch, int64_t thread, int64_t threads) 
 }
 
 /* Layer norm where a bias or `offset` says so, else RMS norm. */
-static void norm(const Op *op, int64_t batch, int64_t thread, int64_t threads) {
+static void norm(const Op *op, int64_t first, int64_t last) {
   int64_t K = op->columns;
-  for (int64_t b = thread; b < batch; b += threads) {
+  for (int64_t b = first; b < last; b++) {
     const float *x = op->in + b * K;
     float *y = op->out + b * K, mean = 0, square = 0;
     if (op->offset) {
@@ -309,9 +316,9 @@ static void store(const Op *op, void *cache, int64_t at, const float *x) {
     for (int64_t d = 0; d < D; d++) ((uint16_t *)cache)[at + d] = bfloat16_bits(x[d]);
 }
 
-static void self_attention(const Op *op, int64_t batch, int64_t filled, float *scratch, int64_t thread, int64_t threads) {
+static void self_attention(const Op *op, int64_t filled, float *scratch, int64_t first, int64_t last) {
   int64_t D = op->head_dim, group = op->heads / op->kv_heads, width = (op->heads + 2 * op->kv_heads) * D;
-  for (int64_t row = thread; row < batch * op->kv_heads; row += threads) {
+  for (int64_t row = first; row < last; row++) {
     int64_t b = row / op->kv_heads, kv = row % op->kv_heads, position = op->position[b];
     float *qkv = (float *)op->in + b * width;
     float *k = qkv + (op->heads + kv) * D, *v = k + op->kv_heads * D;
@@ -325,28 +332,56 @@ static void self_attention(const Op *op, int64_t batch, int64_t filled, float *s
   }
 }
 
-static void cross_attention(const Op *op, int64_t batch, float *scratch, int64_t thread, int64_t threads) {
+static void cross_attention(const Op *op, float *scratch, int64_t first, int64_t last) {
   int64_t D = op->head_dim;
-  for (int64_t row = thread; row < batch * op->heads; row += threads)
+  for (int64_t row = first; row < last; row++)
     attend(op, op->in + row * D, row % op->heads, row, op->capacity, scratch, op->out + row * D);
+}
+
+/* Pieces of one operation: the next one that nobody has, and how many are done. */
+typedef struct {
+  _Atomic int64_t next, done;
+  char apart[112]; /* two cache lines: processors fetch pairs */
+} Progress;
+
+static int64_t pieces(const Op *op, int64_t batch) {
+  switch (op->kind) {
+    case LINEAR: return (op->rows + 3) / 4;
+    case SELF_ATTENTION: return batch * op->kv_heads;
+    case CROSS_ATTENTION: return batch * op->heads;
+    default: return batch;
+  }
+}
+
+static void work(const Op *op, int64_t batch, int64_t filled, float *scratch, int64_t first, int64_t last) {
+  switch (op->kind) {
+    case EMBED: embed(op, first, last); break;
+    case NORM: norm(op, first, last); break;
+    case LINEAR: linear(op, batch, first, last); break;
+    case SELF_ATTENTION: self_attention(op, filled, scratch, first, last); break;
+    case CROSS_ATTENTION: cross_attention(op, scratch, first, last); break;
+  }
 }
 
 /* Run all operations; `scratch` holds `longest` floats for each thread. */
 void run(const Op *ops, int64_t count, int64_t batch, int64_t filled, float *scratch, int64_t longest, int64_t asked) {
+  Progress progress[count];
+  for (int64_t i = 0; i < count; i++) {
+    atomic_init(&progress[i].next, 0);
+    atomic_init(&progress[i].done, 0);
+  }
 #pragma omp parallel num_threads((int)asked)
   {
-    int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    float *own = scratch + thread * longest;
+    float *own = scratch + omp_get_thread_num() * longest;
     for (int64_t i = 0; i < count; i++) {
-      const Op *op = ops + i;
-      switch (op->kind) {
-        case EMBED: embed(op, batch, thread, threads); break;
-        case NORM: norm(op, batch, thread, threads); break;
-        case LINEAR: linear(op, batch, thread, threads); break;
-        case SELF_ATTENTION: self_attention(op, batch, filled, own, thread, threads); break;
-        case CROSS_ATTENTION: cross_attention(op, batch, own, thread, threads); break;
+      int64_t all = pieces(ops + i, batch), some = all / (SHARES * omp_get_num_threads()) + 1, first;
+      while ((first = atomic_fetch_add(&progress[i].next, some)) < all) {
+        int64_t last = first + some < all ? first + some : all;
+        work(ops + i, batch, filled, own, first, last);
+        atomic_fetch_add_explicit(&progress[i].done, last - first, memory_order_release);
       }
-#pragma omp barrier
+      for (int spins = 0; atomic_load_explicit(&progress[i].done, memory_order_acquire) < all; spins++)
+        if (spins > SPINS) sched_yield();
     }
   }
 }

@@ -55,6 +55,22 @@ def test_logits_are_those_of_plain_torch(family: str) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("family", ["qwen3", "t5"])
+def test_the_number_of_threads_changes_nothing(family: str) -> None:
+    """Also more threads than there are cores, or pieces of work: each piece is done once, after what it needs."""
+    decoder, before = read(tiny(family), 128), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = _after_tokens(NativeStep, decoder, 3)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for _ in range(10):
+                assert torch.equal(_after_tokens(NativeStep, decoder, 3), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "t5", "bart"])
 def test_in_bfloat16_they_differ_by_rounding(family: str) -> None:
     assert _difference(read(tiny(family).bfloat16(), 128), 2) < 0.03
