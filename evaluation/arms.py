@@ -66,6 +66,10 @@ def load_arms(
     own = [_own_arm(spec, device, dtype, next(iter(formats), None)) for spec in specs]
     every = [*arms.values(), *made, *own]
     names = [arm.system.name for arm in every]
+    if slashed := [name for name in names if "/" in name]:
+        raise UserError(
+            f"a system is named {slashed[0]!r}; a slash stands before what a control lacks (init_args.name)"
+        )
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two systems are named {min(twice)!r}; give one of them another name (init_args.name)")
     return every

@@ -48,7 +48,7 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", help="recipe (name or YAML), or JSONL/Parquet with prompt and target")
     what.add_argument("--task", help="task (name or YAML): data, metrics, token budget under a version")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
+    parser.add_argument("--split", choices=("train", "validation", "test"), help="of --data (default: test)")
     parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
     metrics = (
@@ -63,8 +63,8 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     numbers.add_argument("--batch-size", type=_positive, help="examples in a batch of predictions (default: 16)")
     numbers.add_argument("--seed", type=int, help="of the draw of examples and the bootstrap (default: 12345)")
     numbers.add_argument("--resamples", type=_positive, help="draws of the bootstrap (default: 1000)")
-    speed = "batch sizes of the speed measurement (default: 1)"
-    numbers.add_argument("--speed-batch-sizes", type=_positive, nargs="+", metavar="N", help=speed)
+    speed = "batch sizes of the speed measurement, such as 1 8 32 largest: the largest that fits (default: 1)"
+    numbers.add_argument("--speed-batch-sizes", type=_batch_size, nargs="+", metavar="N", help=speed)
     numbers.add_argument("--warmups", type=_natural, help="uncounted rounds of each measurement (default: 10)")
     numbers.add_argument("--runs", type=_natural, help="counted rounds; 0 measures no speed (default: 10)")
     parser.set_defaults(run=_compare)
@@ -107,6 +107,8 @@ def _compare(options: argparse.Namespace) -> None:
     )
     given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.task:
+        if options.split:
+            raise UserError(f"--split {options.split} was given; a task says its split itself, under its version")
         from evaluation.tasks import load_task
 
         name, task = load_task(options.task)
@@ -115,7 +117,7 @@ def _compare(options: argparse.Namespace) -> None:
         examples = load_task_examples(name, task, options.limit, settings.seed)
     else:
         settings = Settings(**given)
-        examples = load_examples(options.data, options.split, options.limit, settings.seed)
+        examples = load_examples(options.data, options.split or "test", options.limit, settings.seed)
     where: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     paths = compare_folders(folders, examples, settings, **where, peers=options.peers, specs=options.systems)
     if not paths:  # a rank that is not the first
@@ -254,14 +256,18 @@ def _speed(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return _whole(text, least=1)
 
 
 def _natural(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+    return _whole(text, least=0)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "largest" else _positive(text)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; expected a whole number of at least {least}")
+    return int(text)

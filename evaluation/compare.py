@@ -3,23 +3,22 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation import cost
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.examples import Examples, load_examples, text_hash
-from evaluation.memory import NOT_MEASURED, peak_memory
+from evaluation.measure import NOT_MEASURED, measure
 from evaluation.predictions import ALONE, Prediction, forget, predict
 from evaluation.ranks import Ranks, join_ranks, leave_ranks
 from evaluation.record import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
-from evaluation.speed import RUNS, WARMUPS, measure_speed
+from evaluation.speed import RUNS, WARMUPS, BatchSize
 from evaluation.systems import LLM, SLM, Arm, control_arms, file_stem
 from llmslm.errors import UserError
-from llmslm.provenance import provenance
+from llmslm.provenance import changes, provenance
 
 if TYPE_CHECKING:
     from llmslm.data.sources import Split
@@ -46,7 +45,8 @@ class Settings:
     resamples: int = RESAMPLES
     controls: bool = False
     """Also evaluate llm_to_slm with zero features and with those of another prompt."""
-    speed_batch_sizes: Sequence[int] = (1,)
+    speed_batch_sizes: Sequence[BatchSize] = (1,)
+    """Numbers, and "largest" for the largest that fits of each system that decodes by the engine."""
     warmups: int = WARMUPS
     runs: int = RUNS
     """Measured rounds of each mode and batch size; 0 measures neither speed nor memory."""
@@ -86,7 +86,8 @@ def compare_folders(
 
     ranks = join_ranks()
     if device is None:
-        device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
+        gpus = torch.cuda.device_count()  # one, where the scheduler shows each task its own alone
+        device = f"cuda:{ranks.local_rank % gpus}" if gpus else "cpu"
     examples = data if isinstance(data, Examples) else load_examples(data, split, limit, settings.seed)
     arms = load_arms(folders, device, dtype, peers, specs)
     paths = compare(arms, examples, settings, ranks)
@@ -107,32 +108,64 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
         The records written, in the order of the arms, controls last; nothing on ranks but the first.
     """
     check_metrics(settings.metrics)
-    arms = [*arms, *(control_arms(arms) if settings.controls else ())]
-    settings = replace(settings, max_new_tokens=_budget(arms, settings))
-    origin = ranks.from_first(provenance())
-    keys = [_prediction_key(arm, examples, settings, origin) for arm in arms]
+    if settings.controls:
+        arms = [*arms, *_controls(arms, examples, settings)]
+    budget = _budget(arms, settings)
+    origin, changed = ranks.from_first((provenance(), changes()))
+    code = [origin["commit"], changed, origin["versions"], [origin["hardware"][name] for name in ("cpu", "gpus")]]
+    keys = [_prediction_key(arm, examples, [budget, settings.batch_size], code) for arm in arms]
     comparison = _comparison_hash(keys, settings, origin)
-    paths = [settings.out / (file_stem(examples.task, arm.system.name) + SUFFIX) for arm in arms]
+    paths = [settings.out / (_stem(arm, examples) + SUFFIX) for arm in arms]
     identified = all(arm.checkpoint for arm in arms)
     finished = identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths)
     if ranks.from_first(finished):
         return paths if ranks.is_first else []
-    files = [_predictions_path(arm, examples, settings, key) for arm, key in zip(arms, keys, strict=True)]
-    predictions = [_predict(arm, examples, settings, file, ranks) for arm, file in zip(arms, files, strict=True)]
+    folder = settings.out / "predictions"
+    files = [folder / f"{_stem(arm, examples)}.{key[:12]}.jsonl" for arm, key in zip(arms, keys, strict=True)]
+    predictions = []
+    for arm, file in zip(arms, files, strict=True):
+        if arm.checkpoint is None:
+            forget(file)
+        sizes = {"max_new_tokens": budget, "batch_size": settings.batch_size}
+        predictions.append(predict(arm.system, examples, file, **sizes, ranks=ranks))
     if not ranks.is_first:
         return []
-    scored = _score_all(arms, predictions, examples, settings)
-    speed = _measure_speed(arms, examples, settings)
+    cut = _cut_references(arms, predictions)
+    scored = _score_all(arms, predictions, examples, settings, cut)
+    timed = [arm.system for arm in arms if not arm.is_control] if settings.runs else []
+    measured = measure(timed, examples.prompts, budget, settings.speed_batch_sizes, settings.warmups, settings.runs)
     for arm, rows, file, path in zip(arms, predictions, files, paths, strict=True):
-        entries = speed.get(arm.system.name, [])
-        cost.add_floors(arm.system, examples.prompts, entries)
-        measured = _speed_fields(entries, _memory(arm, examples, settings)) | {"cost": _cost(arm, examples, settings)}
-        head = {"schema_version": SCHEMA_VERSION, "comparison": comparison}
-        quality = _quality(arm, examples, settings, scored)
-        identity = _identity(arm, examples, settings, rows) | {"predictions": file.relative_to(settings.out).as_posix()}
-        record = head | identity | quality | measured | {"provenance": origin}
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "comparison": comparison,
+            **_identity(arm, examples, settings, rows, budget),
+            "length": _length(rows, cut),
+            "predictions": file.relative_to(settings.out).as_posix(),
+            **_quality(arm, examples, settings, scored),
+            **measured.get(arm.system.name, NOT_MEASURED),
+            "provenance": origin,
+        }
         write_record(path, record)
     return paths
+
+
+def _controls(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list[Arm]:
+    """Make the controls, or say what they lack before hours are spent on the rest."""
+    controls = control_arms(arms)
+    if not controls:
+        raise UserError("controls destroy what an llm_to_slm system is told; give one (--llm-to-slm DIR)")
+    if min(settings.batch_size, len(examples)) < 2:
+        raise UserError(
+            f"shuffled features are those of another prompt of a batch; {len(examples)} examples in batches of "
+            f"{settings.batch_size} were given (--batch-size, --limit)"
+        )
+    return controls
+
+
+def _stem(arm: Arm, examples: Examples) -> str:
+    """Name the files of a system on a split."""
+    task = examples.task if examples.split == "test" else f"{examples.task}-{examples.split}"
+    return file_stem(task, arm.system.name)
 
 
 def _budget(arms: Sequence[Arm], settings: Settings) -> int:
@@ -145,13 +178,11 @@ def _comparison_hash(keys: Sequence[str], settings: Settings, origin: Mapping[st
     return _hash([list(keys), chosen, origin["hardware"]])
 
 
-def _prediction_key(arm: Arm, examples: Examples, settings: Settings, origin: Mapping[str, Any]) -> str:
+def _prediction_key(arm: Arm, examples: Examples, sizes: Sequence[int], code: Sequence[Any]) -> str:
     """Hash all that decides about predictions, so that no others are taken for them."""
     data = [examples.task, examples.version, examples.split, examples.hashes()]
-    machine = {name: origin["hardware"][name] for name in ("cpu", "gpus")}
-    code = [origin["commit"], origin["versions"], machine]
     place = [arm.device, arm.dtype]
-    return _hash([arm.system.name, arm.checkpoint, place, data, settings.max_new_tokens, settings.batch_size, code])
+    return _hash([arm.system.name, arm.checkpoint, place, data, *sizes, code])
 
 
 def _hash(value: Any) -> str:
@@ -165,27 +196,13 @@ def _is_of(path: Path, comparison: str) -> bool:
         return False
 
 
-def _predictions_path(arm: Arm, examples: Examples, settings: Settings, key: str) -> Path:
-    return settings.out / "predictions" / f"{file_stem(examples.task, arm.system.name)}.{key[:12]}.jsonl"
-
-
-def _predict(arm: Arm, examples: Examples, settings: Settings, path: Path, ranks: Ranks) -> list[Prediction]:
-    if arm.checkpoint is None:
-        forget(path)
-    return predict(
-        arm.system,
-        examples,
-        path,
-        max_new_tokens=_budget([arm], settings),
-        batch_size=settings.batch_size,
-        ranks=ranks,
-    )
-
-
 def _score_all(
-    arms: Sequence[Arm], predictions: Sequence[Sequence[Prediction]], examples: Examples, settings: Settings
+    arms: Sequence[Arm],
+    predictions: Sequence[Sequence[Prediction]],
+    examples: Examples,
+    settings: Settings,
+    cut: Set[str],
 ) -> dict[str, Scored]:
-    cut = _cut_references(arms, predictions)
     scored = {}
     for arm, rows in zip(arms, predictions, strict=True):
         columns: dict[str, list[Any]] = {
@@ -202,8 +219,9 @@ def _score_all(
 def _cut_references(arms: Sequence[Arm], predictions: Sequence[Sequence[Prediction]]) -> set[str]:
     """Find the examples whose reference one of the systems may have had to cut.
 
-    They are left out of the likelihood of all: nats of a part of a text over the bytes of all of it would
-    flatter a system, and systems are compared on the same examples only.
+    They are left out of the likelihood and of the length ratio of all: nats of a part of a text over the bytes of all
+    of it would flatter a system, and so would a part of a reference as the length to reach; and systems are compared on
+    the same examples only.
     """
     return {
         row.id
@@ -224,42 +242,12 @@ def _quality(arm: Arm, examples: Examples, settings: Settings, scored: Mapping[s
     }
 
 
-def _measure_speed(arms: Sequence[Arm], examples: Examples, settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    if not settings.runs:
-        return {}
-    return measure_speed(
-        {arm.system.name: arm.system for arm in arms if not arm.is_control},
-        examples.prompts,
-        max_new_tokens=_budget(arms, settings),
-        batch_sizes=settings.speed_batch_sizes,
-        warmups=settings.warmups,
-        runs=settings.runs,
-    )
-
-
-def _memory(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
-    if not settings.runs or arm.is_control:
-        return dict(NOT_MEASURED)
-    return peak_memory(
-        arm.system,
-        examples.prompts,
-        max_new_tokens=_budget([arm], settings),
-        batch_size=min(settings.speed_batch_sizes),
-    )
-
-
-def _cost(arm: Arm, examples: Examples, settings: Settings) -> dict[str, Any]:
-    if not settings.runs or arm.is_control:
-        return dict(cost.NOT_MEASURED)
-    return cost.measure_cost(arm.system, examples.prompts, _budget([arm], settings))
-
-
-def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[Prediction]) -> Record:
+def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[Prediction], budget: int) -> Record:
     hashes = {
         "predictions": text_hash(examples.ids, [row.prediction for row in rows]),
         "checkpoint": arm.checkpoint,
     }
-    chosen = {name: getattr(settings, name) for name in ("max_new_tokens", "batch_size", "seed", "resamples")}
+    chosen = {name: getattr(settings, name) for name in ("batch_size", "seed", "resamples")}
     return {
         "system": arm.system.name,
         "task": {
@@ -269,16 +257,16 @@ def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[P
             "data": examples.fingerprint,
         },
         "parameters": arm.system.parameters(),
-        "length": _length(rows),
         "hashes": {**examples.hashes(), **hashes},
-        "settings": {**chosen, "dtype": arm.dtype, "device": arm.device},
+        "settings": {"max_new_tokens": budget, **chosen, "dtype": arm.dtype, "device": arm.device},
         "training": dict(arm.card),
         "folder": arm.folder,
     }
 
 
-def _length(rows: Sequence[Prediction]) -> dict[str, Any]:
-    produced, reference = sum(row.tokens for row in rows), sum(row.target_tokens for row in rows)
+def _length(rows: Sequence[Prediction], cut: Set[str]) -> dict[str, Any]:
+    whole = [row for row in rows if row.id not in cut]
+    produced, reference = sum(row.tokens for row in whole), sum(row.target_tokens for row in whole)
     ratio = produced / reference if reference else None
     return {
         "produced_tokens": produced,
@@ -286,17 +274,4 @@ def _length(rows: Sequence[Prediction]) -> dict[str, Any]:
         "ratio": ratio,
         "gate": LENGTH_GATE,
         "met": ratio is not None and ratio >= LENGTH_GATE,
-    }
-
-
-def _speed_fields(entries: list[dict[str, Any]], memory: Mapping[str, Any]) -> dict[str, Any]:
-    natural = [entry for entry in entries if entry["mode"] == "natural"]
-    first = min(natural, key=lambda entry: entry["batch_size"]) if natural else None
-    return {
-        "speed": entries,
-        "ttft_s": first["ttft_s"]["p50"] if first else None,
-        "tpot_s": first["tpot_s"]["p50"] if first else None,
-        "tokens_per_s": first["tokens_per_s"] if first else None,
-        "peak_memory_bytes": memory["bytes"],
-        "peak_memory": {"weight_bytes": memory["weight_bytes"], "method": memory["method"]},
     }

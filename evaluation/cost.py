@@ -5,10 +5,11 @@ import math
 import time
 from collections.abc import Sequence
 from functools import cache
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from evaluation.floor import copy_bandwidth, floor_s
-from evaluation.systems import EvaluatedSystem
+from evaluation.systems import EvaluatedSystem, decoded_by_engine
 
 if TYPE_CHECKING:
     import torch
@@ -35,23 +36,17 @@ def measure_cost(system: EvaluatedSystem, prompts: Sequence[str], max_new_tokens
     return token_flops(system, prompts[0]) | {"token_joules": joules, "copy_bandwidth_bytes_per_s": bandwidth}
 
 
-def add_floors(system: EvaluatedSystem, prompts: Sequence[str], entries: Sequence[dict[str, Any]]) -> None:
-    """Write the floor beside each speed that was measured at fixed length."""
-    for entry in entries:
-        if entry["mode"] == "fixed":
-            batch = [prompts[row % len(prompts)] for row in range(entry["batch_size"])]
-            entry["floor_s"] = token_floor_s(system, batch, entry["max_new_tokens"])
-
-
 def token_flops(system: EvaluatedSystem, prompt: str) -> dict[str, float | None]:
     """Count floating-point operations by PyTorch's counter; nulls where it sees no work.
 
     A system with a decode engine is counted by `generate()`, which does the same sums: the engine's own kernels are
-    none that PyTorch could count.
+    none that PyTorch could count. The verified mode, which `generate()` has not, is not counted.
 
     Returns:
         `first_token_flops`, the prompt's included, and `token_flops` of each further one.
     """
+    if hasattr(system, "verified_engine"):
+        return {"first_token_flops": None, "token_flops": None}
     system = copy.copy(system)
     if hasattr(system, "decoder"):
         system.decoder = "generate"
@@ -120,24 +115,22 @@ def _meter(device: "torch.device") -> Any:
     return joules
 
 
-def token_floor_s(system: EvaluatedSystem, prompts: Sequence[str], max_new_tokens: int) -> float | None:
+def token_floor_s(system: EvaluatedSystem, batches: Sequence[Sequence[str]], max_new_tokens: int) -> float | None:
     """Return the least time a token can take: weights and filled caches read once, at the measured copy bandwidth.
 
     None for a system that does not decode by the engine, token by token.
 
     Args:
         system: the system.
-        prompts: one batch.
+        batches: of prompts, equally many in each; the floor is the mean over them.
         max_new_tokens: produced at fixed length.
     """
-    from llmslm.system import System
-    from llmslm.verified_system import VerifiedSystem
-
-    if not isinstance(system, System) or isinstance(system, VerifiedSystem) or system.decoder != "engine":
+    decoded = decoded_by_engine(system)
+    if decoded is None:
         return None
-    length = int(system.prefill(prompts)["attention_mask"].shape[1])
-    floor = floor_s(system.engine, len(prompts), length, max_new_tokens, _bandwidth(system.device))
-    return None if math.isnan(floor) else floor
+    lengths = [int(decoded.prefill(batch)["attention_mask"].shape[1]) for batch in batches]
+    bandwidth = _bandwidth(decoded.device)
+    return fmean(floor_s(decoded.engine, len(batches[0]), length, max_new_tokens, bandwidth) for length in lengths)
 
 
 @cache

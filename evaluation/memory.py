@@ -18,16 +18,16 @@ NOT_MEASURED = {"bytes": None, "weight_bytes": None, "method": None}
 _PROCESS = Path("/proc/self")
 
 
-def peak_memory(
-    system: EvaluatedSystem, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 1
-) -> dict[str, Any]:
+def peak_memory(system: EvaluatedSystem, batch: Sequence[str], *, max_new_tokens: int) -> dict[str, Any]:
     """Measure the peak memory of a batch of exactly `max_new_tokens` tokens.
 
     Returns:
         `bytes` (weights plus the batch's peak), `weight_bytes`, and `method`; all null where it cannot be
         measured.
     """
-    batch = list(prompts[:batch_size])
+    made = getattr(system, "__dict__", {})
+    for name in made.keys() & {"engine", "verified_engine"}:
+        made[name].forget()  # caches of earlier calls, in which the batch would find room
     device = getattr(system, "device", None)
     if device is not None and device.type == "cuda":
         added, method = (
@@ -46,15 +46,37 @@ def peak_memory(
 
 
 def weight_bytes(system: EvaluatedSystem) -> int:
-    """Count the bytes of a system's parameters and buffers; 0 for a system without a torch module."""
-    model = getattr(system, "model", None)
-    if model is None:
-        return 0
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensors.values())
+    """Count the bytes that a system's weights take, once each; 0 for a system without a torch module.
+
+    Those of a system that drafts for it count too, and the copies of weights that decode engines have.
+    """
+    from llmslm.generation.memory import weight_bytes as with_copies
+
+    owners: list[Any] = [system, getattr(system, "draft", None)]
+    models = [owner.model for owner in owners if hasattr(owner, "model")]
+    copies = [
+        with_copies(engine.model, engine.decoder) - _stored_bytes([engine.model])
+        for engine in _engines(system)
+        if engine.decoder is not None
+    ]
+    return _stored_bytes(models) + sum(copies)
 
 
-def _added_on_gpu(system: EvaluatedSystem, batch: list[str], max_new_tokens: int) -> int:
+def _stored_bytes(models: Sequence[Any]) -> int:
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _engines(system: EvaluatedSystem) -> list[Any]:
+    """Find the decode engines that a system has made so far."""
+    made = getattr(system, "__dict__", {})
+    if "verified_engine" in made:
+        return list(made["verified_engine"].engines)
+    return [made["engine"]] if "engine" in made else []
+
+
+def _added_on_gpu(system: EvaluatedSystem, batch: Sequence[str], max_new_tokens: int) -> int:
     import torch
 
     device = getattr(system, "device", None)
@@ -65,7 +87,7 @@ def _added_on_gpu(system: EvaluatedSystem, batch: list[str], max_new_tokens: int
     return int(torch.cuda.max_memory_allocated(device) - before)
 
 
-def _added_on_cpu(system: EvaluatedSystem, batch: list[str], max_new_tokens: int) -> int:
+def _added_on_cpu(system: EvaluatedSystem, batch: Sequence[str], max_new_tokens: int) -> int:
     # weights that a file backs become resident when they are first read: read them before measuring
     system.generate(batch, max_new_tokens=1)
     ctypes.CDLL(None).malloc_trim(0)

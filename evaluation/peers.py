@@ -89,11 +89,27 @@ class GenerateSystem(System):
         return super()._by_generate(inputs | self._arguments, *args, **settings)
 
 
-class SpeculativeSystem(GenerateSystem):
-    """An llm that checks several guessed tokens in one pass, so its cost is not one reading of weights a token."""
+class AssistedSystem(GenerateSystem):
+    """An llm that checks in one pass several tokens that a smaller model drafts.
+
+    Args:
+        llm: the system whose predictions these are.
+        draft: the system that drafts.
+        arguments: further ones of `generate`.
+    """
+
+    def __init__(self, llm: System, draft: System, **arguments: Any) -> None:
+        arguments |= {"assistant_model": draft.model}
+        super().__init__("assisted", llm, one_by_one=True, arguments=arguments)
+        self.draft = draft
+
+    def parameters(self) -> dict[str, int]:
+        """Count parameters of both."""
+        llm, draft = super().parameters(), self.draft.parameters()
+        return {name: count + draft[name] for name, count in llm.items()}
 
 
-def assisted(llm: System, assistant: System) -> SpeculativeSystem:
+def assisted(llm: System, assistant: System) -> AssistedSystem:
     """Let a smaller model draft for the llm (assisted generation); two tokenizers are translated between.
 
     Raises:
@@ -101,16 +117,14 @@ def assisted(llm: System, assistant: System) -> SpeculativeSystem:
     """
     if assistant.language_model is not assistant.model:
         raise UserError("an llm_to_slm system cannot assist in transformers; the slm does, and peer verified drafts so")
-    arguments: dict[str, Any] = {"assistant_model": assistant.model}
     own, other = llm.codec.slm_tokenizer, assistant.codec.slm_tokenizer
-    if not same_tokenizer(own, other):
-        arguments |= {"tokenizer": own, "assistant_tokenizer": other}
-    return SpeculativeSystem("assisted", llm, one_by_one=True, arguments=arguments)
+    between = {} if same_tokenizer(own, other) else {"tokenizer": own, "assistant_tokenizer": other}
+    return AssistedSystem(llm, assistant, **between)
 
 
-def prompt_lookup(llm: System, tokens: int = 10) -> SpeculativeSystem:
+def prompt_lookup(llm: System, tokens: int = 10) -> GenerateSystem:
     """Let the llm's own text draft: what followed the last words where they stood before (prompt lookup)."""
-    return SpeculativeSystem("prompt_lookup", llm, one_by_one=True, prompt_lookup_num_tokens=tokens)
+    return GenerateSystem("prompt_lookup", llm, one_by_one=True, prompt_lookup_num_tokens=tokens)
 
 
 def verified(llm: System, llm_to_slm: System) -> VerifiedSystem:

@@ -9,8 +9,9 @@ from typing import Any
 from llmslm.errors import UserError
 from llmslm.writing import write_text
 
-SCHEMA_VERSION = 3
-"""2 added folder, cost and floor_s, 3 versus_slm; records of earlier versions are read as they are."""
+SCHEMA_VERSION = 4
+"""2 added folder, cost and floor_s, 3 versus_slm, 4 peak_memory_bytes of each batch size, and took references that are
+cut out of length; records of earlier versions are read as they are."""
 SCHEMA = Path(__file__).with_name("record.schema.json")
 SUFFIX = ".record.json"
 

@@ -6,21 +6,26 @@ stands beside it.
 
 Time to the first token is that of tokenise, encode, project, prefill and first token. Time per output token
 is (end - first token) / (n - 1), n the steps of the batch. The device is synchronised before each clock
-reading, the systems take turns prompt by prompt, and the first rounds are not counted.
+reading, the systems take turns prompt by prompt, and the first rounds are not counted: they take the prompts of those
+that are, so that nothing is compiled or captured for a length while the clock counts.
 """
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from evaluation.largest_batch import largest_batch
 from evaluation.systems import EvaluatedSystem
 
 Mode = Literal["fixed", "natural"]
 MODES: tuple[Mode, ...] = ("fixed", "natural")
+LARGEST: Literal["largest"] = "largest"
+BatchSize = int | Literal["largest"]
 WARMUPS = 10
 RUNS = 10
 
@@ -71,7 +76,7 @@ def measure_speed(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_sizes: Sequence[int] = (1,),
+    batch_sizes: Sequence[BatchSize] = (1,),
     warmups: int = WARMUPS,
     runs: int = RUNS,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -81,7 +86,7 @@ def measure_speed(
         systems: by name; all are loaded, so that they can take turns.
         prompts: each run takes the next `batch_size` of them, the same for every system; they are cycled.
         max_new_tokens: budget of the natural mode, length of the fixed mode.
-        batch_sizes: each is measured in both modes.
+        batch_sizes: each is measured in both modes; "largest" stands for each system's own, of `largest_batch`.
         warmups: rounds that are not counted.
         runs: rounds that are.
 
@@ -89,23 +94,37 @@ def measure_speed(
         Of each system, one entry a mode and batch size.
     """
     entries: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
-    settings = [(mode, batch_size) for batch_size in batch_sizes for mode in MODES]
-    total = len(settings) * (warmups + runs) * len(systems)
+    sweep = [_sizes(systems, asked, prompts, max_new_tokens) for asked in batch_sizes]
+    total = sum(map(len, sweep)) * len(MODES) * (warmups + runs)
     with tqdm(total=total, desc="measure speed", unit="run", delay=1) as bar:
-        for mode, batch_size in settings:
-            timings = {name: Timings() for name in systems}
-            for turn in range(warmups + runs):
-                batch = [prompts[(turn * batch_size + row) % len(prompts)] for row in range(batch_size)]
-                for name, system in systems.items():
-                    timing = time_generate(system, batch, max_new_tokens, mode)
-                    if turn >= warmups:
+        for sizes, mode in product(sweep, MODES):
+            timings = {name: Timings() for name in sizes}
+            timed = {name: batches(prompts, size, runs) for name, size in sizes.items()}
+            for turn in range(-warmups, runs):
+                for name in sizes:
+                    timing = time_generate(systems[name], timed[name][turn % runs], max_new_tokens, mode)
+                    if turn >= 0:
                         timings[name].add(timing)
                     bar.update()
-            common = {"mode": mode, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-            for name in systems:
-                counts = {"warmups": warmups, "runs": runs}
-                entries[name].append(common | counts | timings[name].summary())
+            for name, size in sizes.items():
+                settings = {"mode": mode, "batch_size": size, "max_new_tokens": max_new_tokens}
+                entries[name].append(settings | {"warmups": warmups, "runs": runs} | timings[name].summary())
     return entries
+
+
+def batches(prompts: Sequence[str], batch_size: int, runs: int) -> list[list[str]]:
+    """Deal prompts out to the runs of a measurement; they are cycled."""
+    return [[prompts[(run * batch_size + row) % len(prompts)] for row in range(batch_size)] for run in range(runs)]
+
+
+def _sizes(
+    systems: Mapping[str, EvaluatedSystem], asked: BatchSize, prompts: Sequence[str], max_new_tokens: int
+) -> dict[str, int]:
+    """Return each system's batch size; systems of which the largest cannot be told are left out of that one."""
+    if asked != LARGEST:
+        return dict.fromkeys(systems, asked)
+    found = {name: largest_batch(system, prompts, max_new_tokens) for name, system in systems.items()}
+    return {name: size for name, size in found.items() if size is not None}
 
 
 def time_generate(system: EvaluatedSystem, prompts: Sequence[str], max_new_tokens: int, mode: Mode) -> Timing:

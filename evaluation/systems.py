@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from llmslm.system import System
 
 LLM = "llm"
 SLM = "slm"
@@ -39,7 +42,8 @@ class EvaluatedSystem(Protocol):
 
     A system on an accelerator also has `device` (a torch device), so that the clock waits for it, and `model`
     (a torch module), so that its weights are counted in its memory. One with a `dtype` (such as "float32") is compared
-    in speed with the llm where that has the same. One whose `card` names a folder as `source`, or a `revision`, is
+    in speed with the llm where that has the same. One with a `draft` (another system) reads the weights of that, too.
+    One whose `card` names a folder as `source`, or a `revision`, is
     known again by a later call, which goes on where this one was killed.
     """
 
@@ -101,6 +105,16 @@ def control_arms(arms: Sequence[Arm]) -> list[Arm]:
         if arm.system.name == LLM_TO_SLM and isinstance(arm.system, ControllableSystem)
         for control in CONTROLS
     ]
+
+
+def decoded_by_engine(system: EvaluatedSystem) -> "System | None":
+    """Return a system that the decode engine decodes token by token; None of any other."""
+    from llmslm.system import System
+    from llmslm.verified_system import VerifiedSystem
+
+    if not isinstance(system, System) or isinstance(system, VerifiedSystem) or system.decoder != "engine":
+        return None
+    return system if system.engine.decoder is not None else None
 
 
 def file_stem(task: str, system: str) -> str:

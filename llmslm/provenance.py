@@ -40,6 +40,12 @@ def commit() -> tuple[str | None, bool]:
     return head, bool(_git("status", "--porcelain", "--untracked-files=no", cwd=here))
 
 
+def changes() -> str | None:
+    """Hash what differs from the commit in the checkout that this package lies in (sha256, hex); None if nothing."""
+    difference = _git("diff", "HEAD", "--binary", cwd=Path(__file__).resolve().parent)
+    return hashlib.sha256(difference.encode()).hexdigest() if difference else None
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that decide about numbers, as far as they are installed."""
     found = {"python": platform.python_version()}
@@ -90,7 +96,9 @@ def _cpu_name() -> str:
 
 def _git(*args: str, cwd: Path) -> str | None:
     try:
-        done = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", *args], cwd=cwd, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -35,7 +35,7 @@ class VerifiedSystem(System):
         self.draft = draft
         self.acceptance = Acceptance()
         """Counts over all calls of `generate` so far."""
-        self._verified = VerifiedEngine(llm.model, draft.model)
+        self.verified_engine = VerifiedEngine(llm.model, draft.model)
 
     @classmethod
     def load_pair(
@@ -79,7 +79,7 @@ class VerifiedSystem(System):
         codec = self.draft.codec
         batch = codec.collate_prompts(codec.encode(prompts))
         settings |= {name: tensor.to(self.device) for name, tensor in batch.items()}
-        result = self._verified.generate(**settings)
+        result = self.verified_engine.generate(**settings)
         self.acceptance.add(result.acceptance)
         return result.tokens
 

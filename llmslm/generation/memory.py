@@ -149,7 +149,7 @@ def require(model: PreTrainedModel, decoder: Decoder, call: Call, available: int
     Raises:
         UserError: with the batch that would fit.
     """
-    free = _available(model.device) if available is None else available
+    free = available_bytes(model.device) if available is None else available
     if free is None or _rough_bound(model, decoder, call) < _SURE * free:
         return
     added = predict(model, decoder, call).added
@@ -172,7 +172,7 @@ def _rough_bound(model: PreTrainedModel, decoder: Decoder, call: Call) -> int:
     return 2 * caches + 4 * call.batch * row + _CUBLAS_WORKSPACE
 
 
-def _available(device: torch.device) -> int | None:
+def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device; None if that cannot be told."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]

@@ -121,6 +121,17 @@ class VerifiedEngine:
         run = _Run(*sides, choice, BlockLength(_cost_of_drafting(*sides)))
         return run.decode(on_first_token, on_tokens)
 
+    @property
+    def engines(self) -> tuple[DecodeEngine, DecodeEngine]:
+        """Those of the LLM and of the slm."""
+        return self._alone, self._slm
+
+    def forget(self) -> None:
+        """Give up the caches and graphs that are kept for further calls."""
+        self._sides.clear()
+        for engine in self.engines:
+            engine.forget()
+
     def _reason(self, positions: int) -> str | None:
         for engine, name in ((self._alone, "LLM"), (self._slm, "slm")):
             if engine.decoder is None:

@@ -32,6 +32,10 @@ def test_help_imports_nothing_heavy():
             "there is no file nowhere.jsonl",
         ),
         (["compare", "--llm", "a", "--data", "no-such-recipe", "--out", "y"], "no recipe 'no-such-recipe'"),
+        (
+            ["compare", "--llm", "a", "--task", "docstrings", "--split", "train", "--out", "y"],
+            "--split train was given; a task says its split itself",
+        ),
         (["leaderboard", "nowhere", "--out", "y"], "there is no record"),
         (["leaderboard", "--out", "y"], "expected either RECORDS or --from-mlflow EXPERIMENT"),
     ],
@@ -50,10 +54,13 @@ def test_abbreviations_and_bad_numbers_are_refused(capsys):
     for arguments in (
         ["leaderboard", "x", "--o", "y"],
         ["compare", "--data", "x", "--out", "y", "--limit", "0"],
+        ["compare", "--data", "x", "--out", "y", "--speed-batch-sizes", "1", "biggest"],
     ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
-    assert "0 is not a positive number" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--limit: '0' was given; expected a whole number of at least 1" in error
+    assert "--speed-batch-sizes: 'biggest' was given; expected a whole number" in error
     with pytest.raises(SystemExit, match="2"):
         main(["targets", "--colour"])
     assert "unrecognized arguments: --colour" in capsys.readouterr().err

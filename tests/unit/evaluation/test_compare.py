@@ -93,6 +93,41 @@ def test_predictions_of_other_code_are_not_taken_over(dummy, examples, settings,
     assert [system.calls for system in systems] == [5, 5, 0, 5]
 
 
+def test_predictions_of_a_tree_that_was_changed_are_not_taken_over(dummy, examples, settings, monkeypatch):
+    machine = {"cpu": "x", "cores": 1, "threads": 1, "gpus": []}
+    origin = {"commit": "a", "date": "2026-01-01", "command": "", "versions": {}, "hardware": machine}
+    calls = []
+    for hashed in ("one change", "one change", "another", None):
+        monkeypatch.setattr("evaluation.compare.provenance", lambda hashed=hashed: origin | {"dirty": bool(hashed)})
+        monkeypatch.setattr("evaluation.compare.changes", lambda hashed=hashed: hashed)
+        system = dummy()
+        compare([Arm(system, checkpoint="one")], examples, replace(settings, runs=0))
+        calls.append(system.calls)
+    assert calls == [5, 0, 5, 5]
+
+
+def test_splits_of_a_task_do_not_replace_each_other(dummy, examples, settings):
+    test = compare([Arm(dummy())], examples, replace(settings, runs=0))
+    validation = compare([Arm(dummy())], replace(examples, split="validation"), replace(settings, runs=0))
+    assert [read_record(path)["task"]["split"] for path in (*test, *validation)] == ["test", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("systems", "batch_size", "message"),
+    [
+        (["llm", "slm"], 4, r"controls destroy what an llm_to_slm system is told; give one \(--llm-to-slm DIR\)"),
+        (["llm_to_slm"], 1, "20 examples in batches of 1 were given"),
+    ],
+)
+def test_controls_that_cannot_be_made_are_refused_before_predicting(
+    dummy, examples, settings, systems, batch_size, message
+):
+    made = [dummy(name) for name in systems]
+    with pytest.raises(UserError, match=message):
+        compare([Arm(each) for each in made], examples, replace(settings, controls=True, batch_size=batch_size))
+    assert [system.calls for system in made] == [0] * len(made)
+
+
 def test_finished_predictions_are_taken_over_and_other_systems_are_not(dummy, examples, settings):
     first, again, other = dummy(), dummy(), dummy()
     fast = replace(settings, runs=0)
@@ -122,6 +157,15 @@ def test_a_reference_that_one_system_cuts_is_scored_by_none(dummy, examples, set
     assert llm["examples"]["effective"] == len(examples)
 
 
+def test_a_reference_that_one_system_cuts_is_no_length_to_reach(dummy, examples, settings):
+    """What is cut to 6 tokens says nothing of how long it is."""
+    arms = [Arm(dummy("llm")), Arm(dummy("slm"), target_limit=6)]
+    llm, slm = map(read_record, compare(arms, examples, replace(settings, max_new_tokens=4)))
+    kept = [text for text in examples.references if len(text.split()) < 6]
+    assert llm["length"]["reference_tokens"] == slm["length"]["reference_tokens"] == 5 * len(kept)
+    assert llm["length"]["ratio"] == 4 / 5
+
+
 def test_stopping_early_fails_the_length_gate(dummy, examples, settings):
     (path,) = compare([Arm(dummy())], examples, replace(settings, max_new_tokens=3))
     length = read_record(path)["length"]
@@ -147,7 +191,7 @@ def test_bad_records_are_refused(tmp_path):
     with pytest.raises(UserError, match="is not a record"):
         read_record(path)
     path.write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 3"):
+    with pytest.raises(UserError, match="has record schema 99; this llmslm-eval reads up to 4"):
         read_record(path)
     path.write_text(json.dumps({"schema_version": 1}))
     with pytest.raises(UserError, match="is a required property"):

@@ -10,7 +10,7 @@ from test_systems import composed, system
 
 from evaluation import cost
 from evaluation.compare import Settings, compare
-from evaluation.cost import NOT_MEASURED, add_floors, measure_cost, token_flops, token_joules
+from evaluation.cost import NOT_MEASURED, measure_cost, token_floor_s, token_flops, token_joules
 from evaluation.floor import floor_s
 from evaluation.record import read_record
 from evaluation.systems import Arm
@@ -78,11 +78,17 @@ def test_floors_stand_in_the_record(examples, tmp_path, monkeypatch, dummy):
 
 
 def test_no_floor_where_tokens_are_not_decoded_one_by_one():
-    entries = [{"mode": "fixed", "batch_size": 1, "max_new_tokens": 4}]
     llm = system("llm", "llama")
     llm.decoder = "generate"
-    add_floors(llm, ["a"], entries)
-    assert entries[0]["floor_s"] is None
+    assert token_floor_s(llm, [["a"]], 4) is None
+
+
+def test_the_floor_is_that_of_the_prompts_that_are_timed(monkeypatch):
+    monkeypatch.setattr(cost, "_bandwidth", lambda device: 1e9)
+    llm = system("llm", "llama")
+    short, long = (token_floor_s(llm, [[prompt]], 4) for prompt in ("a", "a longer prompt than that, a, a, a"))
+    assert short < long
+    assert token_floor_s(llm, [["a"], ["a longer prompt than that, a, a, a"]], 4) == pytest.approx((short + long) / 2)
 
 
 def test_nothing_is_made_up_for_other_programs(dummy):

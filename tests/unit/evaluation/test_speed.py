@@ -5,9 +5,13 @@ from itertools import groupby
 
 import pytest
 import torch
+from test_systems import composed, system
 
+from evaluation.largest_batch import largest_batch
 from evaluation.memory import peak_memory, weight_bytes
+from evaluation.peers import assisted, verified
 from evaluation.speed import measure_speed, percentiles, time_generate
+from llmslm.generation import memory
 
 
 class Sleeper:
@@ -41,8 +45,7 @@ def test_systems_take_turns_on_the_same_prompts_in_both_modes(dummy):
     assert [name for name, _, _ in log] == ["llm", "slm"] * 6
     assert [tokens for tokens, _ in groupby(log, key=lambda call: call[1])] == [5, 3]
     assert all(first[2] == second[2] for first, second in zip(log[::2], log[1::2], strict=True))
-    assert log[0][2] == ("p", "q")
-    assert log[2][2] == ("r", "p")
+    assert [prompts for _, _, prompts in log[:6:2]] == [("r", "p"), ("p", "q"), ("r", "p")]  # warmed up with its own
     fixed, natural = entries["slm"]
     assert (fixed["mode"], fixed["tokens"], fixed["runs"]) == ("fixed", 18, 2)
     assert (natural["mode"], natural["tokens"]) == ("natural", 10)
@@ -77,3 +80,54 @@ def test_peak_memory_is_weights_and_what_generation_adds():
     assert found["weight_bytes"] == weight_bytes(Hungry()) == 4_000_000
     assert found["bytes"] == pytest.approx(4_000_000 + 64 * 2**20, rel=0.1)
     assert found["method"] == "weights + peak growth of the resident set, batch 1"
+
+
+def test_weights_of_a_draft_and_copies_of_an_engine_count():
+    llm, slm = system("llm", "llama"), system("slm", "llama", seed=1)
+    one = sum(p.nbytes for p in llm.model.parameters()) + sum(b.nbytes for b in llm.model.buffers())
+    assert weight_bytes(assisted(llm, slm)) == 2 * one
+    assert weight_bytes(llm) == one
+    llm.generate(["a"], max_new_tokens=2)
+    copies = weight_bytes(llm) - one
+    assert copies == memory.weight_bytes(llm.model, llm.engine.decoder) - one > 0
+    ours = composed(system("llm", "llama"))
+    pair = verified(system("llm", "llama"), ours)
+    assert weight_bytes(pair) > one + weight_bytes(ours) - sum(p.nbytes for p in ours.model.encoder.parameters())
+
+
+@pytest.mark.parametrize("name", ["llm", "verified"])
+def test_caches_that_an_engine_keeps_are_no_free_memory(name):
+    llm = system("llm", "llama")
+    measured = llm if name == "llm" else verified(llm, composed(llm))
+    measured.generate(["a"], max_new_tokens=8)
+    forgotten = []
+    for engine in [llm.engine] if name == "llm" else measured.verified_engine.engines:
+        engine.forget = lambda engine=engine: forgotten.append(engine)
+    peak_memory(measured, ["a"], max_new_tokens=8)
+    assert len(forgotten) == (1 if name == "llm" else 2)
+
+
+def test_the_largest_batch_is_what_the_engine_foretells(monkeypatch):
+    llm, prompts = system("llm", "llama"), ["some prompt"] * 40
+    assert largest_batch(llm, prompts, 8) == 32  # no more than there are prompts
+    decoder, call = llm.engine.decoder, llm.engine.call_sizes(8, 11, 8)
+    needs = memory.predict(llm.model, decoder, call).added
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needs * 1.3)
+    assert largest_batch(llm, prompts, 8) == 8
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 0)
+    assert largest_batch(llm, prompts, 8) == 1
+    composition = composed(llm)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needs * 1.3)
+    assert largest_batch(composition, prompts, 8) < 8  # its encoder needs room too
+    llm.decoder = "generate"
+    assert largest_batch(llm, prompts, 8) is None
+
+
+def test_each_system_is_measured_at_its_own_largest_batch(dummy, monkeypatch):
+    monkeypatch.setattr("evaluation.speed.largest_batch", lambda system, *rest: {"llm": 2, "slm": 4}.get(system.name))
+    systems = {name: dummy(name) for name in ("llm", "slm", "assisted")}
+    sweep = {"max_new_tokens": 3, "batch_sizes": (1, "largest"), "warmups": 0, "runs": 1}
+    entries = measure_speed(systems, ["a b c"] * 8, **sweep)
+    sizes = {name: [entry["batch_size"] for entry in rows] for name, rows in entries.items()}
+    assert sizes == {"llm": [1, 1, 2, 2], "slm": [1, 1, 4, 4], "assisted": [1, 1]}
+    assert [entry["tokens"] for entry in entries["slm"]] == [3, 3, 12, 12]

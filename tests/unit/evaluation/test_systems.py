@@ -180,6 +180,10 @@ def test_mistakes_are_named(tmp_path):
     twice = bare(tmp_path / "twice", "gpt2")
     with pytest.raises(UserError, match="two systems are named 'twice'"):
         load_arms({}, "cpu", "float32", specs=[twice, twice])
+    (tmp_path / "my_slashed.py").write_text(MINE.replace('"echo"', '"my/echo"'))
+    slashed = described(tmp_path, class_path="my_slashed.Echo")
+    with pytest.raises(UserError, match="a system is named 'my/echo'; a slash stands before what a control lacks"):
+        load_arms({}, "cpu", "float32", specs=[slashed])
 
 
 @needs_ctranslate2

@@ -55,10 +55,10 @@ def test_kept_states_are_given_up_before_a_call_is_refused(monkeypatch: pytest.M
     model = tiny("gpt2")
     engine = DecodeEngine(model)
     engine.generate(**prompts(model, 2, 5), max_new_tokens=3)
-    monkeypatch.setattr(memory, "_available", lambda device: 10**9 if not engine._loops else 10)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**9 if not engine._loops else 10)
     engine.generate(**prompts(model, 3, 5), max_new_tokens=3)
     assert len(engine._loops) == 1
-    monkeypatch.setattr(memory, "_available", lambda device: 10)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10)
     with pytest.raises(UserError, match="are free on cpu"):
         engine.generate(**prompts(model, 4, 5), max_new_tokens=3)
 
