@@ -12,7 +12,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from evaluation.leaderboard.rows import Cell, Row
+from evaluation.leaderboard.rows import OTHER_BATCH, OTHER_BUDGET, Cell, Row
 from evaluation.leaderboard.table import SCORES
 from evaluation.scoring import is_lower_better
 from evaluation.systems import LLM, LLM_TO_SLM, SLM
@@ -67,11 +67,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def quality_speed(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
     """Plot quality over throughput, a panel a score; None if no row has both.
 
+    Rows of other examples or another version of the task, or whose speed is of another batch or length, are left out.
+
     Args:
         rows: of one task and machine.
         labels: of all rows of the page, which decide about colours.
     """
-    rows = [row for row in rows if row.tokens_per_s("fixed") is not None]
+    rows = [row for row in rows if row.tokens_per_s("fixed") is not None and not row.other_task]
+    rows = [row for row in rows if not {OTHER_BATCH, OTHER_BUDGET} & set(row.marks)]
     names = [name for name in PLOTTED if any(_value(row, name) is not None for row in rows)]
     if not names:
         return None
@@ -88,7 +91,8 @@ def quality_speed(rows: Sequence[Row], labels: Sequence[str]) -> Figure | None:
 def break_even(rows: Sequence[Row], labels: Sequence[str], longest: int = 1024) -> Figure | None:
     """Plot the speed-up over the llm against the length of the prediction; None without an llm.
 
-    The times are those of the fixed-length mode: first token, and so much for each further one.
+    The times are those of the fixed-length mode: first token, and so much for each further one. Beyond the length that
+    was measured the curves are dotted.
     """
     timed = [(row, row.llm) for row in rows if _line(row) and row.llm is not None and _line(row.llm)]
     if len(timed) < 2:
@@ -99,7 +103,9 @@ def break_even(rows: Sequence[Row], labels: Sequence[str], longest: int = 1024) 
         axes = figure.subplots()
         for row, llm in timed:
             shade = colour(row.label, labels)
-            axes.plot(lengths, _total(llm, lengths) / _total(row, lengths), color=shade, label=row.label)
+            times, measured = _total(llm, lengths) / _total(row, lengths), lengths <= _length(row)
+            axes.plot(lengths[measured], times[measured], color=shade, label=row.label)
+            axes.plot(lengths[~measured], times[~measured], color=shade, linestyle=":")
         axes.axhline(1, color=_INK, linewidth=0.6, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -170,6 +176,10 @@ def _value(row: Row, name: str) -> float | None:
 def _batch(rows: Sequence[Row]) -> int:
     entry = rows[0].speed("fixed")
     return int(entry["batch_size"]) if entry else 1
+
+
+def _length(row: Row) -> int:
+    return int(row.record["settings"]["max_new_tokens"])
 
 
 def _line(row: Row) -> tuple[float, float] | None:

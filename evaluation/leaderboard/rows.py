@@ -1,7 +1,7 @@
 """From records to leaderboard rows: seeds averaged, compared with the llm, marked where that is unsound."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,8 +14,10 @@ _ORDER = (LLM, SLM, LLM_TO_SLM)
 OTHER_EXAMPLES = "other examples"
 OTHER_HARDWARE = "other hardware"
 OTHER_DTYPE, UNKNOWN_DTYPE = "other dtype", "dtype unknown"
-OTHER_BUDGET = "other token budget"
-_OTHER_SPEED = {OTHER_HARDWARE, OTHER_DTYPE, UNKNOWN_DTYPE, OTHER_BUDGET}
+OTHER_BUDGET, OTHER_BATCH = "other token budget", "other batch size"
+OTHER_SCORING = "other scoring"
+UNTESTED = "not tested against this llm"
+_OTHER_SPEED = {OTHER_HARDWARE, OTHER_DTYPE, UNKNOWN_DTYPE, OTHER_BUDGET, OTHER_BATCH}
 _TELLING: Sequence[Callable[[Record], str]] = (
     lambda record: str(record["training"].get("recipe") or "no recipe"),
     lambda record: str(record["settings"]["dtype"] or UNKNOWN_DTYPE),
@@ -63,8 +65,9 @@ class Row:
     """Whether version or examples of the task are others than the newest llm's."""
     llm: "Row | None" = field(default=None, repr=False, compare=False)
     """The llm's row that this one's speed is compared with: same machine, dtype, budget, and recipe if there is one."""
-    same_tokens: bool = True
-    """Whether the references are cut into as many tokens as by the llm; if not, perplexity does not compare."""
+    apart: frozenset[str] = frozenset()
+    """Scores that do not compare with the llm's: perplexity over other tokens, likelihood of other references, other
+    settings of a metric."""
     marks: list[str] = field(default_factory=list)
     """Why the row does not compare with the others of its task."""
 
@@ -94,6 +97,12 @@ class Row:
         entries = [entry for entry in self.record["speed"] if entry["mode"] == mode]
         return min(entries, key=lambda entry: entry["batch_size"]) if entries else None
 
+    @property
+    def batches(self) -> set[int]:
+        """The smallest batch size that was measured; several if the seeds differ, none without speed."""
+        sizes = [[entry["batch_size"] for entry in record["speed"]] for record in self.records]
+        return {min(each) for each in sizes if each}
+
     def time_s(self, mode: str) -> float | None:
         """Return the median time for a prediction, averaged over seeds."""
         return self.mean(lambda record: _time_s(record, mode))
@@ -110,13 +119,15 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
     same checkpoint the newest counts. Each row is compared with the llm's that is most like it; rows that do not
     compare with that of the task's newest llm are marked.
     """
+    records = list(records)
+    tested = {(record["comparison"], record["system"]): record["hashes"]["predictions"] for record in records}
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in _newest(records):
         groups.setdefault(_group(record), []).append(record)
     trainings = [training for group in groups.values() for training in _trainings(group)]
     rows = [Row(training[0]["system"], training, _cells(training)) for training in trainings]
     for task in {row.task for row in rows}:
-        _relate([row for row in rows if row.task == task])
+        _relate([row for row in rows if row.task == task], tested)
     for place in {(row.task, row.hardware, row.system) for row in rows}:
         _label([row for row in rows if (row.task, row.hardware, row.system) == place])
     return sorted(rows, key=lambda row: (row.task, row.hardware, _rank(row.system), row.label))
@@ -124,7 +135,7 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
 
 def best(rows: Sequence[Row], name: str) -> float | None:
     """Return the best value of a score among rows of one task version and examples; None where all have the same."""
-    alike = [row for row in rows if not row.other_task and (row.same_tokens or name != "perplexity")]
+    alike = [row for row in rows if not row.other_task and name not in row.apart]
     values = [cell.value for row in alike if (cell := row.scores.get(name)) and cell.value is not None]
     if len(set(values)) < 2:
         return None
@@ -142,7 +153,8 @@ def _group(record: Record) -> tuple[Any, ...]:
     """Return all that records of one row share: everything but checkpoint and training seed."""
     task, settings = record["task"], record["settings"]
     return (
-        *(record["system"], task["name"], task["split"], task["version"], record["hashes"]["references"]),
+        *(record["system"], task["name"], task["split"], task["version"]),
+        *(record["hashes"]["prompts"], record["hashes"]["references"]),
         *(hardware_name(record["provenance"]["hardware"]), record["training"].get("recipe")),
         *(settings["dtype"], settings["device"], settings["max_new_tokens"]),
     )
@@ -203,20 +215,58 @@ def _largest_p(entries: Sequence[dict[str, Any]], other: str) -> float | None:
     return None if None in found else max(found)
 
 
-def _relate(rows: Sequence[Row]) -> None:
-    """Compare each row of one task with the llm's most like it; mark what does not compare with the newest llm's."""
+def _relate(rows: Sequence[Row], tested: Mapping[tuple[str, str], str]) -> None:
+    """Compare each row of one task with the llm's most like it; mark what does not compare with the newest llm's.
+
+    Args:
+        rows: of one task.
+        tested: by comparison and system, the hash of the predictions that the others were tested against.
+    """
     llms = [row for row in rows if row.system == LLM] or rows[:1]
+    slms = [row for row in rows if row.system == SLM]
     newest = max(llms, key=lambda row: (row.record["task"]["version"], row.record["provenance"]["date"]))
     for row in rows:
         row.marks = [*_differences(row, newest), *_flaws(row)]
         row.other_task = _is_other_task(row, newest)
         llm = min(llms, key=lambda llm: (*_unlikeness(row, llm), llm is not newest))
-        row.same_tokens = row.record["length"]["reference_tokens"] == llm.record["length"]["reference_tokens"]
+        row.apart = _apart(row, llm)
         if llm.system == LLM and not _is_other_task(row, llm):
-            row.scores = {name: _with_percent(name, cell, llm) for name, cell in row.scores.items()}
+            row.scores = {name: _with_percent(row, name, llm) for name in row.scores}
+            if not _was_tested(row, [llm], tested) and any(cell.p_value is not None for cell in row.scores.values()):
+                row.marks.append(UNTESTED)
+                row.scores = {name: replace(cell, p_value=None) for name, cell in row.scores.items()}
+        if not _was_tested(row, slms, tested):
+            row.scores = {name: replace(cell, slm_p_value=None) for name, cell in row.scores.items()}
         if llm.system == LLM and not _OTHER_SPEED & set(_differences(row, llm)):
             row.llm = llm
         row.speedup = {mode: _speedup(row, mode) for mode in ("fixed", "natural")}
+
+
+def _was_tested(row: Row, others: Sequence[Row], tested: Mapping[tuple[str, str], str]) -> bool:
+    """Say whether a row's p-values are against predictions of these rows, so far as that shows: without rows it is."""
+    shown = {record["hashes"]["predictions"] for other in others for record in other.records}
+    systems = {other.system for other in others}
+    return all(tested.get((record["comparison"], system)) in shown for record in row.records for system in systems)
+
+
+def _apart(row: Row, llm: Row) -> frozenset[str]:
+    """Name the scores that do not compare with the llm's."""
+    record, other = row.record, llm.record
+    apart = {
+        name
+        for name, cell in row.scores.items()
+        if name in llm.scores and _settings(cell) != _settings(llm.scores[name])
+    }
+    if record["examples"]["likelihood"] != other["examples"]["likelihood"]:
+        apart |= {"perplexity", "bits_per_byte"}
+    if record["length"]["reference_tokens"] != other["length"]["reference_tokens"]:
+        apart.add("perplexity")
+    return frozenset(apart)
+
+
+def _settings(cell: Cell) -> str:
+    """Return a score's signature without that of the bootstrap."""
+    return cell.signature.partition("|bs:")[0]
 
 
 def _unlikeness(row: Row, llm: Row) -> tuple[bool, int]:
@@ -232,11 +282,11 @@ def _version(row: Row) -> str:
     return f"task version {row.record['task']['version']}"
 
 
-def _with_percent(name: str, cell: Cell, llm: Row) -> Cell:
-    reference = llm.scores.get(name)
-    if cell.value is None or reference is None or not reference.value:
+def _with_percent(row: Row, name: str, llm: Row) -> Cell:
+    cell, reference = row.scores[name], llm.scores.get(name)
+    if cell.value is None or reference is None or not reference.value or name in row.apart:
         return cell
-    return Cell(**{**cell.__dict__, "percent": 100 * cell.value / reference.value})
+    return replace(cell, percent=100 * cell.value / reference.value)
 
 
 def _differences(row: Row, llm: Row) -> list[str]:
@@ -248,6 +298,8 @@ def _differences(row: Row, llm: Row) -> list[str]:
         OTHER_HARDWARE: row.hardware != llm.hardware,
         UNKNOWN_DTYPE if dtype is None else OTHER_DTYPE: dtype != other["settings"]["dtype"],
         OTHER_BUDGET: record["settings"]["max_new_tokens"] != other["settings"]["max_new_tokens"],
+        OTHER_BATCH: bool(row.batches and llm.batches) and (row.batches != llm.batches or len(row.batches) > 1),
+        OTHER_SCORING: bool(_apart(row, llm) - {"perplexity", "bits_per_byte"}),
     }
     return [mark for mark, differs in differences.items() if differs]
 

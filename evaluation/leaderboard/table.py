@@ -111,7 +111,7 @@ def parameter_count(row: Row, name: str = "total") -> float | None:
 
 
 def _markdown(rows: Sequence[Row]) -> list[str]:
-    left_out = "bits_per_byte" if all(row.same_tokens for row in rows) else "perplexity"
+    left_out = "bits_per_byte" if not any("perplexity" in row.apart for row in rows) else "perplexity"
     scores = [name for name in MAIN if name != left_out and any(name in row.scores for row in rows)]
     hardware = len({row.hardware for row in rows}) > 1
     columns: dict[str, Callable[[Row], str]] = {"system": _name}

@@ -171,6 +171,89 @@ def test_other_prompts_are_other_examples(folder):
     assert row.scores["bleu"].percent is None
 
 
+def test_prompts_that_differ_are_no_seeds_of_one_row(folder):
+    for seed, prompts in ((1, "a"), (2, "b")):
+        hashes = {"checkpoint": f"{seed}" * 9, "prompts": prompts * 64}
+        again(folder, "slm", f"slm{seed}", training={"seed": seed}, hashes=hashes)
+    (folder / "copying.slm.record.json").unlink()
+    rows = [row for row in leaderboard_rows(map(read_record, folder.glob("*.json"))) if row.system == "slm"]
+    assert [len(row.records) for row in rows] == [1, 1]
+
+
+def test_speeds_of_other_batch_sizes_are_not_divided(folder):
+    def rebatch(record):
+        for entry in record["speed"]:
+            entry["batch_size"] = 8
+
+    edit(folder, "slm", rebatch)
+    rows = rows_of(folder)
+    assert "other batch size" in rows["slm"].marks
+    assert rows["slm"].speedup == {"fixed": None, "natural": None}
+    assert "other batch size" not in rows["llm_to_slm"].marks + rows["llm_to_slm/zero_features"].marks
+    shown = list(rows.values())
+    plot = quality_speed(shown, [row.label for row in shown])
+    assert {text.get_text() for text in plot.axes[0].texts} == {"llm", "llm_to_slm"}
+
+
+def test_p_values_against_another_llm_are_not_shown(folder):
+    assert rows_of(folder)["slm"].scores["chrf"].p_value is not None
+    edit(folder, "llm", lambda record: (record.update(comparison="x"), record["hashes"].update(predictions="0" * 64)))
+    row = rows_of(folder)["slm"]
+    assert "not tested against this llm" in row.marks
+    assert row.scores["chrf"].p_value is None
+    assert row.scores["chrf"].percent is not None
+    (folder / "copying.llm.record.json").unlink()
+    assert (
+        rows_of(folder)["slm"].scores["chrf"].p_value is not None
+    )  # no llm beside it: the one that it was tested with
+
+
+def test_an_llm_evaluated_again_with_the_same_predictions_is_the_same(folder):
+    def repeat(record):
+        record["comparison"] = "again"
+        record["provenance"]["date"] = "2999-01-01"
+
+    edit(folder, "llm", repeat, "later.record.json")
+    row = rows_of(folder)["slm"]
+    assert "not tested against this llm" not in row.marks
+    assert row.scores["chrf"].p_value is not None
+
+
+def test_likelihood_of_other_references_does_not_compare(folder):
+    edit(folder, "slm", lambda record: record["examples"].update(likelihood=3))
+    rows = rows_of(folder)
+    assert rows["slm"].scores["bits_per_byte"].percent is None
+    assert rows["slm"].scores["chrf"].percent is not None
+    assert rows["llm_to_slm"].scores["bits_per_byte"].percent is not None
+
+
+def test_scores_by_other_settings_are_marked(folder):
+    def lowercase(record):
+        record["scores"]["bleu"]["signature"] = "nrefs:1|case:lc|bs:1000"
+
+    edit(folder, "slm", lowercase)
+    edit(
+        folder,
+        "llm_to_slm",
+        lambda record: record["scores"]["bleu"].update(
+            signature=record["scores"]["bleu"]["signature"].replace("bs:50", "bs:99")
+        ),
+    )
+    rows = rows_of(folder)
+    assert "other scoring" in rows["slm"].marks
+    assert rows["slm"].scores["bleu"].percent is None
+    assert rows["slm"].scores["chrf"].percent is not None
+    assert "other scoring" not in rows["llm_to_slm"].marks
+
+
+def test_break_even_is_dotted_where_nothing_was_measured(folder):
+    rows = leaderboard_rows(map(read_record, folder.glob("*.json")))
+    curves = break_even(rows, [row.label for row in rows]).axes[0].lines
+    solid, dotted = curves[0], curves[1]
+    assert (solid.get_linestyle(), dotted.get_linestyle()) == ("-", ":")
+    assert max(solid.get_xdata()) <= 16 < min(dotted.get_xdata())
+
+
 def test_an_unknown_dtype_is_said_and_no_speed_compared(folder):
     edit(folder, "llm", lambda record: record["settings"].update(dtype="float32"))
     row = rows_of(folder)["slm"]
