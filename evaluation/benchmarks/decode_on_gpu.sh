@@ -1,0 +1,38 @@
+#!/bin/sh
+# All that is measured of decoding on one GPU, in some four minutes: the tests of graphs and kernels, predicted against
+# measured memory of four shapes, the sweeps of batch and output length (break-even), the waterfall from generate().
+#
+#     sh evaluation/benchmarks/decode_on_gpu.sh FOLDER     # records, the curve and the log of the tests go there
+#
+# What fails does not stop the rest; the exit status is the number of failures. DEVICE, LLM, SLM, BATCHES, NEW, RUNS,
+# DTYPE and PYTHON may be set, to try the script elsewhere.
+out=${1:?a folder for the records is expected}
+python=${PYTHON:-python3}
+llm=${LLM:-t5-3b} slm=${SLM:-t5-small} device=${DEVICE:-cuda}
+failed=0
+mkdir -p "$out"
+
+step() {
+  name=$1 limit=$2
+  shift 2
+  start=$(date +%s)
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || { failed=$((failed + 1)); echo "$name FAILED"; }
+  echo "$name: $(($(date +%s) - start)) s"
+  grep -v '^{' "$out/$name.log" | tail -n 25
+}
+
+speed() {
+  name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" "$python" -m evaluation speed --device "$device" --dtype "${DTYPE:-bfloat16}" --arms engine \
+    --warmups 2 --runs "${RUNS:-5}" --out "$out/h200-$name.json" "$@"
+}
+
+speed batches 60 --systems llm --llm gpt2 --slm gpt2 --batch ${BATCHES:-1 8 32 64 256 1024}
+speed shapes 60 --systems llm slm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
+speed break-even 90 --systems llm llm_to_slm --llm "$llm" --slm "$slm" --new ${NEW:-8 16 32 64 128 256} --plot "$out/break-even.svg"
+step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$device" --runs "${RUNS:-5}" \
+  --out "$out/h200-waterfall.json"
+step tests 180 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 \
+  tests/unit/generation/test_cuda.py tests/unit/generation/test_verified_cuda.py
+exit $failed
