@@ -22,6 +22,7 @@ from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
 from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.features import StoredEncoder
 from llmslm.data.logits import COLUMNS
+from llmslm.data.sources import Split
 from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
 from llmslm.distillation.loss import Distillation
 from llmslm.errors import UserError
@@ -87,7 +88,8 @@ class SystemModule(L.LightningModule):
         optimizer: from parameters to an optimizer (torch.optim.AdamW, torch.optim.Adafactor, ...).
         schedule: learning rate after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
-        bleu_examples: validation examples per rank that are generated for val/bleu; 0 switches the monitor off.
+        bleu_examples: validation examples, spread evenly over the split, that are generated for val/bleu; 0 switches
+            the monitor off.
         label_smoothing: share of each target's probability that training spreads over the vocabulary.
         dropout: of the trained language model's residual branches, for architectures without dropout of their own.
         distillation: from an LLM's stored logits, beside the targets.
@@ -291,15 +293,9 @@ class SystemModule(L.LightningModule):
         return loss * token_share(tokens, loss.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add to val/loss and val/perplexity, and generate some predictions for val/bleu."""
+        """Add to val/loss and val/perplexity."""
         loss, tokens = self.loss(batch)
         self.val_loss.update(loss.detach(), tokens)
-        # Counted in batches, of which all ranks have equally many: ranks that share an encoder read prompts together.
-        left = self.bleu_examples - batch_idx * self.trainer.datamodule.eval_batch_size  # type: ignore[attr-defined]
-        if left > 0:
-            examples = batch["examples"][:left]
-            predictions = self.predict(examples)
-            self.val_bleu.update(predictions, [[example["target"]] for example in examples])
 
     test_step = validation_step
 
@@ -427,9 +423,25 @@ class SystemModule(L.LightningModule):
         self.log(f"{stage}/loss", loss, prog_bar=True)
         self.log(f"{stage}/perplexity", loss.exp())
         if self.bleu_examples > 0:
+            self._predict_sample("validation" if stage == "val" else "test")
             self.log(f"{stage}/bleu", 100 * self.val_bleu.compute(), prog_bar=True)
         if stage == "val" and isinstance(self.model, LlmToSlm):
             self.log_dict(self.model.metrics())
+
+    def _predict_sample(self, split: Split) -> None:
+        """Add predictions of a part of a split to the BLEU monitor, the same ones on any number of ranks.
+
+        Ranks that share an encoder read prompts together, so one that has no batch left predicts for nothing.
+        """
+        batches = self.trainer.datamodule.sample(split, self.bleu_examples)  # type: ignore[attr-defined]
+        if self.trainer.sanity_checking:
+            batches = batches[:1]
+        for first in range(0, len(batches), self.trainer.world_size):
+            mine = first + self.trainer.global_rank
+            examples = batches[min(mine, len(batches) - 1)]
+            predictions = self.predict(examples)
+            counted = len(examples) if mine < len(batches) else 0
+            self.val_bleu.update(predictions[:counted], [[example["target"]] for example in examples[:counted]])
 
 
 def shape_of(model: PreTrainedModel) -> dict[str, Any]:

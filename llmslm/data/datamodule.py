@@ -152,6 +152,15 @@ class TextDataModule(L.LightningDataModule):
         """Batches of the test split, with their examples."""
         return self.test_dataloader()
 
+    def sample(self, split: Split, count: int) -> list[list[dict[str, str]]]:
+        """Return batches of examples spread evenly over a split, longest prompts first; the same on all ranks."""
+        dataset = self._tokenised[split]
+        assert isinstance(dataset, Dataset)
+        count = min(count, len(dataset))
+        chosen = dataset.select_columns(list(TEXT_COLUMNS)).select([i * len(dataset) // count for i in range(count)])
+        examples = sorted(chosen.to_list(), key=lambda example: -len(example["prompt"]))
+        return [examples[start : start + self.eval_batch_size] for start in range(0, count, self.eval_batch_size)]
+
     def state_dict(self) -> dict[str, int]:
         """Return the seed of the shuffle; the position in it is part of the loader's state."""
         return {"seed": self._seed}

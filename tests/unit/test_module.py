@@ -1,11 +1,14 @@
 """The LightningModule under a real Trainer, where it differs from Lightning's defaults."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback
 
 from llmslm.errors import UserError
 from llmslm.models.blocks import blocks, compile_blocks
+from llmslm.module import SystemModule
 from llmslm.training import run
 from tests import tiny
 from tests.unit import toy
@@ -86,6 +89,49 @@ def test_a_system_with_nothing_to_train_is_refused(recipe):
 
 def checkpoint(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_bleu_is_of_examples_from_all_of_the_split(recipe, monkeypatch):
+    """Not of its longest ones, which come first in evaluation."""
+    seen = []
+
+    def predict(module, examples):
+        seen.append([example["id"] for example in examples])
+        return [example["target"] for example in examples]
+
+    monkeypatch.setattr("llmslm.module.SystemModule.predict", predict)
+    run(
+        [
+            "fit",
+            "--config",
+            recipe,
+            "--model.system=slm",
+            "--trainer.num_sanity_val_steps=0",
+            "--data.eval_batch_size=3",
+        ]
+    )
+    assert sorted(seen[0] + seen[1]) == ["validation-0", "validation-2", "validation-4", "validation-6"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_examples_of_bleu(world_size):
+    """Each is counted once, and all ranks generate equally often: they may share the encoder."""
+    batches = [[{"target": f"{batch} {row}"} for row in range(2)] for batch in range(4)]
+    counted, calls = [], []
+    for rank in range(world_size):
+        data = SimpleNamespace(sample=lambda split, count: batches)
+        trainer = SimpleNamespace(datamodule=data, sanity_checking=False, world_size=world_size, global_rank=rank)
+        generated = []
+        module = SimpleNamespace(
+            trainer=trainer,
+            bleu_examples=8,
+            predict=lambda examples, generated=generated: generated.append(1) or [e["target"] for e in examples],
+            val_bleu=SimpleNamespace(update=lambda texts, targets: counted.extend(texts)),
+        )
+        SystemModule._predict_sample(module, "validation")
+        calls.append(len(generated))
+    assert len(set(calls)) == 1
+    assert sorted(counted) == sorted(example["target"] for batch in batches for example in batch)
 
 
 class Losses(Callback):

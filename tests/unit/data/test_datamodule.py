@@ -150,6 +150,14 @@ def test_evaluation_has_all_examples_with_their_texts(folder, streaming):
     assert {(e["prompt"].split()[0], e["target"]) for e in examples} == {(str(i), f"t{i}") for i in range(40, 45)}
 
 
+def test_a_sample_is_spread_over_the_split(folder):
+    datamodule = data(folder, eval_batch_size=2)
+    fit(folder, datamodule, 1)
+    batches = datamodule.sample("validation", 3)
+    assert [[example["target"] for example in batch] for batch in batches] == [["t33", "t30"], ["t36"]]
+    assert len([example for batch in datamodule.sample("validation", 99) for example in batch]) == 9
+
+
 def ranks_of(datamodule, world_size):
     """The training batches that each rank of a finished fit's data module would get."""
     result = []
