@@ -181,7 +181,18 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type != "cpu" or not meminfo.exists():
         return None
     lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    machine, container = int(lines["MemAvailable"].split()[0]) * 1024, _left_in_container(Path("/sys/fs/cgroup"))
+    return machine if container is None else min(machine, container)
+
+
+def _left_in_container(cgroup: Path) -> int | None:
+    """Bytes that a container, or a job of a cluster, may still take before it is killed; None without a limit."""
+    limit = cgroup / "memory.max"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return None
+    used = int((cgroup / "memory.current").read_text())
+    kinds = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return int(limit.read_text()) - used + int(kinds["inactive_file"])  # files read once are given up first
 
 
 @torch.no_grad()

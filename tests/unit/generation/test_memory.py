@@ -1,6 +1,7 @@
 """The peak of a call is predicted, refused where it cannot fit, and does not grow from prompt to prompt."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_what_cannot_fit_is_refused_and_what_is_advised_fits(family: str) -> Non
     require(model, engine.decoder, engine.call_sizes(fits, 40, 20), free)
     with pytest.raises(UserError, match="not even one row would fit: shorten"):
         require(model, engine.decoder, call, 1000)
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    files = {"memory.max": "5000\n", "memory.current": "3000\n", "memory.stat": "anon 2000\ninactive_file 700\n"}
+    assert memory._left_in_container(tmp_path) is None
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert memory._left_in_container(tmp_path) == 2700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._left_in_container(tmp_path) is None
 
 
 def test_kept_states_are_given_up_before_a_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
