@@ -16,7 +16,7 @@ from evaluation.ranks import Ranks, join_ranks, leave_ranks
 from evaluation.record import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
 from evaluation.speed import RUNS, WARMUPS, BatchSize
-from evaluation.systems import LLM, SLM, Arm, control_arms, file_stem
+from evaluation.systems import LLM, SLM, Arm, control_arms, decoder_of, file_stem
 from llmslm.errors import UserError
 from llmslm.provenance import changes, provenance
 
@@ -258,7 +258,10 @@ def _identity(arm: Arm, examples: Examples, settings: Settings, rows: Sequence[P
         },
         "parameters": arm.system.parameters(),
         "hashes": {**examples.hashes(), **hashes},
-        "settings": {"max_new_tokens": budget, **chosen, "dtype": arm.dtype, "device": arm.device},
+        "settings": {
+            **{"max_new_tokens": budget, **chosen},
+            **{"dtype": arm.dtype, "device": arm.device, "decoder": decoder_of(arm.system)},
+        },
         "training": dict(arm.card),
         "folder": arm.folder,
     }

@@ -10,8 +10,8 @@ from llmslm.errors import UserError
 from llmslm.writing import write_text
 
 SCHEMA_VERSION = 4
-"""2 added folder, cost and floor_s, 3 versus_slm, 4 peak_memory_bytes of each batch size, and took references that are
-cut out of length; records of earlier versions are read as they are."""
+"""2 added folder, cost and floor_s, 3 versus_slm, 4 decoder and each batch size's peak_memory_bytes, and left
+cut references out of length; records of earlier versions are read as they are."""
 SCHEMA = Path(__file__).with_name("record.schema.json")
 SUFFIX = ".record.json"
 

@@ -114,7 +114,16 @@ def decoded_by_engine(system: EvaluatedSystem) -> "System | None":
 
     if not isinstance(system, System) or isinstance(system, VerifiedSystem) or system.decoder != "engine":
         return None
-    return system if system.engine.decoder is not None else None
+    engine = system.engine
+    return system if engine.decoder is not None and engine.reason_for_generate(1) is None else None
+
+
+def decoder_of(system: EvaluatedSystem) -> str | None:
+    """Say what decodes: "engine", "verified", "generate" (transformers'); None of a system that says nothing."""
+    if hasattr(system, "verified_engine"):
+        return "verified"
+    said: str | None = getattr(system, "decoder", None)
+    return "generate" if said == "engine" and decoded_by_engine(system) is None else said
 
 
 def file_stem(task: str, system: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from llmslm.checkpoint import load_parts
 from llmslm.data.codec import IGNORED, Codec
@@ -18,7 +18,7 @@ from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.int8 import to_int8, weights
 from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import Sampling
-from llmslm.generation.streaming import TextStream
+from llmslm.generation.streaming import FirstToken, TextStream
 from llmslm.models.modeling import LlmToSlm
 
 Control = Literal["zero", "shuffled"]
@@ -188,7 +188,7 @@ class System:
     ) -> Tensor:
         if on_tokens is not None or sampling is not None:
             raise UserError('streams and samples come from the engine; load the system with decoder="engine"')
-        stopping = StoppingCriteriaList([_FirstToken(on_first_token)] if on_first_token else [])
+        stopping = StoppingCriteriaList([FirstToken(on_first_token)] if on_first_token else [])
         config = GenerationConfig.from_dict(
             self.language_model.generation_config.to_dict()
             | {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens or None, "max_length": None}
@@ -295,19 +295,6 @@ class _ControlSystem(System):
                 "shuffled features are those of another prompt in the batch; give at least 2 (--batch-size)"
             )
         return states.roll(1, dims=0)
-
-
-class _FirstToken(StoppingCriteria):
-    """Never stops; calls back once, after the first token."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback: Callable[[], None] | None = callback
-
-    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
-        if self._callback is not None:
-            self._callback()
-            self._callback = None
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def count_until(new_ids: Tensor, eos_ids: Sequence[int]) -> list[int]:

@@ -307,10 +307,15 @@ def _differences(row: Row, llm: Row) -> list[str]:
 def _flaws(row: Row) -> list[str]:
     flaws = {
         "dirty tree": any(record["provenance"]["dirty"] for record in row.records),
+        "decoded by generate()": row.system in _ORDER and any(map(_by_generate, row.records)),
         "short": not all(record["length"]["met"] for record in row.records),
         "score is not a number": any(cell.problem for cell in row.scores.values()),
     }
     return [mark for mark, holds in flaws.items() if holds]
+
+
+def _by_generate(record: Record) -> bool:
+    return bool(record["settings"].get("decoder") == "generate")
 
 
 def _speedup(row: Row, mode: str) -> float | None:

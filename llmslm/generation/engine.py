@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from llmslm.errors import UserError
 from llmslm.generation.families import UnreadableModelError, read
@@ -22,6 +22,7 @@ from llmslm.generation.memory import Call, require
 from llmslm.generation.plan import Decoder
 from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate, start_token
 from llmslm.generation.state import DecodeState, capacity_bucket, prompt_bucket
+from llmslm.generation.streaming import FirstToken
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 _ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not
@@ -119,9 +120,7 @@ class DecodeEngine:
         reason = self.reason or self.reason_for_generate(width + max_new_tokens)
         if reason is not None:
             warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
-            ids = self._by_generate(prompt, sampling, max_new_tokens, min_new_tokens)
-            if on_first_token is not None:
-                on_first_token()
+            ids = self._by_generate(prompt, sampling, max_new_tokens, min_new_tokens, on_first_token)
             if on_tokens is not None:
                 on_tokens(ids.cpu())
             return ids
@@ -293,8 +292,9 @@ class DecodeEngine:
         sampling: Sampling | None,
         max_new: int,
         min_new: int,
+        on_first_token: Callable[[], None] | None,
     ) -> Tensor:
-        """The same call through `generate()`; tokens are known, and reported, at its end."""
+        """The same call through `generate()`; tokens are reported at its end."""
         kwargs: dict[str, Any] = {"return_dict_in_generate": False, "num_return_sequences": 1}
         kwargs["do_sample"] = sampling is not None and sampling.temperature > 0
         if sampling is not None:
@@ -310,6 +310,8 @@ class DecodeEngine:
             kwargs["inputs_embeds"] = prompt.values
         if min_new:
             kwargs["min_new_tokens"] = min_new
+        if on_first_token is not None:
+            kwargs["stopping_criteria"] = StoppingCriteriaList([FirstToken(on_first_token)])
         ids = self.model.generate(attention_mask=prompt.attention_mask, max_new_tokens=max_new, **kwargs)
         if self.model.config.is_encoder_decoder:
             ids = ids[:, 1:]

@@ -1,6 +1,29 @@
-"""Text from tokens as they come: only whole characters, and in the end the same text as decoding all at once."""
+"""Tokens as they come: when the first one is known, and text of whole characters that in the end is the same."""
 
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+
+class FirstToken(StoppingCriteria):
+    """Lets `generate()` call back once, after the first token; never stops it.
+
+    Args:
+        callback: what is called.
+    """
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
+        """Say of each row of (batch, length) ids that it goes on."""
+        if self._callback is not None:
+            self._callback()
+            self._callback = None
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class TextStream:

@@ -254,6 +254,14 @@ def test_break_even_is_dotted_where_nothing_was_measured(folder):
     assert max(solid.get_xdata()) <= 16 < min(dotted.get_xdata())
 
 
+def test_a_system_that_the_engine_could_not_read_is_marked(folder):
+    edit(folder, "llm", lambda record: record["settings"].update(decoder="generate"))
+    edit(folder, "slm", lambda record: record["settings"].update(decoder="engine"))
+    rows = rows_of(folder)
+    assert "decoded by generate()" in rows["llm"].marks
+    assert "decoded by generate()" not in rows["slm"].marks
+
+
 def test_an_unknown_dtype_is_said_and_no_speed_compared(folder):
     edit(folder, "llm", lambda record: record["settings"].update(dtype="float32"))
     row = rows_of(folder)["slm"]

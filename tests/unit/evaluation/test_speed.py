@@ -9,8 +9,9 @@ from test_systems import composed, system
 
 from evaluation.largest_batch import largest_batch
 from evaluation.memory import peak_memory, weight_bytes
-from evaluation.peers import assisted, verified
+from evaluation.peers import GenerateSystem, assisted, verified
 from evaluation.speed import measure_speed, percentiles, time_generate
+from evaluation.systems import decoder_of
 from llmslm.generation import memory
 
 
@@ -131,3 +132,18 @@ def test_each_system_is_measured_at_its_own_largest_batch(dummy, monkeypatch):
     sizes = {name: [entry["batch_size"] for entry in rows] for name, rows in entries.items()}
     assert sizes == {"llm": [1, 1, 2, 2], "slm": [1, 1, 4, 4], "assisted": [1, 1]}
     assert [entry["tokens"] for entry in entries["slm"]] == [3, 3, 12, 12]
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_what_the_engine_leaves_to_generate_has_its_first_token_too(family):
+    """Reported at the end, it would make all of the time that to the first token, and further ones free."""
+    llm, forwards, first = system("llm", family), [], []
+    assert decoder_of(llm) == "engine"
+    llm.model.generation_config.no_repeat_ngram_size = 2
+    llm.model.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.warns(UserWarning, match=r"decoding with generate\(\)"):
+        llm.generate(["a"], max_new_tokens=6, min_new_tokens=6, on_first_token=lambda: first.append(len(forwards)))
+    assert first == [1] < [len(forwards)]
+    assert decoder_of(llm) == "generate"
+    assert largest_batch(llm, ["a"] * 4, 2) is None
+    assert decoder_of(GenerateSystem("llm_generate", llm)) == "generate"
