@@ -45,6 +45,8 @@ class HarnessModel(LM):
         if system is None:
             raise UserError("no system was given; expected its folder (--model_args folder=DIR)")
         self.system = system
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"batch size {batch_size!r} was given; expected a number of at least 1 (--batch_size)")
         self.batch_size = int(batch_size)
         self.max_new_tokens = max_new_tokens
 
@@ -93,12 +95,14 @@ class HarnessModel(LM):
             )
 
     def _generate_batch(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        budgets = [settings.get("max_gen_toks", self.max_new_tokens) for _, settings in arguments]
-        generations = self.system.generate([prompt for prompt, _ in arguments], max_new_tokens=max(budgets))
-        return [
-            cut(generation.text, settings.get("until", []))
-            for generation, (_, settings) in zip(generations, arguments, strict=True)
-        ]
+        budgets = [int(settings.get("max_gen_toks", self.max_new_tokens)) for _, settings in arguments]
+        texts: dict[int, str] = {}
+        for budget in sorted(set(budgets)):  # what else is in the batch gives no request more than it asked for
+            chosen = [index for index, each in enumerate(budgets) if each == budget]
+            prompts = [arguments[index][0] for index in chosen]
+            made = self.system.generate(prompts, max_new_tokens=budget)
+            texts |= {index: each.text for index, each in zip(chosen, made, strict=True)}
+        return [cut(texts[index], settings.get("until", [])) for index, (_, settings) in enumerate(arguments)]
 
 
 def cut(text: str, until: str | Sequence[str]) -> str:

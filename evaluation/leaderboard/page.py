@@ -31,7 +31,7 @@ FIRST = tuple(name for name in MAIN if name != "perplexity")
 SPEED_TITLES = (
     *("system", "length", "batch", "tokens/s"),
     *(f"{what} {point}" for what in ("first token ms,", "further ms,", "all ms,") for point in ("p50", "p90", "p99")),
-    "floor ms",
+    *("floor ms", "memory MiB"),
 )
 """Of the speeds by batch size; the first seed where there are several."""
 
@@ -105,7 +105,8 @@ def _speeds(rows: Sequence[Row]) -> list[list[str]]:
             ]
             floor = number(entry.get("floor_s"), 3, 1e3)
             speed = number(entry["tokens_per_s"])
-            lines.append([row.label, entry["mode"], str(entry["batch_size"]), speed, *times, floor])
+            memory = number(entry.get("peak_memory_bytes"), 0, 2**-20)
+            lines.append([row.label, entry["mode"], str(entry["batch_size"]), speed, *times, floor, memory])
     return sorted(lines, key=lambda line: (line[1], int(line[2])))
 
 

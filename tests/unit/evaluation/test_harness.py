@@ -98,6 +98,24 @@ def test_requests_in_batches():
     assert model.generate_until(asked) == ["no idea"]
 
 
+def test_a_request_gets_its_own_budget_whatever_is_beside_it():
+    asked = []
+    system = Knowing()
+    system.generate = lambda prompts, max_new_tokens: (
+        asked.append((tuple(prompts), max_new_tokens))
+        or [Produced(f"{prompt} {max_new_tokens}", 1) for prompt in prompts]
+    )
+    budgets = [("a", 5), ("b", 9), ("c", 5)]
+    requests = [Instance("generate_until", {}, (text, {"max_gen_toks": size}), 0) for text, size in budgets]
+    assert HarnessModel(system=system).generate_until(requests) == ["a 5", "b 9", "c 5"]
+    assert asked == [(("a", "c"), 5), (("b",), 9)]
+
+
+def test_an_automatic_batch_size_is_refused():
+    with pytest.raises(UserError, match=r"batch size 'auto' was given; expected a number of at least 1"):
+        HarnessModel(system=Knowing(), batch_size="auto")
+
+
 def test_a_text_that_would_be_cut_is_refused():
     system = Knowing()
     system.codec = type("Codec", (), {"text_format": type("Format", (), {"max_target_tokens": 2})})
