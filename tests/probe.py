@@ -13,14 +13,15 @@ from llmslm.data import features, shards
 
 
 class Losses(Callback):
-    """Appends "<step> <loss>" of each micro-batch to losses.<rank>.txt, exactly."""
+    """Appends "<number> <loss>" of each micro-batch to losses.<rank>.txt, exactly."""
 
     def __init__(self, file: str = "losses", seconds: float = 0.0) -> None:
         self.file, self.seconds = file, seconds
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
         with Path(f"{self.file}.{trainer.global_rank}.txt").open("a") as file:
-            file.write(f"{trainer.global_step} {outputs['loss'].item().hex()}\n")
+            file.write(f"{number} {outputs['loss'].item().hex()}\n")
         time.sleep(self.seconds)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from llmslm.data.loader import batches_of_steps
 from llmslm.errors import UserError
 from llmslm.resume import remove, replaced
 
@@ -137,6 +138,14 @@ class Safeguard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the same random numbers."""
         self._seed, self.skipped = state_dict["seed"], state_dict["skipped"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count no batch whose optimizer step is still to come: its gradients are lost, so it is trained again."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        begun = progress["total"]["processed"] - batches_of_steps(trainer)
+        if begun:
+            for counts in (progress["total"], progress["current"]):
+                counts |= dict.fromkeys(("ready", "started", "processed", "completed"), counts["processed"] - begun)
 
     def _ask_to_stop(self, _signal: int, _frame: Any) -> None:
         self._asked = True

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmslm.data import features, logits
 from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
-from llmslm.data.loader import BatchLoader, StreamLoader
+from llmslm.data.loader import BatchLoader, StreamLoader, batches_of_steps
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
 from llmslm.data.shards import RowsWithStored
 from llmslm.data.sources import Source, Split
@@ -262,8 +262,7 @@ class TextDataModule(L.LightningDataModule):
         return {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0, "pin_memory": pin}
 
     def _trained(self) -> int:
-        # `completed` lags behind where a checkpoint is written at the end of a batch.
-        return int(self._module.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return batches_of_steps(self._module.trainer)
 
 
 def tokenise(source: Source, split: Split, codec: Codec) -> Dataset | IterableDataset:

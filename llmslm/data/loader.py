@@ -1,8 +1,9 @@
 """Loaders of training batches that go on in the middle: of an epoch, or of a stream.
 
 Lightning saves and restores the state of a training loader that has `state_dict` and `load_state_dict`. The position is
-counted in batches that were trained, which the trainer knows: workers fetch ahead, and Lightning's number of the epoch
-is not the same after every kind of resumption.
+counted in batches of complete optimizer steps, which the trainer knows: workers fetch ahead, no checkpoint holds the
+gradients of a step that is not complete, and Lightning's number of the epoch is not the same after every kind of
+resumption.
 """
 
 import itertools
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 from datasets import IterableDataset
+from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from llmslm.data.sampler import LengthBatchSampler
@@ -23,7 +25,7 @@ class BatchLoader(DataLoader):
     Args:
         dataset: rows of ids.
         sampler: which rows make a batch.
-        trained: tells how many batches this rank has trained so far, in all epochs.
+        trained: tells how many batches this rank has trained so far, in all epochs; see `batches_of_steps`.
         kwargs: see torch's DataLoader.
     """
 
@@ -107,6 +109,15 @@ class StreamLoader(DataLoader):
                     yield batch
             if not batches:
                 raise UserError("a process has no rows of the stream; use fewer processes, or data without streaming")
+
+
+def batches_of_steps(trainer: Trainer) -> int:
+    """Count the batches that this rank has trained, without those whose optimizer step is still to come."""
+    loop = trainer.fit_loop.epoch_loop
+    progress: Any = loop.batch_progress
+    begun = progress.current.processed % trainer.accumulate_grad_batches if loop._should_accumulate() else 0
+    # `completed` lags behind where a checkpoint is written at the end of a batch.
+    return int(progress.total.processed) - begun
 
 
 def _world_size() -> int:

@@ -41,11 +41,11 @@ def fit(folder, recipe, name, *args, callbacks=(), environment=None):
 
 
 def losses(folder, name):
-    """Loss by step; a step that was run twice must have had the same loss twice."""
+    """Loss by micro-batch; one that was run twice must have had the same loss twice."""
     found = {}
     for line in Path(folder / f"{name}.0.txt").read_text().splitlines():
-        step, loss = line.split()
-        assert found.setdefault(step, loss) == loss
+        number, loss = line.split()
+        assert found.setdefault(number, loss) == loss
     return found
 
 
@@ -95,6 +95,22 @@ def test_a_warning_saves_and_asks_to_be_queued_again(folder, warning, moment):
     assert done == 5 if moment == "validation" else done < STEPS
     assert newest(folder / moment / "checkpoints").name == f"resume-{done}.ckpt"
     resume(folder, moment)
+
+
+def test_stopped_between_two_batches_of_a_step(folder):
+    """A validation may come in the middle of accumulated gradients, which no checkpoint holds."""
+    recipe, steps = str(folder / "toy.yaml"), ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=6"]
+    assert fit(folder, recipe, "accumulated", *steps).wait() == 0
+    slow = {"class_path": "tests.probe.SlowValidation", "init_args": {"file": "between"}}
+    run = fit(folder, recipe, "between", *steps, callbacks=[slow])
+    until((folder / "between.begun").exists)
+    run.send(signal.SIGTERM)
+    assert run.wait() == REQUEUE, run.text
+    assert len(losses(folder, "between")) == 5
+    run = fit(folder, recipe, "between", *steps)
+    assert run.wait() == 0, run.text
+    assert losses(folder, "between") == losses(folder, "accumulated")
+    assert len(losses(folder, "between")) == STEPS
 
 
 def test_a_broken_checkpoint_is_passed_over(folder):
