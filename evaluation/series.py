@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from llmslm import provenance
@@ -142,39 +143,79 @@ def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[
     Args:
         name: of the series.
         only: patterns of stages (`en_it/*`); what they need is run too. All where empty.
-        jobs: stages that run at a time.
+        jobs: stages that run at a time; each has a GPU of its own as far as there are several.
         overrides: further arguments of each `fit`.
 
     Raises:
-        UserError: if a stage fails; those that ran beside it are finished, and nothing else is begun.
+        UserError: if stages fail; whatever does not need them is run all the same.
     """
     left = {stage.name: stage for stage in choose(load_series(name, overrides), only)}
     stamps: dict[str, str] = {}
     running: dict[Future[None], Stage] = {}
-    with ThreadPoolExecutor(jobs) as pool, _children() as children:
-        while left or running:
+    failed: list[str] = []
+    places = _places(jobs)
+    with _children() as children, ThreadPoolExecutor(jobs) as pool, _stopped(children):
+        while True:
             while stage := _next(left.values(), stamps, list(running.values()), jobs):
                 stamp = stage.stamp(stamps[need] for need in stage.needs)
-                running[pool.submit(perform, stage, stamp, children)] = left.pop(stage.name)
+                running[pool.submit(perform, stage, stamp, children, places)] = left.pop(stage.name)
+            if not running:
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 stage = running.pop(future)
-                future.result()
-                stamps[stage.name] = read_state(stage.folder)["stamp"]
+                try:
+                    future.result()
+                except UserError as error:
+                    failed.append(str(error))
+                    _say(f"{stage.name}: failed")
+                else:
+                    stamps[stage.name] = read_state(stage.folder)["stamp"]
+    if failed:
+        raise UserError("; ".join(failed) + (f"; not begun: {', '.join(left)}" if left else ""))
+
+
+def _places(jobs: int) -> "SimpleQueue[dict[str, str]]":
+    """Deal out GPUs, as what the environments of stages that run at a time differ in; a single one is shared."""
+    gpus: Sequence[str] = []
+    if jobs > 1:
+        import torch
+
+        told = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = told.split(",") if told else [str(index) for index in range(torch.cuda.device_count())]
+    places: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for job in range(jobs):
+        places.put({"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} if len(gpus) > 1 else {})
+    return places
 
 
 @contextmanager
 def _children() -> Iterator[set[subprocess.Popen[bytes]]]:
-    """Yield a place for the processes of stages; when this one is told to stop, so are they, and trainings save."""
-    children: set[subprocess.Popen[bytes]] = set()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Yield a place for the processes of stages; until they are gone, a signal to stop is heard once only.
+
+    `timeout` sends it twice, to its child and to its group: the second must not end this program while stages save.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
     try:
-        yield children
+        yield set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _stopped(children: Iterable[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """When this program is told to stop, tell the stages, too: trainings save."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         for child in list(children):
             child.terminate()
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _next(left: Iterable[Stage], done: Container[str], running: Sequence[Stage], jobs: int) -> Stage | None:
@@ -185,13 +226,16 @@ def _next(left: Iterable[Stage], done: Container[str], running: Sequence[Stage],
     return next((stage for stage in ready if not (running and stage.kind in ALONE)), None)
 
 
-def perform(stage: Stage, stamp: str, children: set[subprocess.Popen[bytes]]) -> None:
+def perform(
+    stage: Stage, stamp: str, children: set[subprocess.Popen[bytes]], places: "SimpleQueue[dict[str, str]]"
+) -> None:
     """Run one stage unless it is complete; what another version of it left is removed first.
 
     Args:
         stage: what to run.
         stamp: what it is complete with.
         children: has its process while that runs.
+        places: it takes one, and gives it back.
 
     Raises:
         UserError: if its command fails.
@@ -208,11 +252,17 @@ def perform(stage: Stage, stamp: str, children: set[subprocess.Popen[bytes]]) ->
     state |= {"complete": False, "commit": provenance.commit()[0]}
     _write(stage.folder, state)
     begin = time.monotonic()
+    place = places.get()
     with (stage.folder / LOG).open("ab") as log:
-        child = subprocess.Popen([sys.executable, *stage.command()], stdout=log, stderr=log, env=_environment())
+        environment = _environment() | place
+        # a group of its own: what stops this program is passed on to a stage once, by this program
+        child = subprocess.Popen(
+            [sys.executable, *stage.command()], stdout=log, stderr=log, env=environment, process_group=0
+        )
         children.add(child)
         status = child.wait()
         children.discard(child)
+    places.put(place)
     state["seconds"] = round(state["seconds"] + time.monotonic() - begin, 1)
     if status:
         _write(stage.folder, state)

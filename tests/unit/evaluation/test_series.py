@@ -83,6 +83,28 @@ def test_a_failed_stage_is_named_and_gone_on_with(here):
     assert (here / "runs/toy/first/found.txt").read_text() == "xx"  # its folder was kept: a training goes on there
 
 
+def test_what_does_not_need_a_failed_stage_is_run(here):
+    (here / "toy.yaml").write_text(
+        SERIES.replace('append: "{task}"', 'append: "{task} fail"') + "  other: {needs: first, append: x}\n"
+    )
+    with pytest.raises(UserError, match=r"^stage a/second ended .*; stage b/second ended .*; not begun: last$"):
+        series.run("toy")
+    assert order(here) == ["first", "a", "b", "x"]
+
+
+def test_stages_that_run_at_a_time_have_a_gpu_each(here, monkeypatch):
+    (here / "append_word.py").write_text(
+        PROGRAM.replace("word + ", "__import__('os').environ.get('CUDA_VISIBLE_DEVICES', '-') + ")
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    series.run("toy", jobs=2)
+    words = order(here)
+    assert len(words) == 4
+    assert set(words[1:3]) == {"4", "7"}  # side by side
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    assert series._places(2).get() == {}
+
+
 def test_mistakes_in_names(here):
     with pytest.raises(UserError, match=r"no series 'x'; expected one of toy \(--series\)"):
         series.run("x")
@@ -110,19 +132,25 @@ def test_seeds_share_a_row_of_the_leaderboard(here, monkeypatch):
 
 
 def test_told_to_stop_it_tells_its_stages(here):
-    (here / "append_word.py").write_text("import time\ntime.sleep(60)\n")
+    stage = "import signal, time\ntold = []\nsignal.signal(signal.SIGTERM, lambda *_: told.append(1))\n"
+    stage += "while not told:\n    time.sleep(0.05)\ntime.sleep(0.5)\nprint('told', len(told), flush=True)\nexit(75)\n"
+    (here / "append_word.py").write_text(stage)
     path = os.pathsep.join([str(here), str(Path(series.__file__).parent.parent)])
     program = (
         "from evaluation import series; from pathlib import Path; series.FOLDER = Path(); "
         "series.KINDS = dict.fromkeys(('append', 'alone'), ('append_word', '{folder}')); series.run('toy')"
     )
-    run = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path})
+    environment = os.environ | {"PYTHONPATH": path}
+    run = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
     state = here / "runs/toy/first/stage.json"
     while not state.is_file() or not (here / "runs/toy/first/log.txt").is_file():
         time.sleep(0.1)
     time.sleep(0.5)
-    run.terminate()
+    for _ in range(3):  # as timeout does, to its child and to the group
+        os.killpg(run.pid, signal.SIGTERM)
+        time.sleep(0.1)
     assert run.wait(timeout=20) == 128 + signal.SIGTERM
+    assert (state.parent / "log.txt").read_text() == "told 1\n"
     left = json.loads(state.read_text())
     assert not left["complete"]
     assert 0.1 < left["seconds"] < 50
