@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,9 +126,17 @@ def _read_files(jobs: list[_Job]) -> Iterator[list[tuple[str, str]]]:
     # New processes, not forks: the one that calls us may have threads. Without the garbage collector, which finds
     # nothing in syntax trees, parsing takes half the time.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(_WORKERS, mp_context=context, initializer=gc.disable) as pool:
-        read = pool.map(_read_file, jobs, chunksize=32)
-        yield from tqdm(read, "reading packages", len(jobs), unit=" files", mininterval=1.0)
+    with tqdm(desc="reading packages", total=len(jobs), unit=" files", mininterval=1.0) as progress:
+        try:
+            with ProcessPoolExecutor(_WORKERS, mp_context=context, initializer=gc.disable) as pool:
+                for pairs in pool.map(_read_file, jobs, chunksize=32):
+                    progress.update()
+                    yield pairs
+        except BrokenProcessPool:  # new processes import the caller's script: one from standard input, or unguarded
+            progress.write("no processes could be started to read packages (see above): this one reads alone")
+            for job in jobs[int(progress.n) :]:
+                progress.update()
+                yield _read_file(job)
 
 
 def _read_file(job: _Job) -> list[tuple[str, str]]:

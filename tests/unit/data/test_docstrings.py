@@ -1,6 +1,7 @@
 """Functions and their docstrings: what becomes a pair, and on which side of the split it stands."""
 
 import ast
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 
@@ -132,3 +133,21 @@ def test_several_processes_read_the_same(environment, monkeypatch):
     monkeypatch.undo()  # the new processes need the real sys.path; what they read is given by its path
     monkeypatch.setattr(docstrings, "_WORTH_WORKERS", 0)
     assert list(docstrings._read_files(jobs)) == [docstrings._read_file(job) for job in jobs]
+
+
+def test_a_caller_whose_script_cannot_be_imported_reads_alone(environment, monkeypatch, capfd):
+    class Pool:
+        def __init__(self, *_args, **_kwargs): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_error): ...
+        def map(self, read, jobs, chunksize):
+            yield read(jobs[0])
+            raise BrokenProcessPool
+
+    jobs = [docstrings._Job(package, path, 1200, 200) for package, path in docstrings._files()]
+    monkeypatch.setattr(docstrings, "_WORTH_WORKERS", 0)
+    monkeypatch.setattr(docstrings, "ProcessPoolExecutor", Pool)
+    assert list(docstrings._read_files(jobs)) == [docstrings._read_file(job) for job in jobs]
+    assert "this one reads alone" in "".join(capfd.readouterr())
