@@ -58,8 +58,7 @@ def load_arms(
     """
     for name in peers:
         _check_peer(name, folders)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device {device} was asked for, but PyTorch sees no GPU here (--device)")
+    _check_device(device)
     arms = {name: load_arm(name, folder, device, dtype) for name, folder in folders.items()}
     made = [_peer_arm(name, arms) for name in peers]
     formats = [arm.system.codec.text_format for arm in arms.values() if isinstance(arm.system, System)]
@@ -98,6 +97,16 @@ def _arm(system: EvaluatedSystem, dtype: str) -> Arm:
         dtype=dtype if isinstance(system, System) else getattr(system, "dtype", None),
         target_limit=codec.text_format.max_target_tokens if codec is not None else None,
     )
+
+
+def _check_device(device: str) -> None:
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device {device!r} was asked for; expected cpu, cuda or cuda:N (--device)") from error
+    gpus = torch.cuda.device_count()
+    if asked.type == "cuda" and (asked.index or 0) >= gpus:
+        raise UserError(f"device {device} was asked for, but PyTorch sees {gpus or 'no'} GPUs here (--device)")
 
 
 def _check_peer(name: str, folders: Mapping[str, str]) -> None:

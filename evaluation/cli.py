@@ -50,7 +50,7 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     what.add_argument("--task", help="task (name or YAML): data, metrics, token budget under a version")
     parser.add_argument("--split", choices=("train", "validation", "test"), help="of --data (default: test)")
     parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples, drawn with the seed")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the records")
+    parser.add_argument("--out", type=_folder, required=True, metavar="DIR", help="folder of the records")
     metrics = (
         "of bleu, chrf, ter, rouge, exact_match, smoothed_bleu (default: the task's, or all but ter and the last), and "
         "models on this machine: comet=FILE.ckpt, bertscore=FOLDER[@LAYER]"
@@ -133,7 +133,7 @@ def _add_leaderboard(commands: "argparse._SubParsersAction[argparse.ArgumentPars
     source = "take the evaluations of an MLflow experiment instead (and log nothing)"
     parser.add_argument("--from-mlflow", metavar="EXPERIMENT", help=source)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of leaderboard.{md,csv,html,png}"
+        "--out", type=_folder, required=True, metavar="DIR", help="folder of leaderboard.{md,csv,html,png}"
     )
     parent = "run that the evaluations become children of (default: one of their own)"
     parser.add_argument("--mlflow-parent", metavar="RUN_ID", help=parent)
@@ -167,7 +167,7 @@ def _add_mt_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     _add_systems(parser)
     parser.add_argument("--questions", type=Path, required=True, metavar="FILE", help="FastChat's question.jsonl")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of SYSTEM.jsonl")
+    parser.add_argument("--out", type=_folder, required=True, metavar="DIR", help="folder of SYSTEM.jsonl")
     budget = "token budget of an answer (default: 1024)"
     parser.add_argument("--max-new-tokens", type=_positive, default=1024, help=budget)
     parser.set_defaults(run=_mt_bench)
@@ -253,6 +253,13 @@ def _speed(options: argparse.Namespace) -> None:
     from evaluation.decoding.command import main as speed
 
     speed(options.rest)
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if next(each for each in (path, *path.absolute().parents) if each.exists()).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is, or lies in, a file; expected a folder")
+    return path
 
 
 def _positive(text: str) -> int:

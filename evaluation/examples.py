@@ -118,9 +118,13 @@ def _target_column(path: Path) -> str:
         except (json.JSONDecodeError, TypeError):
             return TARGETS[0]  # the source names the broken line
     else:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = set(pq.read_schema(path).names)
+        try:
+            columns = set(pq.read_schema(path).names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} is no Parquet file, or a broken one: {error} (--data)") from error
     return next((name for name in TARGETS if name in columns), TARGETS[0])
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from evaluation.arms import load_arms
 from evaluation.compare import Settings, compare
 from evaluation.examples import load_examples
 from evaluation.leaderboard import build
@@ -53,6 +54,21 @@ def test_data_files(tmp_path, text, message):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
         load_examples(str(tmp_path / "x.jsonl"), "test", None, 0)
+
+
+def test_a_broken_parquet_file(tmp_path):
+    (tmp_path / "x.parquet").write_text("no such thing")
+    with pytest.raises(UserError, match=r"x\.parquet is no Parquet file, or a broken one"):
+        load_examples(str(tmp_path / "x.parquet"), "test", None, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("quantum", "device 'quantum' was asked for; expected cpu, cuda"), ("cuda:99", r"but PyTorch sees \w+ GPUs here")],
+)
+def test_a_device_that_is_not_there(device, message):
+    with pytest.raises(UserError, match=message):
+        load_arms({}, device, "float32")
 
 
 def test_references_may_be_called_so(tmp_path):

@@ -60,6 +60,10 @@ def test_abbreviations_and_bad_numbers_are_refused(capsys):
             main(arguments)
     error = capsys.readouterr().err
     assert "--limit: '0' was given; expected a whole number of at least 1" in error
+    for out in (__file__, f"{__file__}/deeper"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["leaderboard", "x", "--out", out])
+        assert "expected a folder" in capsys.readouterr().err
     assert "--speed-batch-sizes: 'biggest' was given; expected a whole number" in error
     with pytest.raises(SystemExit, match="2"):
         main(["targets", "--colour"])
