@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from llmslm.costs import Cost, Counter, Device
 from llmslm.errors import UserError
+from llmslm.fsdp1 import FSDP2, translated
 from llmslm.models.blocks import blocks
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.encoder import Encoder
@@ -76,7 +77,7 @@ class Job:
     def of(cls, recipe: Values, prompt_tokens: int | None = None, target_tokens: int | None = None) -> "Job":
         """Read a recipe; batches are as long as its limits allow unless lengths are given."""
         data, trainer = recipe.get("data", {}), recipe.get("trainer", {})
-        strategy = trainer.get("strategy") or "auto"
+        strategy = translated(trainer.get("strategy") or "auto", trainer.get("devices"))
         sharding = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
         name = strategy if isinstance(strategy, str) else strategy["class_path"]
         optimizer = recipe["model"].get("optimizer") or {"class_path": "torch.optim.AdamW"}
@@ -90,7 +91,7 @@ class Job:
             target_tokens=target,
             mixed=str(trainer.get("precision", "32-true")) == "bf16-mixed",
             accumulate=trainer.get("accumulate_grad_batches", 1),
-            is_sharded=name.rpartition(".")[2] in ("Fsdp", "FSDPStrategy", "fsdp"),
+            is_sharded=name == FSDP2,
             encoder=sharding.get("encoder", "sharded"),
             reshard_after_forward=sharding.get("reshard_after_forward", True),
             activation_checkpointing=sharding.get("activation_checkpointing", False),

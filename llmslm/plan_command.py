@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from llmslm.costs import DEVICES, Device
 from llmslm.errors import UserError
+from llmslm.fsdp1 import translated
 from llmslm.parallel import make_mesh, parallelize
 from llmslm.plan import Job, World, batch, build, check, loss, predict
 from llmslm.recipe import read_recipe
@@ -166,7 +167,7 @@ def _record(
 def _world(options: argparse.Namespace, trainer: Mapping[str, Any], job: Job) -> World:
     devices = trainer.get("devices", 1)
     gpus = options.gpus or (devices if isinstance(devices, int) and devices > 0 else 1) * trainer.get("num_nodes", 1)
-    strategy = trainer.get("strategy") or {}
+    strategy = translated(trainer.get("strategy") or "auto", devices)
     given = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("shard_size")
     device: Device = DEVICES[options.gpu]
     return World(device, gpus, options.gpus_per_node, (given or gpus) if job.is_sharded else 1)

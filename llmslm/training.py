@@ -1,5 +1,6 @@
 """The Lightning CLI of llmslm: recipes in, trained systems out."""
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -8,10 +9,12 @@ from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI itself still uses what is deprecated
 
+from jsonargparse import dict_to_namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning_utilities.core import rank_zero
 
 from llmslm.callbacks.predictions import WritePredictions
 from llmslm.callbacks.safeguard import Safeguard
@@ -21,6 +24,7 @@ from llmslm.callbacks.tracking import MlflowLogger, RecordRun
 from llmslm.callbacks.watch import WatchRanks, is_lost_rank
 from llmslm.data.datamodule import TextDataModule
 from llmslm.errors import UserError
+from llmslm.fsdp1 import translated
 from llmslm.module import SystemModule
 from llmslm.recipe import resolve_recipes
 from llmslm.resume import CheckpointFiles, resolve
@@ -31,6 +35,7 @@ RUNS = Path("runs")
 QUIET = (
     r".*LeafSpec.*",  # its own use of a helper that torch renames
     r"Found .* module\(s\) in eval mode",  # the frozen encoder, on purpose
+    r"It is recommended to use `self\.log\('(val|test)/",  # a metric, which is reduced when it is computed
     r"You are using a custom batch sampler",  # ours returns every index in evaluation
 )
 
@@ -71,6 +76,13 @@ class Cli(LightningCLI):
         init = getattr(logger, "init_args", None)
         if init is not None and "run_name" in init and init.run_name is None:
             init.run_name = f"{self.recipe_name}/{system}"
+        strategy = config.trainer.strategy
+        if hasattr(strategy, "as_dict"):
+            strategy = strategy.as_dict()
+        sharding = translated(strategy, config.trainer.devices)
+        if sharding is not strategy:
+            rank_zero.rank_zero_info(f"FSDPStrategy is run as FSDP2: {sharding}")
+            config.trainer.strategy = dict_to_namespace(sharding)
         config.ckpt_path = resolve(config.ckpt_path, config.checkpoint.dirpath)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -102,6 +114,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
     args, Cli.recipe_name = resolve_recipes(args)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
+    rank_zero.log.addFilter(_is_no_advertisement)
     strict = {"exit_on_error": False, "allow_abbrev": False}
     try:
         Cli(
@@ -125,6 +138,11 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
             "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
             "start all again with --ckpt_path last"
         ) from error
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Let pass what Lightning says, but for the services that it recommends at each start."""
+    return not (isinstance(record.msg, str) and record.msg.startswith("💡 Tip: For seamless cloud"))
 
 
 def plain(values: Any) -> str:

@@ -167,3 +167,19 @@ def test_two_ranks_train_as_one_on_the_same_global_batch(folder, strategy):
     fit(folder, 2, name, *args, strategy=strategy)
     one = loss(folder, "accumulated", 1)
     assert loss(folder, name, 2) == pytest.approx([a + b for a, b in zip(one[::2], one[1::2], strict=True)], rel=1e-5)
+
+
+def test_a_recipe_that_names_fsdp1_trains_clips_validates_and_goes_on(folder):
+    """Also on a CPU, where FSDP1 itself refuses to start."""
+    strategy = "lightning.pytorch.strategies.FSDPStrategy"
+    args = ["--trainer.strategy.sharding_strategy=SHARD_GRAD_OP", "--trainer.gradient_clip_val=1.0"]
+    args += ["--trainer.val_check_interval=2"]
+    text = fit(folder, 2, "fsdp1", *args, "--trainer.max_steps=2", strategy=strategy)
+    assert "FSDPStrategy is run as FSDP2: " in text
+    assert "Tip: For" not in text
+    assert "sync_dist" not in text
+    fit(folder, 2, "fsdp1", *args, "--ckpt_path=last", strategy=strategy)
+    path = newest(folder / "fsdp1" / "checkpoints")
+    assert path.is_dir()
+    assert CheckpointFiles().load_checkpoint(path, weights_only=True)["global_step"] == 4
+    assert System.load(folder / "fsdp1").generate(["say alpha 0"], max_new_tokens=2)
