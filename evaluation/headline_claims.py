@@ -7,7 +7,7 @@ from typing import Any
 
 from evaluation.record import Record
 from evaluation.systems import LLM, LLM_TO_SLM, SLM
-from evaluation.targets import read_targets
+from evaluation.targets import Target, read_targets, record_measurement
 from llmslm.provenance import hardware_name
 
 TRANSLATION, SUMMARY = "en_it", "summary"
@@ -21,6 +21,9 @@ class Results:
     records: dict[str, list[Record]]
     stages: dict[str, dict[str, Any]]
     differences: dict[str, int]
+    """By task: test predictions in which the verified mode differs from the llm."""
+    labels: dict[str, dict[str, Any]]
+    """By task: the report of `llmslm label` on the training prompts."""
 
     def get(self, task: str, stage: str) -> list[Record]:
         """Return the records of a task's stage; none where it has not run."""
@@ -67,12 +70,30 @@ class Results:
 def claims(results: Results) -> list[tuple[str, ...]]:
     """Return claim, bar, measurement and verdict of each target of the headline; a dash where nothing was measured."""
     lines: list[tuple[str, ...]] = []
-    for target in read_targets(topic="headline"):
-        value = MEASURE[target.id](results) if target.id in MEASURE else None
+    for target, value in _measured(results):
         shown = "–" if value is None else f"{value:.4g} {target.unit}".strip()
         verdict = "–" if value is None else "yes" if target.judge(value) else "no"
         lines.append((target.text, f"{target.comparison} {target.bar:g} {target.unit}".strip(), shown, verdict))
     return lines
+
+
+def record_claims(results: Results, command: str) -> None:
+    """Write what was measured into the list of targets, with the commit that measured it.
+
+    Args:
+        results: the records.
+        command: what makes them.
+    """
+    commits = {record["provenance"]["commit"] for part in results.records.values() for record in part}
+    origin: dict[str, Any] = {"hardware": results.hardware(), "commit": ", ".join(sorted(filter(None, commits)))}
+    for target, value in _measured(results):
+        if value is not None:
+            record_measurement(target.id, value, command, **origin)
+
+
+def _measured(results: Results) -> list[tuple[Target, float | None]]:
+    targets = read_targets(topic="headline")
+    return [(target, MEASURE[target.id](results) if target.id in MEASURE else None) for target in targets]
 
 
 def _above_slm(results: Results) -> float | None:
@@ -89,6 +110,12 @@ def _longest(results: Results) -> float | None:
 
 def _fewest(results: Results) -> float | None:
     return _least([results.examples(task) for task in (TRANSLATION, SUMMARY)])
+
+
+def _differences(results: Results) -> float | None:
+    """Of both tasks: one alone would not be all test examples."""
+    found = [results.differences.get(task) for task in (TRANSLATION, SUMMARY)]
+    return sum(count for count in found if count is not None) if None not in found else None
 
 
 def _least(values: Iterable[float | None]) -> float | None:
@@ -140,7 +167,7 @@ MEASURE: dict[str, Callable[[Results], float | None]] = {
     "speedup-engine": _ratio(LLM),
     "speedup-generate": _ratio("llm_generate"),
     "speedup-assisted": _ratio("assisted"),
-    "verified-differences": lambda results: sum(results.differences.values()) if results.differences else None,
+    "verified-differences": _differences,
     "verified-speedup": _ratio(LLM, "verified"),
     "control-zero": _lost("zero_features"),
     "control-shuffled": _lost("shuffled_features"),

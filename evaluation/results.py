@@ -4,9 +4,10 @@
     python -m evaluation.results                             # write the pages
     python -m evaluation.results --check                     # exit 1 if a page is not what the records make it
 
-Records lie in `evaluation/records/headline/<stage>/`, with `stages.json` (command, seconds and commit of each stage)
-and `differences.json` (test predictions in which the verified mode differs from the llm). Without records there are no
-pages, and README has no table between two marks.
+Records lie in `evaluation/records/headline/<stage>/`, with `stages.json` (command, seconds and commit of each stage),
+`differences.json` (test predictions in which the verified mode differs from the llm) and `labels.json` (what became of
+the labels). What was measured goes into `evaluation/targets.json`, too. Without records there are no pages, and README
+has no table between two marks.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.headline_claims import Results, claims
+from evaluation.headline_claims import SEEDS, SUMMARY, TRANSLATION, Results, claims, record_claims
 from evaluation.leaderboard import build
 from evaluation.leaderboard.rows import Row, leaderboard_rows
 from evaluation.leaderboard.table import SCORES, SIGNIFICANT, markdown_table, number, parameter_count
@@ -30,14 +31,38 @@ from llmslm.writing import write_text
 
 ROOT = Path(__file__).parent.parent
 RECORDS = "evaluation/records/headline"
-STAGES, DIFFERENCES = "stages.json", "differences.json"
+STAGES, DIFFERENCES, LABELS = "stages.json", "differences.json", "labels.json"
 PAGE, FOLDER = "docs/results/headline.md", "docs/results/headline"
 COMMAND = "python -m evaluation.results"
+COLLECT = f"make headline && {COMMAND} --collect runs/headline"
 BEGIN, END = f"<!-- made by {COMMAND} -->", "<!-- end of what is made -->"
-TITLES = {"en_it": "English to Italian (debian-translation)", "summary": "Synopses (debian-summary)"}
-SHOWN = {"en_it": ("bleu", "chrf"), "summary": ("rouge_l", "bleu")}
-SEEDS = ("quality", "quality_2", "quality_3")
-VARIANTS = ("quality", "quality_gold", "quality_replace", "quality_cross", "quality_read", "quality_t5")
+TITLES = {
+    "en_it": "English to Italian (debian-translation)",
+    "summary": "Synopses (debian-summary)",
+    "smollm2_summary": "SmolLM2-135M as the LLM: synopses",
+    "smollm2_docstrings": "SmolLM2-135M as the LLM: docstrings",
+}
+SHOWN = {"en_it": ("bleu", "chrf")}
+SHOWN_ELSE = ("rouge_l", "bleu")
+VARIANTS = {
+    "quality": "labels of the LLM, add",
+    "quality_gold": "gold targets",
+    "quality_distilled": "labels and logits of the LLM",
+    "quality_replace": "replace",
+    "quality_cross": "cross-attention",
+    "quality_read": "encoder-decoder SLM",
+    "quality_t5": "T5 1.1 as the LLM",
+    "quality_llm_alone": "LLM without the mixture",
+}
+"""By stage: what it compares."""
+LIMITS = """\
+- There is one LLM for each task, trained once, as a pretrained one would be: seeds and intervals speak of the SLMs, and
+  of the test examples.
+- The texts are descriptions of one distribution's packages, whose phrases repeat. Packages of one source are on one
+  side of the split, but scores do not carry over to other texts.
+- BLEU, chrF and ROUGE-L count words and letters in common with one reference; nobody judged the texts.
+- Speed is that of one GPU with nothing else on it, of these prompts' lengths, in bf16.
+"""
 
 
 def collect(runs: Path, records: Path) -> None:
@@ -50,7 +75,7 @@ def collect(runs: Path, records: Path) -> None:
     complete = {name: state for name, state in sorted(states.items()) if state["complete"]}
     if not complete:
         raise UserError(f"{runs} has no complete stage; run llmslm-eval experiment --series headline (--collect)")
-    differences = {}
+    differences, labels = {}, {}
     for name in complete:
         found = sorted((runs / name).glob(f"*{SUFFIX}"))
         for path in found:
@@ -59,8 +84,10 @@ def collect(runs: Path, records: Path) -> None:
             shutil.copyfile(path, target)
         if name.endswith("/verified"):
             differences[name.split("/")[0]] = differing(found)
+        if report := _read(runs / name / LABELS):
+            labels[name.split("/")[0]] = report["splits"]["train"]
     kept = {name: {key: state[key] for key in ("command", "seconds", "commit")} for name, state in complete.items()}
-    for file, new in ((STAGES, kept), (DIFFERENCES, differences)):
+    for file, new in ((STAGES, kept), (DIFFERENCES, differences), (LABELS, labels)):
         write_text(records / file, json.dumps(_read(records / file) | new, indent=2) + "\n")
 
 
@@ -79,7 +106,7 @@ def load(records: Path) -> Results:
     found: dict[str, list[Record]] = {}
     for path in sorted(records.rglob(f"*{SUFFIX}")):
         found.setdefault(path.parent.relative_to(records).as_posix(), []).append(read_record(path))
-    return Results(found, _read(records / STAGES), _read(records / DIFFERENCES))
+    return Results(found, *(_read(records / name) for name in (STAGES, DIFFERENCES, LABELS)))
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -128,15 +155,20 @@ def with_table(readme: str, table: str) -> str:
 def readme_table(results: Results) -> str:
     """Write the three systems of both tasks in one table."""
     lines = ["| task | system | parameters | score | % of llm | speed-up |", "| --- " * 6 + "|"]
-    for task, title in TITLES.items():
+    for task in (TRANSLATION, SUMMARY):
         for row in _three(results, task):
-            name = SHOWN[task][0]
-            cells = [title, _label(row), number(parameter_count(row, "decoding"), 1, 1e-6, " M"), _score(row, name)]
+            name = _shown(task)[0]
+            cells = [
+                TITLES[task],
+                _label(row),
+                number(parameter_count(row, "decoding"), 1, 1e-6, " M"),
+                _score(row, name),
+            ]
             percent = row.scores[name].percent if name in row.scores else None
             ratio = results.ratio(task, LLM, row.system)
             lines.append("| " + " | ".join([*cells, number(percent), number(ratio, 1, unit="x")]) + " |")
     legend = (
-        f"Test sets of {results.examples('en_it')} and {results.examples('summary')} examples; score: BLEU, ROUGE-L; "
+        f"Test sets of {results.examples(TRANSLATION)} and {results.examples(SUMMARY)} examples; score: BLEU, ROUGE-L; "
         "parameters: those read for each token; speed-up: the llm's median time for a prediction over this one's, both "
         f"on the decode engine, one prompt at a time. {results.hardware()}. [Report]({PAGE}), `make headline`."
     )
@@ -161,7 +193,11 @@ def report(results: Results, plots: Sequence[str]) -> str:
     for task, title in TITLES.items():
         if results.get(task, "quality"):
             parts += [f"## {title}\n", *_task_parts(results, task)]
+    parts += (
+        ["## Plots\n", f"`llmslm-eval leaderboard {RECORDS} --out {FOLDER} --no-mlflow` draws them.\n"] if plots else []
+    )
     parts += [f"![{name.split('.')[-2]}](headline/{name})\n" for name in plots]
+    parts += ["## Limits\n", LIMITS]
     stages = [
         (name, number(state["seconds"], 1, 1 / 60), (state["commit"] or "unknown")[:7], f"`{state['command']}`")
         for name, state in results.stages.items()
@@ -171,14 +207,15 @@ def report(results: Results, plots: Sequence[str]) -> str:
 
 
 def _task_parts(results: Results, task: str) -> list[str]:
-    names = SHOWN[task]
+    names = _shown(task)
     head = ("system", "parameters", *(SCORES[name] for name in names), "% of llm", "p against slm")
     rows = [_quality_cells(row, names) for row in _three(results, task)]
+    compared = [stage for stage in VARIANTS if results.get(task, stage)]
     variants = [
-        (stage, *_quality_cells(row, names))
-        for stage in VARIANTS
+        (VARIANTS[stage], *_quality_cells(row, names))
+        for stage in compared
         for row in leaderboard_rows(results.get(task, stage))
-        if "/" not in row.system
+        if "/" not in row.system and len(compared) > 1
     ]
     texts = {
         f"{results.examples(task)} test examples. ± half the 95 % bootstrap interval, or the deviation over seeds; "
@@ -195,7 +232,22 @@ def _task_parts(results: Results, task: str) -> list[str]:
         "Tokens a second by batch size, fixed length of 128 tokens.": _table(*_batches(results, task)),
         "Variants, each with the llm and the slm that it was compared with.": _table(("comparison", *head), variants),
     }
-    return [f"{text}\n\n{table}" for text, table in texts.items() if table]
+    return [f"{text}\n\n{table}" for text, table in texts.items() if table] + _label_lines(results, task)
+
+
+def _label_lines(results: Results, task: str) -> list[str]:
+    """Say how many of the LLM's labels failed the length gate."""
+    report = results.labels.get(task)
+    if report is None:
+        return []
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report["failed"].items() if count)
+    failed = f"{100 * report['failed_share']:.1f} % failed the length gate" + (f" ({reasons})" if reasons else "")
+    return [f"Labels: {report['examples']} training prompts; {failed} and kept the gold target.\n"]
+
+
+def _shown(task: str) -> tuple[str, ...]:
+    """Name the scores of a task's tables, the one that counts first."""
+    return SHOWN.get(task, SHOWN_ELSE)
 
 
 def _three(results: Results, task: str) -> list[Row]:
@@ -277,6 +329,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(1 if wrong else 0)
     if options.collect:
         collect(options.collect, ROOT / RECORDS)
+        record_claims(load(ROOT / RECORDS), COLLECT)
     print("\n".join(str(path) for path in write(ROOT)))
 
 

@@ -40,6 +40,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         *("--ckpt_path=last", "--trainer.enable_progress_bar=false"),
     ),
     "label": ("llmslm", "label", "--out={folder}"),
+    "logits": ("llmslm", "logits", "--out={folder}"),
     "compare": ("evaluation", "compare", "--out={folder}"),
     "speed": ("evaluation", "compare", "--out={folder}"),
 }

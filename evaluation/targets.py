@@ -53,22 +53,28 @@ def read_targets(path: Path = FILE, topic: str | None = None) -> list[Target]:
 
 
 def record_measurement(
-    name: str, measured: float, command: str, *, hardware: str | None = None, path: Path = FILE
+    name: str,
+    measured: float,
+    command: str,
+    *,
+    hardware: str | None = None,
+    commit: str | None = None,
+    path: Path = FILE,
 ) -> Target:
-    """Write a measurement into the list, with this checkout's commit and today's date.
+    """Write a measurement into the list, with today's date.
 
     Args:
         name: id of the target.
         measured: in the target's unit.
         command: what was run to measure it.
         hardware: where; this machine by default.
+        commit: of what; this checkout's by default.
         path: the list.
 
     Raises:
         UserError: if there is no such target.
     """
-    from llmslm.provenance import commit, hardware_name
-    from llmslm.provenance import hardware as this_machine
+    from llmslm import provenance
 
     targets = read_targets(path)
     index = next((index for index, target in enumerate(targets) if target.id == name), None)
@@ -79,8 +85,8 @@ def record_measurement(
         targets[index],
         measured=measured,
         command=command,
-        commit=commit()[0],
-        hardware=hardware or hardware_name(this_machine()),
+        commit=commit or provenance.commit()[0],
+        hardware=hardware or provenance.hardware_name(provenance.hardware()),
         date=datetime.now(UTC).date().isoformat(),
         met=targets[index].judge(measured),
     )

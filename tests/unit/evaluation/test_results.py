@@ -1,12 +1,14 @@
 """The headline's pages say what its records say."""
 
 import json
+import shutil
 
 import pytest
 
-from evaluation import results
+from evaluation import headline_claims, results
 from evaluation.compare import Settings, compare
 from evaluation.headline_claims import claims
+from evaluation.series import load_series
 from evaluation.systems import Arm
 from evaluation.targets import read_targets
 
@@ -78,12 +80,44 @@ def test_numbers_are_those_of_the_records(runs, root):
     assert measured["llm-above-slm"][2] == f"{bleu:.4g} BLEU"
     assert measured["kept-bleu"][2] == f"{both['scores']['bleu']['versus_llm']['percent']:.4g} %"
     assert measured["p-translation"][2] == f"{both['scores']['bleu']['versus_slm']['p_value']:.4g}"
-    assert (
-        measured["verified-differences"][2]
-        == f"{results.load(root / results.RECORDS).differences['en_it']} predictions"
-    )
+    assert found.differences == {"en_it": 0}
+    assert measured["verified-differences"][2:] == ("–", "–")  # one task is not all test examples
+    found.differences["summary"] = 2
+    assert dict(zip((target.id for target in read_targets(topic="headline")), claims(found), strict=True))[
+        "verified-differences"
+    ][2:] == ("2 predictions", "no")
     assert measured["p-summary"][2:] == ("–", "–")
     assert measured["recipe-minutes"][2:] == ("1.5 min", "yes")
+
+
+def test_what_was_measured_goes_into_the_targets(runs, root, monkeypatch):
+    results.collect(runs, root / results.RECORDS)
+    noted = {}
+    monkeypatch.setattr(
+        headline_claims, "record_measurement", lambda name, value, *_, **more: noted.update({name: (value, more)})
+    )
+    headline_claims.record_claims(results.load(root / results.RECORDS), "make headline")
+    assert noted["recipe-minutes"][0] == 1.5
+    assert noted["kept-bleu"][1].keys() == {"hardware", "commit"}
+    assert "p-summary" not in noted
+
+
+def test_every_part_of_the_series_is_in_the_report(runs, root):
+    state = json.loads((runs / "en_it/quality/stage.json").read_text())
+    for place in ("en_it/quality_t5", "smollm2_docstrings/quality"):
+        shutil.copytree(runs / "en_it/quality", runs / place)
+    labels = {"splits": {"train": {"examples": 40, "failed_share": 0.1, "failed": {"short": 4, "long": 0}}}}
+    (runs / "en_it/labels").mkdir()
+    (runs / "en_it/labels/labels.json").write_text(json.dumps(labels))
+    (runs / "en_it/labels/stage.json").write_text(json.dumps(state))
+    results.collect(runs, root / results.RECORDS)
+    page = results.report(results.load(root / results.RECORDS), [])
+    assert "Labels: 40 training prompts; 10.0 % failed the length gate (4 short) and kept the gold target." in page
+    assert "| T5 1.1 as the LLM | slm" in page
+    assert "## SmolLM2-135M as the LLM: docstrings" in page
+    shown = {name.split("/")[-1] for name in load_series("headline") if "/quality" in name}
+    assert shown == {*results.VARIANTS, *headline_claims.SEEDS}
+    assert {name.split("/")[0] for name in load_series("headline") if "/" in name} == {*results.TITLES, "pretrain"}
 
 
 def test_the_verified_mode_is_compared_text_by_text(runs):
