@@ -55,6 +55,13 @@ VARIANTS = {
     "quality_llm_alone": "LLM without the mixture",
 }
 """By stage: what it compares."""
+SETUP = """\
+Three systems answer the same prompts: the LLM alone; a small model (SLM) alone; and the same SLM told by the frozen
+LLM's states, which are computed once (llm_to_slm). SLM-only and llm_to_slm are trained by the same code on the same
+targets for the same number of steps, and evaluated at their best checkpoint by validation BLEU. All decode greedily in
+bf16, on the project's engine unless a row says otherwise. Test examples are of packages that training never saw.
+Intervals and p-values are of the bootstrap over test examples, paired between systems.
+"""
 LIMITS = """\
 - There is one LLM for each task, trained once, as a pretrained one would be: seeds and intervals speak of the SLMs, and
   of the test examples.
@@ -78,6 +85,7 @@ def collect(runs: Path, records: Path) -> None:
     differences, labels = {}, {}
     for name in complete:
         found = sorted((runs / name).glob(f"*{SUFFIX}"))
+        shutil.rmtree(records / name, ignore_errors=True)
         for path in found:
             target = records / name / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +175,9 @@ def readme_table(results: Results) -> str:
             percent = row.scores[name].percent if name in row.scores else None
             ratio = results.ratio(task, LLM, row.system)
             lines.append("| " + " | ".join([*cells, number(percent), number(ratio, 1, unit="x")]) + " |")
+    sizes = [str(size) for task in (TRANSLATION, SUMMARY) if (size := results.examples(task))]
     legend = (
-        f"Test sets of {results.examples(TRANSLATION)} and {results.examples(SUMMARY)} examples; score: BLEU, ROUGE-L; "
+        f"Test sets of {' and '.join(sizes)} examples; score: BLEU of translations, ROUGE-L of synopses; "
         "parameters: those read for each token; speed-up: the llm's median time for a prediction over this one's, both "
         f"on the decode engine, one prompt at a time. {results.hardware()}. [Report]({PAGE}), `make headline`."
     )
@@ -187,6 +196,8 @@ def report(results: Results, plots: Sequence[str]) -> str:
         f"Made by `{COMMAND}` from the records in `{RECORDS}`. Setup and reasons: "
         f"[recipes/headline](../../recipes/headline/README.md). Hardware: {results.hardware()}. "
         f"All rows: [leaderboard](headline/leaderboard.md).\n",
+        "## Setup\n",
+        SETUP,
         "## What was asked and measured\n",
         _table(("claim", "bar", "measured", "met"), claims(results)),
     ]
@@ -208,7 +219,13 @@ def report(results: Results, plots: Sequence[str]) -> str:
 
 def _task_parts(results: Results, task: str) -> list[str]:
     names = _shown(task)
-    head = ("system", "parameters", *(SCORES[name] for name in names), "% of llm", "p against slm")
+    head = (
+        "system",
+        "parameters",
+        *(SCORES[name] for name in names),
+        f"% of llm's {SCORES[names[0]]}",
+        "p against slm",
+    )
     rows = [_quality_cells(row, names) for row in _three(results, task)]
     compared = [stage for stage in VARIANTS if results.get(task, stage)]
     variants = [
@@ -281,7 +298,7 @@ def _score(row: Row, name: str) -> str:
 def _controls(results: Results, task: str, name: str) -> list[tuple[str, ...]]:
     records = {record["system"]: record["scores"][name]["value"] for record in results.get(task, "quality")}
     whole = records.get(LLM_TO_SLM)
-    shown = [(system, value) for system, value in records.items() if system.startswith(LLM_TO_SLM)]
+    shown = sorted((system, value) for system, value in records.items() if system.startswith(LLM_TO_SLM))
     return [(system, number(value), number(100 * value / whole if whole else None)) for system, value in shown]
 
 
@@ -292,7 +309,7 @@ def _speeds(results: Results, task: str) -> list[tuple[str, ...]]:
         times = [results.time_s(task, system, mode) for mode in ("natural", "fixed")]
         cells = [number(time, 1, 1e3) for time in times]
         lines.append((system, *cells, number(results.ratio(task, system, LLM_TO_SLM), 2, unit="x")))
-    return lines
+    return sorted(lines, key=lambda line: -(results.time_s(task, line[0]) or 0))
 
 
 def _batches(results: Results, task: str) -> tuple[Sequence[str], list[tuple[str, ...]]]:
