@@ -48,8 +48,8 @@ class Paired:
     difference: float
     """System minus baseline."""
     p_value: float
-    """Of the hypothesis that the two do not differ, by sacrebleu's formula, which is about one-sided where the difference
-    is clear; NaN if a draw has no score."""
+    """Of the hypothesis that the two do not differ, by sacrebleu's formula, about one-sided if the difference is
+    clear; NaN if a draw has no score."""
 
 
 def resample(statistics: Mapping[str, Statistics], resamples: int, seed: int) -> dict[str, Floats]:
