@@ -152,7 +152,7 @@ def _generate(args: list[str]) -> None:
     from llmslm.system import System
     from llmslm.verified_system import VerifiedSystem
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options.device)
     fast = device.startswith("cuda") and options.verify is None  # exactly the llm's output: no rounding in between
     dtype = getattr(torch, options.dtype or ("bfloat16" if fast else "float32"))
     if options.verify is not None:
@@ -201,10 +201,27 @@ def _check_generate(options: argparse.Namespace) -> None:
         raise UserError("give --input and --output together: a file of prompts, and the file for predictions")
     if options.input is not None and (options.prompts or options.stream):
         raise UserError("--input takes the prompts from a file and writes to one: leave out --stream and prompts")
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size} was given; expected 1 or more")
+    if options.input is not None and Path(options.output).suffix != ".jsonl":
+        raise UserError(f"--output {options.output} was given; expected a name that ends in .jsonl")
+    for name, value in (("--batch-size", options.batch_size), ("--max-new-tokens", options.max_new_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} was given; expected 1 or more")
+    if not options.temperature and (options.top_k, options.top_p) != (0, 1.0):
+        raise UserError("--top-k and --top-p say what is drawn from; give a --temperature above 0, too")
     if options.verify is not None and options.dtype == "int8":
         raise UserError("--verify gives the llm's own output, which weights of 8 bits change; use --dtype float32")
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # torch without CUDA, no such device
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}; cpu always can") from error
+    return name
 
 
 def _generate_file(system: "System", options: argparse.Namespace, settings: dict[str, Any]) -> None:

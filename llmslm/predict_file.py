@@ -1,8 +1,10 @@
 """Predictions for a file of prompts: batches of like length, memory that does not grow with the file, resumable."""
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -78,7 +80,7 @@ def predict_file(
     settings = [system.name, system.card, precision, max_new_tokens, batch_size, drawn]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
     part = out.with_name(f".{out.name}.{key}.part")
-    done = _keep_matching(part, source)
+    done = _writable(out, part, source)
     seeds = itertools.count(done)
 
     def predict(batch: list[Prompt]) -> list[Generation]:
@@ -126,11 +128,20 @@ def _read_lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise UserError(f"{source}, line {number}: not UTF-8 ({error.reason})") from error
 
 
+def _writable(out: Path, part: Path, source: Path) -> int:
+    """Find out before hours of work whether `out` can be written; count the lines that are there already."""
+    try:
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.open("ab").close()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror} (--output)") from error
+    return _keep_matching(part, source)
+
+
 def _keep_matching(part: Path, source: Path) -> int:
     """Cut an unfinished output behind its last line that is of the input's prompt at that place; count its lines."""
-    if not part.exists():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        return 0
     done = size = 0
     with part.open("rb") as lines:
         for line, prompt in zip(lines, read_prompts(source), strict=False):

@@ -1,5 +1,6 @@
 """Recipes by name: a YAML file of the user, or one that comes with the package."""
 
+import difflib
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,10 @@ def find_recipe(name_or_path: str) -> Path:
     shipped = recipe_folder() / f"{name_or_path.removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
-    raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(recipe_names())} (--config)")
+    names = recipe_names()
+    close = difflib.get_close_matches(name_or_path, names, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(names)} (--config){hint}")
 
 
 def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:

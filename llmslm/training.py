@@ -1,15 +1,17 @@
 """The Lightning CLI of llmslm: recipes in, trained systems out."""
 
+import difflib
 import logging
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI itself still uses what is deprecated
 
-from jsonargparse import dict_to_namespace
+from jsonargparse import ArgumentError, dict_to_namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -94,7 +96,13 @@ class Cli(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; Lightning would warn that they are not those of the process."""
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            hint = _closest_key(str(error), self._subcommand_parsers[args[0]].get_defaults().keys(branches=True))
+            if not hint:
+                raise
+            raise ArgumentError(None, f"{error}{hint}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
@@ -143,6 +151,13 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     """Let pass what Lightning says, but for the services that it recommends at each start."""
     return not (isinstance(record.msg, str) and record.msg.startswith("💡 Tip: For seamless cloud"))
+
+
+def _closest_key(message: str, keys: Iterable[str]) -> str:
+    """Suggest the key that a message about an unknown one may mean."""
+    unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
+    close = difflib.get_close_matches(unknown[1] or unknown[2], [*keys], n=1, cutoff=0.8) if unknown else []
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def plain(values: Any) -> str:

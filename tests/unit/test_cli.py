@@ -141,6 +141,18 @@ def test_unknown_names_are_refused(workdir, capsys):
     assert "max_step" in fails(capsys, "fit", "--config", recipe, "--trainer.max_step=3", code=2)
 
 
+def test_what_was_meant_is_suggested(workdir, capsys):
+    assert fails(capsys, "fit", "--config", "quickstrat").endswith("did you mean quickstart?")
+    recipe = toy.write_recipe(workdir)
+    for key, meant in (("trainer.max_step", "trainer.max_steps"), ("model.sytem", "model.system")):
+        for spelt in (["--" + key, "3"], [f"--{key}=3"]):
+            assert fails(capsys, "fit", "--config", recipe, *spelt, code=2).endswith(f"did you mean {meant}?")
+    assert "did you mean" not in fails(capsys, "fit", "--config", recipe, "--flavour=3", code=2)
+    Path("typo.yaml").write_text("model:\n  warmup_step: 3\n")
+    line = fails(capsys, "fit", "--config", recipe, "--config", "typo.yaml", code=2)
+    assert line.endswith("did you mean model.warmup_steps?")
+
+
 def test_models_that_are_not_there_are_named(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     assert "train it first with --model.system llm" in fails(capsys, "fit", "--config", recipe)

@@ -225,10 +225,19 @@ def test_mistakes_in_a_file_are_named_with_their_line(checkpoint, capsys, name, 
 
 
 def test_mistakes_in_the_command_are_named(checkpoint, capsys):
+    Path("in.txt").write_text("x\n")
+    Path("folder.jsonl").mkdir()
     for args, message in (
         (["--input", "in.txt"], "give --input and --output together"),
         (["--input", "in.txt", "--output", "o.jsonl", "--stream"], "leave out --stream"),
         (["--batch-size", "0", "x"], "--batch-size 0"),
+        (["--max-new-tokens", "0", "x"], "--max-new-tokens 0 was given; expected 1 or more"),
+        (["--top-k", "5", "x"], "give a --temperature above 0, too"),
+        (["--device", "gpu", "x"], "--device gpu cannot be used"),
+        (["--device", "cuda:99", "x"], "--device cuda:99 cannot be used"),
+        (["--input", "in.txt", "--output", "o.csv"], "--output o.csv was given; expected a name that ends in .jsonl"),
+        (["--input", "in.txt", "--output", "folder.jsonl"], "folder.jsonl cannot be written: Is a directory"),
+        (["--input", "in.txt", "--output", "in.txt/o.jsonl"], "in.txt/o.jsonl cannot be written"),
         (["--temperature", "-1", "x"], "temperature=-1.0"),
     ):
         assert message in fails(capsys, "generate", "--checkpoint", checkpoint, *args)
