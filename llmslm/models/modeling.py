@@ -149,7 +149,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         kwargs.setdefault("use_safetensors", True)
         with without_load_report() if _has_frozen_slm(pretrained_model_name_or_path, kwargs) else nullcontext():
             model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config, folder = model.config, Path(pretrained_model_name_or_path)
+        config, folder = model.config, Path(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
         config.resolve(folder)
         if (base := frozen_base(config.slm_config)) is not None:
             model._stand_on(base)
@@ -162,7 +162,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
                 config.encoder_source,
                 revision=config.encoder_revision,
                 layer=config.encoder_layer,
-                dtype=kwargs.get("dtype"),
+                dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
                 quantization=config.encoder_quantization,
             )
             model.attach_encoder(encoder.to(model.device))
@@ -204,6 +204,12 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         """Return the slm's language-model head."""
         return self.slm.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Change the size of the slm's vocabulary; arguments as for every transformers model."""
+        table: nn.Embedding = self.slm.resize_token_embeddings(*args, **kwargs)
+        self.config.slm_config = copy.deepcopy(self.slm.config)
+        return table
 
     def get_encoder(self, *_args: Any, **_kwargs: Any) -> nn.Module:
         """Return the slm's own encoder, which generation looks for; the frozen LLM is `self.encoder`."""
@@ -325,7 +331,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             input_ids: (batch, input_len): prompt and target of a decoder-only slm, the prompt of an encoder-decoder.
             attention_mask: (batch, input_len), 1 = attend; padding on either side.
             prompt_ids: (batch, prompt_len), the prompt in the encoder's tokenizer.
-            prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+            prompt_attention_mask: (batch, prompt_len), 1 = a real token; all ones where None.
             hidden_states: (batch, prompt_len, encoder_hidden_size), encoder states made before, right-padded.
             prompt_spans: (batch, input_prompt_len, 2), where the codec makes them; see `ProjectedPrompt`.
             prompt_documents: (batch, prompt_len), the example of each of prompt_ids, -1 = padding; for packed rows of a
@@ -343,6 +349,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             The slm's own output: loss (if labels were given), logits (batch, input_len, vocabulary), past_key_values.
         """
         added = 0
+        prompt_attention_mask = _prompt_mask(prompt_attention_mask, prompt_ids, hidden_states)
         if encoder_outputs is not None:
             kwargs["encoder_outputs"] = encoder_outputs
         elif inputs_embeds is None and input_ids is not None:
@@ -424,6 +431,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         embeds, mask = ready["inputs_embeds"], ready["attention_mask"]
         added = embeds.shape[1] - input_ids.shape[1]
         input_ids = nn.functional.pad(input_ids, (added, 0), value=pad_id(self.config))
+        kwargs |= {name: kwargs[name] + added for name in ("max_length", "min_length") if kwargs.get(name)}
         output = super().generate(input_ids, attention_mask=mask, prompt_inputs_embeds=embeds, **kwargs)
         if isinstance(output, Tensor):
             return output[:, added:]
@@ -443,6 +451,12 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Leave projector, fusion and alignment as their constructors made them."""
+
+
+def _prompt_mask(mask: Tensor | None, prompt_ids: Tensor | None, hidden_states: Tensor | None) -> Tensor | None:
+    """Return the mask of a prompt, all ones where it was left out; None where there is no prompt to read."""
+    read = hidden_states if prompt_ids is None else prompt_ids
+    return mask if mask is not None or read is None else read.new_ones(read.shape[:2], dtype=torch.long)
 
 
 def _positions(attention_mask: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from llmslm.errors import UserError
 from llmslm.models.alignment import EncoderTokenizer, SameTokenizer
 from llmslm.models.encoder import Encoder
-from llmslm.models.fusion import Add, CrossAttend, Replace, ReplaceEncoder
+from llmslm.models.fusion import Add, CrossAttend, Prefix, Replace, ReplaceEncoder
 from llmslm.models.layer_mix import LayerMix
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import LinearProjector
@@ -70,6 +70,47 @@ def test_training_logits_ignore_the_padding(encoder, slm, tmp_path):
         )
         alone = model(**single).logits
         torch.testing.assert_close(logits[row, : alone.shape[1]], alone[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slm", ["llama", "t5"])
+def test_a_prompt_without_a_mask_is_read_whole(slm, tmp_path):
+    model = compose("llama", slm, tmp_path)
+    ids, mask = tiny.prompts()
+    batch = training_batch(model, ids, torch.ones_like(mask))
+    logits = model(**batch).logits
+    del batch["prompt_attention_mask"]
+    assert torch.equal(model(**batch).logits, logits)
+    states, _ = model.encode(batch.pop("prompt_ids"), torch.ones_like(mask))
+    torch.testing.assert_close(model(**batch, hidden_states=states).logits, logits)
+
+
+@pytest.mark.parametrize("slm", ["llama", "gpt2", "t5"])
+def test_the_vocabulary_grows(slm, tmp_path):
+    model = compose("llama", slm, tmp_path)
+    batch = training_batch(model, *tiny.prompts())
+    before = model(**batch).logits
+    model.resize_token_embeddings(tiny.VOCABULARY + 7)
+    after = model(**batch).logits
+    assert after.shape[-1] == tiny.VOCABULARY + 7
+    torch.testing.assert_close(after[..., : tiny.VOCABULARY], before)
+    model.save_pretrained(tmp_path / "grown")
+    torch.testing.assert_close(LlmToSlm.from_pretrained(tmp_path / "grown").eval()(**batch).logits, after)
+
+
+def test_a_subfolder_finds_its_encoder_in_the_dtype_asked_for_by_either_name(tmp_path):
+    compose("llama", "llama", tmp_path).save_pretrained(tmp_path / "outer" / "inner")
+    for name in ("dtype", "torch_dtype"):
+        model = LlmToSlm.from_pretrained(tmp_path / "outer", subfolder="inner", **{name: torch.bfloat16})
+        assert model.dtype == model.encoder.model.dtype == torch.bfloat16
+
+
+def test_lengths_do_not_count_the_states_in_front(tmp_path):
+    model = compose("llama", "llama", tmp_path, fusion=Prefix)
+    ids, mask = tiny.prompts()
+    ids, mask = left(ids, mask), left(mask, mask)
+    length = ids.shape[1] + 3
+    sides = {"prompt_ids": ids, "prompt_attention_mask": mask}
+    assert model.generate(**sides, max_length=length, min_length=length, do_sample=False).shape[1] == length
 
 
 def _is_seq2seq(model):
