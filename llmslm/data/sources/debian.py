@@ -40,6 +40,7 @@ class _Debian(BuiltSource):
         release: Debian release, for example bookworm; None takes the running system's. Another's data must be in the
             cache: built on such a system and copied, as for machines without apt.
         held_out_percent: share of the source packages in validation, and in test, 1 to 25.
+        max_train: at most so many examples of train, chosen by hash.
     """
 
     languages: tuple[str, ...] = ()
@@ -51,11 +52,13 @@ class _Debian(BuiltSource):
         cache_dir: str | None = None,
         release: str | None = None,
         held_out_percent: int = HELD_OUT_PERCENT,
+        max_train: int | None = None,
     ) -> None:
         super().__init__(cache_dir)
         self.release = release or running_release()
         self.max_chars = max_chars
         self.max_eval = max_eval
+        self.max_train = max_train
         if not 1 <= held_out_percent <= 25:
             raise UserError(
                 f"{held_out_percent} was given; expected 1 to 25, of which validation and test get as much each "
@@ -73,8 +76,8 @@ class _Debian(BuiltSource):
             "max_eval": self.max_eval,
         }
         # Data that was built before there was a choice keeps its name.
-        usual = self.held_out_percent == HELD_OUT_PERCENT
-        return key if usual else key | {"held_out_percent": self.held_out_percent}
+        chosen = {"held_out_percent": (self.held_out_percent, HELD_OUT_PERCENT), "max_train": (self.max_train, None)}
+        return key | {name: value for name, (value, usual) in chosen.items() if value != usual}
 
     @abstractmethod
     def pairs(self, lists: Path) -> Iterator[tuple[str, str, str]]:
@@ -99,6 +102,7 @@ class _Debian(BuiltSource):
                 splits[side].append({"id": name, "prompt": prompt, "target": target})
         for split in ("validation", "test"):
             splits[split] = take(drop_seen(splits[split], splits["train"]), self.max_eval)
+        splits["train"] = take(splits["train"], self.max_train)
         return splits
 
 
@@ -112,6 +116,7 @@ class DebianTranslation(_Debian):
         cache_dir: see `BuiltSource`.
         release: Debian release, None takes the running system's; another's must be in the cache.
         held_out_percent: share of the source packages in validation, and in test.
+        max_train: at most so many examples of train, chosen by hash.
     """
 
     def __init__(
@@ -122,8 +127,9 @@ class DebianTranslation(_Debian):
         cache_dir: str | None = None,
         release: str | None = None,
         held_out_percent: int = HELD_OUT_PERCENT,
+        max_train: int | None = None,
     ) -> None:
-        super().__init__(max_chars, max_eval, cache_dir, release, held_out_percent)
+        super().__init__(max_chars, max_eval, cache_dir, release, held_out_percent, max_train)
         self.target_language = target_language
         self.languages = ("en", target_language)
         self.name = f"debian-translation-en-{target_language}"

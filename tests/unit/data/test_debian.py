@@ -73,6 +73,9 @@ def test_texts_of_train_are_in_no_other_split(cache):
     assert not texts & {row["prompt"] for split in ("validation", "test") for row in splits[split]}
     limited = DebianTranslation(max_eval=2, cache_dir=cache)
     assert [len(limited.load(split)) for split in ("validation", "test")] == [2, 2]
+    few = DebianTranslation(max_train=3, cache_dir=cache)
+    assert len(few.load("train")) == 3
+    assert rows(few)["test"] == splits["test"]
     more = DebianTranslation(held_out_percent=10, cache_dir=cache)
     assert len(more.load("test")) > len(splits["test"])
 
