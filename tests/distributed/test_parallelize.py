@@ -1,8 +1,12 @@
 """Sharded over gloo ranks, a model has the losses and gradients of one process on the same global batch."""
 
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaModel
 
 from llmslm.errors import UserError
 from llmslm.models.alignment import SameTokenizer
@@ -82,6 +86,10 @@ def test_loss_and_gradients_are_those_of_one_process(world_size, shards, options
     for loss, found in run_ranks(sharded_gradients, world_size, world_size, shards, options):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert set(found) == set(expected)
+        apart = [abs(loss - expected_loss) / int((batch()["labels"] != -100).sum())]
+        apart += [float((torch.from_numpy(value) - expected[name]).abs().max()) for name, value in found.items()]
+        print(f"loss and gradients differ by at most {max(apart):.2g}")
+        assert max(apart) <= 1e-6
         for name, value in found.items():
             torch.testing.assert_close(torch.from_numpy(value), expected[name], rtol=1e-5, atol=1e-6)
 
@@ -152,3 +160,45 @@ def test_a_trained_weight_that_is_left_out_is_an_error():
 def test_a_mesh_that_does_not_fit():
     with pytest.raises(UserError, match="shard_size is 3, which does not divide the 4 devices"):
         make_mesh("cpu", 4, 3)
+
+
+def own_bytes():
+    """Memory of this process alone: pages of a mapped file, which all processes of a host share, do not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+
+def loaded_in_shards(rank, folder):
+    """Load a frozen encoder, hash it and shard it; return the most memory that it took, and the weights."""
+    first = composition()  # what torch allocates once is there before
+    parallelize(first, mesh=make_mesh("cpu", 2))
+    before, seen, done = own_bytes(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            seen.append(own_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    parts = {"projector": MlpProjector(512, 32), "alignment": SameTokenizer(512, 32), "fusion": Add(512, 32)}
+    model = LlmToSlm.compose(Encoder.from_source(folder), tiny.build("llama"), **parts)
+    parallelize(model, mesh=make_mesh("cpu", 2))
+    done.set()
+    thread.join()
+    taken = max(seen) - before
+    weights = {name: value.full_tensor().sum().item() for name, value in model.encoder.model.state_dict().items()}
+    return taken, weights
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from Linux")
+def test_a_rank_holds_its_part_of_a_frozen_encoder_never_all_of_it(tmp_path):
+    """Weights are mapped from safetensors: the ranks of a host share the file's pages, and each copies its part."""
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=24, vocab_size=tiny.VOCABULARY)
+    whole = LlamaModel(config)
+    whole.save_pretrained(tmp_path)
+    size = sum(weight.nbytes for weight in whole.parameters())
+    expected = {name: value.sum().item() for name, value in whole.state_dict().items()}
+    for taken, found in run_ranks(loaded_in_shards, 2, str(tmp_path)):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        print(f"{taken / 2**20:.0f} MiB of its own for a rank, {size / 2**20:.0f} MiB the encoder")
+        assert taken < 0.7 * size
