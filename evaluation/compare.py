@@ -120,19 +120,15 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     finished = identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths)
     if ranks.from_first(finished):
         return paths if ranks.is_first else []
-    folder = settings.out / "predictions"
-    files = [folder / f"{_stem(arm, examples)}.{key[:12]}.jsonl" for arm, key in zip(arms, keys, strict=True)]
-    predictions = []
-    for arm, file in zip(arms, files, strict=True):
-        if arm.checkpoint is None:
-            forget(file)
-        sizes = {"max_new_tokens": budget, "batch_size": settings.batch_size}
-        predictions.append(predict(arm.system, examples, file, **sizes, ranks=ranks))
+    stems = [f"{_stem(arm, examples)}.{key[:12]}" for arm, key in zip(arms, keys, strict=True)]
+    files = [settings.out / "predictions" / f"{stem}.jsonl" for stem in stems]
+    sizes = {"max_new_tokens": budget, "batch_size": settings.batch_size}
+    predictions = [_predict(arm, examples, file, ranks, **sizes) for arm, file in zip(arms, files, strict=True)]
     if not ranks.is_first:
         return []
     cut = _cut_references(arms, predictions)
     scored = _score_all(arms, predictions, examples, settings, cut)
-    timed = [arm.system for arm in arms if not arm.is_control] if settings.runs else []
+    timed = [arm.system for arm in arms if not arm.is_control]
     measured = measure(timed, examples.prompts, budget, settings.speed_batch_sizes, settings.warmups, settings.runs)
     for arm, rows, file, path in zip(arms, predictions, files, paths, strict=True):
         record = {
@@ -147,6 +143,12 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
         }
         write_record(path, record)
     return paths
+
+
+def _predict(arm: Arm, examples: Examples, file: Path, ranks: Ranks, **sizes: int) -> list[Prediction]:
+    if arm.checkpoint is None:
+        forget(file)
+    return predict(arm.system, examples, file, **sizes, ranks=ranks)
 
 
 def _controls(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list[Arm]:
