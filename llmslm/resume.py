@@ -85,8 +85,8 @@ def replaced(path: Path) -> Iterator[Path]:
 def put(aside: Path, path: Path) -> None:
     """Rename what was written aside, a file in one step; a folder that has the name steps back first."""
     old = path.with_name(f".{path.name}.old")
-    remove(old)
     if path.is_dir() or (path.exists() and aside.is_dir()):
+        remove(old)
         path.rename(old)
     aside.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -98,6 +98,17 @@ def put(aside: Path, path: Path) -> None:
 def aside_of(path: Path) -> Path:
     """Name the place where `path` is written."""
     return path.with_name(f".{path.name}.part")
+
+
+def successor(old: Path) -> Path:
+    """Name the checkpoint for which `old` stepped back."""
+    return old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed writer has left, but a checkpoint that stepped back for one that never came."""
+    for path in [*folder.glob(".*.part"), *(old for old in folder.glob(".*.old") if successor(old).exists())]:
+        remove(path)
 
 
 def remove(path: Path) -> None:
@@ -152,9 +163,11 @@ def fault(path: Path) -> str | None:
 def newest(folder: str | Path) -> Path | None:
     """Return the newest whole checkpoint of a folder, None if there is none; warn of each broken one.
 
-    All processes of a run choose the same one, as long as nobody writes.
+    All processes of a run choose the same one, as long as nobody writes. One that stepped back counts where the writer
+    was killed before its successor had the name.
     """
     paths = [path for path in Path(folder).glob("*.ckpt") if not path.name.startswith(".")]
+    paths += [old for old in Path(folder).glob(".*.ckpt.old") if not successor(old).exists()]
     for path in sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         problem = fault(path)
         if problem is None:
