@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -92,11 +93,13 @@ def _train(args: list[str], *callbacks: "Callback") -> None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+    from llmslm.callbacks.safeguard import requeued_when_warned
     from llmslm.training import plain, run
     from llmslm.writing import is_disk_full
 
     try:
-        run(args, callbacks)
+        with requeued_when_warned() if args[0] == "fit" else nullcontext():
+            run(args, callbacks)
     except ArgumentError as error:
         _fail(plain(error), 2)
     except MisconfigurationException as error:

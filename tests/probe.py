@@ -36,6 +36,18 @@ class SlowValidation(Callback):
         time.sleep(0.3)
 
 
+class SlowEnd(Callback):
+    """Says in <file>.begun that training is over and its weights are to be saved, then takes its time."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def on_fit_end(self, trainer, module):
+        Path(f"{self.file}.begun").touch()
+        for _ in range(300):  # a signal that another thread gets does not end a sleep
+            time.sleep(0.1)
+
+
 class SlowShards(Callback):
     """Makes shards of features small, and the writing of each slow: half of a file is there while it is written."""
 

@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,41 @@ from torch.optim import Optimizer
 
 from llmslm.data.loader import batches_of_steps
 from llmslm.errors import UserError
-from llmslm.resume import remove, replaced
+from llmslm.resume import remove, remove_leftovers, replaced
 
 REQUEUE = 75
 """Exit code after SIGTERM or SIGUSR1: all is saved, start again with --ckpt_path last (sysexits' EX_TEMPFAIL)."""
+WARNINGS = (signal.SIGTERM, signal.SIGUSR1)
 PREFIX = "resume-"
 KEPT = 2
 BAD_BATCHES = "bad_batches"
+
+
+@contextmanager
+def requeued_when_warned() -> Iterator[None]:
+    """End with REQUEUE on a warning before training has begun or after it: the last checkpoint says all.
+
+    A second warning on the way out is ignored. It would end the process with another code, and `srun` hands on the
+    highest of all tasks.
+    """
+
+    ends = False
+
+    def stop(_signal: int, _frame: Any) -> None:
+        nonlocal ends
+        if not ends:
+            ends = True
+            raise SystemExit(REQUEUE)
+
+    before = {one: signal.signal(one, stop) for one in WARNINGS}
+    try:
+        yield
+    except SystemExit:
+        ends = True
+        raise
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, signal.SIG_IGN if ends else handler)
 
 
 class Safeguard(Callback):
@@ -56,17 +86,20 @@ class Safeguard(Callback):
 
     # --- random numbers ---------------------------------------------------------------------------------------------
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning, which would broadcast and save wherever it is; it restores them."""
+        self._asked = self._asked or trainer.received_sigterm  # one that came before
+        for warning in WARNINGS:
+            signal.signal(warning, self._ask_to_stop)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over from Lightning, which saves in the middle of a step; its teardown restores them."""
+        """Take the signals over where there was no sanity check, and begin."""
+        self.on_sanity_check_start(trainer, pl_module)
         if self._seed is None:
             self._seed = torch.initial_seed() % 2**63
-        self._asked = trainer.received_sigterm  # one that came before
         self._saved_at = time.monotonic()
-        signal.signal(signal.SIGTERM, self._ask_to_stop)
-        signal.signal(signal.SIGUSR1, self._ask_to_stop)
         if trainer.is_global_zero:
-            for leftover in _folder(trainer).glob(".*.part"):
-                remove(leftover)
+            remove_leftovers(_folder(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Give the batch its own random numbers and keep its ids until the step is done."""

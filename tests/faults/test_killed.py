@@ -97,6 +97,19 @@ def test_a_warning_saves_and_asks_to_be_queued_again(folder, warning, moment):
     resume(folder, moment)
 
 
+def test_a_warning_after_training_is_no_loss(folder):
+    """Lightning gives the signals back before the system is saved, which the next start does."""
+    slow = {"class_path": "tests.probe.SlowEnd", "init_args": {"file": "end"}}
+    run = fit(folder, str(folder / "toy.yaml"), "end", callbacks=[slow])
+    until((folder / "end.begun").exists)
+    run.send(signal.SIGTERM)
+    run.send(signal.SIGUSR1)
+    assert run.wait(25) == REQUEUE, run.text
+    assert not (folder / "end" / "system").exists()
+    resume(folder, "end")
+    assert (folder / "end" / "system" / "system.json").exists()
+
+
 def test_stopped_between_two_batches_of_a_step(folder):
     """A validation may come in the middle of accumulated gradients, which no checkpoint holds."""
     recipe, steps = str(folder / "toy.yaml"), ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=6"]
