@@ -35,7 +35,6 @@ def requeued_when_warned() -> Iterator[None]:
     A second warning on the way out is ignored. It would end the process with another code, and `srun` hands on the
     highest of all tasks.
     """
-
     ends = False
 
     def stop(_signal: int, _frame: Any) -> None:
