@@ -46,6 +46,8 @@ class Cost:
     """Of one pass."""
 
     seconds: float = 0.0
+    product_seconds: float = 0.0
+    """Of matrix products and attention alone: what is left if all else is fused into them."""
     flops: float = 0.0
     operations: int = 0
     live_bytes: int = 0
@@ -83,7 +85,9 @@ class Counter(TorchDispatchMode):
         speed = self.device.matmul_flops * (1 if half else 1 / 16)
         self.cost.flops += flops
         self.cost.operations += 1
-        self.cost.seconds += max(flops / speed, moved / self.device.bytes_per_s, self.device.launch_s)
+        roofline = max(flops / speed, moved / self.device.bytes_per_s)
+        self.cost.seconds += max(roofline, self.device.launch_s)
+        self.cost.product_seconds += roofline if flops else 0.0
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

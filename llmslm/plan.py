@@ -4,9 +4,10 @@ The system is built without weights and one step of it is run on tensors without
 activations and arithmetic as they will be; what sharding divides, gathers and sends is then counted.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -44,14 +45,21 @@ class World:
     @property
     def shard_link(self) -> float:
         """Bytes a second between those that share a copy."""
-        inside = self.shard <= self.gpus_per_node
-        return self.device.link_bytes_per_s if inside else self.device.network_bytes_per_s
+        return self._link(self.shard <= self.gpus_per_node, self.gpus_per_node)
 
     @property
     def copy_link(self) -> float:
         """Bytes a second between copies."""
-        inside = self.gpus <= self.gpus_per_node
-        return self.device.link_bytes_per_s if inside else self.device.network_bytes_per_s
+        return self._link(self.gpus <= self.gpus_per_node, max(1, self.gpus_per_node // self.shard))
+
+    def _link(self, is_inside: bool, together: int) -> float:
+        """Between nodes, the GPUs of one node that belong together bring in different parts over all their adapters."""
+        device = self.device
+        return (
+            device.link_bytes_per_s
+            if is_inside
+            else min(device.link_bytes_per_s, together * device.network_bytes_per_s)
+        )
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,10 @@ class Job:
     activation_checkpointing: bool
     fused_optimizer: bool
     moment_bytes: int
+    pack_tokens: int | None
+    """Tokens of a row of several examples; None: a row is an example."""
+    steps: int | None
+    """Optimizer steps of the whole training, where the recipe says."""
 
     @classmethod
     def of(cls, recipe: Values, prompt_tokens: int | None = None, target_tokens: int | None = None) -> "Job":
@@ -89,7 +101,7 @@ class Job:
             rows=data.get("micro_batch_size", 32),
             prompt_tokens=prompt,
             target_tokens=target,
-            mixed=str(trainer.get("precision", "32-true")) == "bf16-mixed",
+            mixed=str(trainer.get("precision", "32-true")) in ("bf16-mixed", "16-mixed"),
             accumulate=trainer.get("accumulate_grad_batches", 1),
             is_sharded=name == FSDP2,
             encoder=sharding.get("encoder", "sharded"),
@@ -97,7 +109,26 @@ class Job:
             activation_checkpointing=sharding.get("activation_checkpointing", False),
             fused_optimizer=bool((optimizer.get("init_args") or {}).get("fused", False)),
             moment_bytes=MOMENTS.get(optimizer["class_path"].rpartition(".")[2], 8),
+            pack_tokens=data.get("pack_tokens"),
+            steps=steps if (steps := trainer.get("max_steps", -1)) > 0 else None,
         )
+
+    @property
+    def encoder_options(self) -> Values:
+        """The recipe's `model.encoder`."""
+        return self.model.get("encoder") or {}
+
+    def lengths(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Return tokens of prompts and of targets in a row; packed examples keep the proportion of the two."""
+        prompt, target = self.prompt_tokens, self.target_tokens
+        composed, decodes_all = isinstance(model, LlmToSlm), not model.config.is_encoder_decoder
+        by_token = decodes_all and model.prompt_layout in ("tokens", "placeholders") if composed else True
+        if self.pack_tokens is None or not by_token:
+            return prompt, target
+        if decodes_all:
+            prompt = round(self.pack_tokens * prompt / (prompt + target))
+            return prompt, self.pack_tokens - prompt
+        return self.pack_tokens, max(target, math.ceil(self.pack_tokens * target / prompt))
 
 
 @dataclass(frozen=True)
@@ -106,8 +137,8 @@ class Sizes:
 
     trained: int
     frozen: int
-    frozen_bytes: int
-    """Of one frozen weight."""
+    frozen_bytes: float
+    """Of the frozen encoder, as it is stored."""
     base: int
     """Frozen weights of the language model beside which adapters are trained."""
     root: int
@@ -115,6 +146,8 @@ class Sizes:
     block: int
     """The largest block through which gradients go."""
     frozen_block: int
+    frozen_root: int
+    """Weights of the frozen encoder outside of its blocks: its embeddings."""
 
     @property
     def sharded(self) -> int:
@@ -130,32 +163,47 @@ class Sizes:
         base = sum(p.numel() for name, p in model.named_parameters() if name in base_names(model))
         ours = blocks(model.slm if isinstance(model, LlmToSlm) else model)
         own = [_numel(block) for block in ours if base or any(p.requires_grad for p in block.parameters())]
+        fixed = [] if encoder is None else [_numel(block) for block in blocks(encoder)]
         return cls(
             trained,
             sum(p.numel() for p in frozen),
-            frozen[0].element_size() if frozen else 0,
+            float(sum(p.nbytes for p in frozen)),
             base,
             trained + base - sum(own),
             max(own, default=0),
-            max((_numel(block) for block in blocks(encoder)), default=0) if encoder is not None else 0,
+            max(fixed, default=0),
+            sum(p.numel() for p in frozen) - sum(fixed),
         )
+
+    def quantised(self, quantization: str | None) -> "Sizes":
+        """Return the sizes with the encoder's blocks in fewer bits, with what their scales take."""
+        if quantization is None or not self.frozen:
+            return self
+        root = self.frozen_bytes * self.frozen_root / self.frozen
+        bytes_each = {"8bit": 1.0, "4bit": 0.5625}[quantization]
+        return replace(self, frozen_bytes=root + (self.frozen - self.frozen_root) * bytes_each)
 
 
 def predict(job: Job, world: World) -> dict[str, Any]:
     """Predict memory per GPU and the time of an optimizer step.
 
     Returns:
-        Bytes by kind and their peak, seconds by kind and of a step, tokens a second of all GPUs, and what limits it.
+        Tokens of a row; bytes by kind and their peak; seconds by kind, of a step run eagerly, and of one in which all
+        but matrix products is fused away, which compiled blocks come near; tokens a second of all GPUs, prompts and
+        targets; what limits it.
     """
     half = job.mixed and job.is_sharded  # blocks are gathered in it
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # a speed that is not ours
-        sizes = Sizes.of(build(job))
+        model = build(job)
+        sizes = Sizes.of(model).quantised(job.encoder_options.get("quantization"))
+        prompt, target = job.lengths(model)
         cost = trial(build(job, torch.bfloat16 if half else torch.float32), job, world.device)
     memory = _memory(job, world, sizes, cost)
     seconds = _seconds(job, world, sizes, cost)
-    tokens = job.rows * (job.prompt_tokens + job.target_tokens) * world.gpus * job.accumulate
+    tokens = job.rows * (prompt + target) * world.gpus * job.accumulate
     return {
+        "row_tokens": {"prompt": prompt, "target": target},
         "weights": {"trained": sizes.trained, "frozen": sizes.frozen + sizes.base},
         "memory_bytes": memory,
         "fits": memory["peak"] < world.device.memory_bytes * 0.94,  # the driver and fragments take some
@@ -191,7 +239,7 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
         return _restricted(auto.from_config(config, dtype=dtype or torch.float32), job.model[system])
     encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
     parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
-    options = job.model.get("encoder") or {}
+    options = job.encoder_options
     config = LlmToSlmConfig(
         encoder_config=encoder.config, slm_config=slm_config, encoder_layer=options.get("layer", "last"), **parts
     )
@@ -200,7 +248,7 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
     model.slm = _restricted(slm, job.model["slm"])
     model.fusion.attach(model.slm)
-    model.encoder = encoder
+    model.encoder = None if options.get("features") else encoder
     return model
 
 
@@ -221,9 +269,13 @@ def _restricted(model: PreTrainedModel, options: Values) -> PreTrainedModel:
 
 def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Make a batch of full rows."""
-    rows, prompt, target = job.rows, job.prompt_tokens, job.target_tokens
+    rows, (prompt, target) = job.rows, job.lengths(model)
     ones = torch.ones(rows, prompt, dtype=torch.long, device=device)
     sides = {"prompt_ids": ones, "prompt_attention_mask": ones} if isinstance(model, LlmToSlm) else {}
+    if isinstance(model, LlmToSlm) and model.encoder is None:  # its states were stored before
+        sides["hidden_states"] = torch.zeros(
+            rows, prompt, _states_width(model), dtype=torch.bfloat16 if job.mixed else None, device=device
+        )
     if model.config.is_encoder_decoder:
         targets = ones[:, :1].expand(rows, target).contiguous()
         return sides | {"input_ids": ones, "attention_mask": ones, "decoder_input_ids": targets}
@@ -234,10 +286,11 @@ def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") 
 def loss(model: PreTrainedModel, job: Job, tensors: dict[str, Tensor]) -> Tensor:
     """Compute the loss as training does: logits of targets alone."""
     rows, device = job.rows, tensors["input_ids"].device
-    start = 0 if model.config.is_encoder_decoder else job.prompt_tokens - 1
-    length = job.target_tokens if model.config.is_encoder_decoder else job.prompt_tokens + job.target_tokens
-    columns = torch.arange(start, start + job.target_tokens, device=device).repeat(rows)
-    places = torch.arange(rows, device=device).repeat_interleave(job.target_tokens)
+    prompt, target = job.lengths(model)
+    start = 0 if model.config.is_encoder_decoder else prompt - 1
+    length = target if model.config.is_encoder_decoder else prompt + target
+    columns = torch.arange(start, start + target, device=device).repeat(rows)
+    places = torch.arange(rows, device=device).repeat_interleave(target)
     with logits_at(model, places, columns, length):
         logits = model(**tensors, use_cache=False).logits[0]
     return nn.functional.cross_entropy(logits.float(), torch.ones_like(columns))
@@ -257,6 +310,12 @@ def trial(model: PreTrainedModel, job: Job, device: Device) -> Cost:
     return counter.cost
 
 
+def _states_width(model: LlmToSlm) -> int:
+    layer = model.config.encoder_layer
+    width: int = model.projector.encoder_hidden_size
+    return width * (len(layer) if isinstance(layer, list) else 1)
+
+
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -273,7 +332,7 @@ def _config(job: Job, key: str) -> Any:
 
 
 def _encoder(job: Job, dtype: torch.dtype | None) -> Encoder:
-    options = job.model.get("encoder") or {}
+    options = job.encoder_options
     source = {"source": options["source"]} if options.get("source") else job.model["llm"]
     config = _config(Job(**vars(job) | {"model": {"llm": source}}), "llm")
     if dtype is None:
@@ -305,7 +364,7 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float
     ]
     parts: dict[str, float] = {
         "weights": sizes.sharded * 4 / shard,
-        "encoder": sizes.frozen * sizes.frozen_bytes / encoder_shard,
+        "encoder": sizes.frozen_bytes / encoder_shard,
         "gradients": sizes.trained * 4 / shard,
         "optimizer": sizes.trained * job.moment_bytes / shard,
         "gathered": 0.0,
@@ -313,9 +372,11 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float
     }
     if job.is_sharded:
         kept = 2 * sizes.block if job.reshard_after_forward else sizes.sharded - sizes.root
-        unit = max(kept, 0 if job.encoder == "replicated" else 2 * sizes.frozen_block)
+        unit = max(kept, 0 if job.encoder == "replicated" else sizes.frozen_root + 2 * sizes.frozen_block)
         # In the backward the last unit's weights and its gradients in float32 wait to be reduced.
         parts["gathered"] = (sizes.root + unit) * width + max(sizes.root, 2 * sizes.block) * 4
+        if job.accumulate > 1:  # gradients wait whole until the last micro-batch
+            parts["gathered"] += sizes.trained * 4 * (shard - 1) / shard
     elif world.gpus > 1:
         parts["gathered"] = sizes.trained * 4.0  # DDP's buckets
     held = parts["weights"] + parts["encoder"] + parts["optimizer"]
@@ -339,7 +400,7 @@ def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, floa
     gather = share * ((sizes.sharded - sizes.root) * gathers * width + sizes.root * width + frozen) / world.shard_link
     reduce = share * sizes.trained * 4 / world.shard_link
     if job.encoder == "offloaded" and job.is_sharded:
-        gather += sizes.frozen * sizes.frozen_bytes / shard / 25e9 + share * sizes.frozen * width / world.shard_link
+        gather += sizes.frozen_bytes / shard / 25e9 + share * sizes.frozen * width / world.shard_link
     between = 2 * (copies - 1) / copies * sizes.trained / shard * 4 / world.copy_link
     communication = job.accumulate * gather + reduce + between
     exposed = share * sizes.root * (width + 4) / world.shard_link
@@ -347,12 +408,14 @@ def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, floa
     optimizer = sizes.trained * 4 * passes / shard / world.device.bytes_per_s
     compute = job.accumulate * cost.seconds
     step = max(compute, communication) + exposed + optimizer
+    at_best = max(job.accumulate * cost.product_seconds, communication) + exposed + optimizer
     return {
         "compute": compute,
         "communication": communication,
         "exposed": exposed,
         "optimizer": optimizer,
         "step": step,
+        "step_at_best": at_best,
     }
 
 

@@ -27,6 +27,24 @@ Predict memory per GPU and time per step of a recipe. What follows as --key.of.r
 --model.system slm or --data.micro_batch_size 16."""
 
 
+_MEMORY = {
+    "weights": "weights: what is trained, float32",
+    "encoder": "encoder: the frozen LLM",
+    "gradients": "gradients",
+    "optimizer": "optimizer: its moments",
+    "gathered": "gathered: blocks and gradients that are whole for now",
+    "activations": "activations: kept from forward to backward",
+}
+_TIME = {
+    "compute": "compute, eagerly",
+    "communication": "communication, beside it",
+    "exposed": "communication that nothing hides",
+    "optimizer": "optimizer",
+    "step": "step, eagerly",
+    "step_at_best": "step at best (model.compile comes near)",
+}
+
+
 def main(args: Sequence[str]) -> None:
     """Run the command.
 
@@ -55,24 +73,50 @@ def main(args: Sequence[str]) -> None:
 def table(job: Job, world: World, prediction: Mapping[str, Any]) -> str:
     """Write a prediction for people."""
     memory, seconds = prediction["memory_bytes"], prediction["seconds"]
-    kinds = {key: value for key, value in memory.items() if key != "peak"}
-    weights = prediction["weights"]
-    share = "one copy each" if world.shard == 1 else f"shards of {world.shard}"
+    weights, tokens = prediction["weights"], prediction["row_tokens"]
+    share = "each GPU has its own copy" if world.shard == 1 else f"shards of {world.shard}"
+    packed = "" if job.pack_tokens is None else ", packed"
+    fits = "fits" if prediction["fits"] else "does not fit: " + _advice(job, world)
     rows = [
         f"{world.gpus} x {world.device.name} ({world.gpus_per_node} a node), {share}",
         f"{weights['trained']:,} trained weights, {weights['frozen']:,} frozen",
-        f"{job.rows} rows of {job.prompt_tokens} + {job.target_tokens} tokens a GPU, {job.accumulate} times a step",
+        f"{job.rows} rows of {tokens['prompt']} + {tokens['target']} tokens a GPU{packed}, "
+        f"{job.accumulate} times a step",
         "",
-        "memory per GPU (GB)",
-        *(f"  {kind:<12}{value / 1e9:>9.2f}" for kind, value in kinds.items()),
-        f"  {'peak':<12}{memory['peak'] / 1e9:>9.2f}  of {world.device.memory_bytes / 1e9:.0f}: "
-        + ("fits" if prediction["fits"] else "does not fit"),
+        "memory of each GPU (GB)",
+        *(f"  {_MEMORY[kind]:<52}{memory[kind] / 1e9:>9.2f}" for kind in _MEMORY),
+        f"  {'peak: not all at the same moment':<52}{memory['peak'] / 1e9:>9.2f}  "
+        f"of {world.device.memory_bytes / 1e9:.0f}: {fits}",
         "",
         "time of a step (ms)",
-        *(f"  {kind:<14}{value * 1e3:>9.1f}" for kind, value in seconds.items()),
-        f"limited by {prediction['limit']}; {prediction['tokens_per_s']:,.0f} tokens/s, MFU {prediction['mfu']:.0%}",
+        *(f"  {_TIME[kind]:<52}{seconds[kind] * 1e3:>9.1f}" for kind in _TIME),
+        f"limited by {prediction['limit']}; {prediction['tokens_per_s']:,.0f} tokens/s (prompts and targets), "
+        f"MFU {prediction['mfu']:.0%}",
+        *_price(job, world, seconds),
     ]
     return "\n".join(rows) + "\n"
+
+
+def _price(job: Job, world: World, seconds: Mapping[str, float]) -> list[str]:
+    """Say what the whole training takes, where the recipe says how long it is."""
+    if job.steps is None:
+        return []
+    hours = [job.steps * seconds[kind] / 3600 for kind in ("step_at_best", "step")]
+    whole, paid = (" to ".join(f"{hour * n:,.1f}" for hour in hours) for n in (1, world.gpus))
+    return [f"{job.steps:,} steps: {whole} hours, {paid} GPU-hours, without validation and checkpoints"]
+
+
+def _advice(job: Job, world: World) -> str:
+    """Name the settings that save the most memory and are not used yet."""
+    can = {
+        "a lower data.micro_batch_size": job.rows > 1,
+        "trainer.strategy llmslm.parallel.Fsdp": not job.is_sharded and world.gpus > 1,
+        "encoder: sharded": job.is_sharded and job.encoder == "replicated",
+        "activation_checkpointing: true": not job.activation_checkpointing and job.is_sharded,
+        "a larger shard_size": job.is_sharded and world.shard < world.gpus,
+        "more GPUs": job.is_sharded and world.shard == world.gpus,
+    }
+    return "try " + ", ".join(name for name, is_open in can.items() if is_open)
 
 
 def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[str, float]:
@@ -107,6 +151,8 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
 
 def _prepared(job: Job, world: World, device: torch.device) -> Any:
     """Build the system with random weights, sharded or copied as the recipe says."""
+    if job.encoder_options.get("quantization"):
+        raise UserError("--measure has random weights, which are not quantised; leave out model.encoder.quantization")
     torch.manual_seed(0)
     with device if job.encoder != "offloaded" else nullcontext():
         model: PreTrainedModel = build(job)

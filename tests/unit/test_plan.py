@@ -126,3 +126,60 @@ def test_sizes_of_a_model():
     assert sizes.trained == sizes.root + sizes.block  # one block
     assert sizes.frozen == sizes.frozen_block == 0
     assert torch.get_default_dtype() == torch.float32
+
+
+def planned(model=None, data=None, strategy=None, at=ONE, **trainer):
+    """A prediction for changes of the recipe."""
+    recipe = {"model": RECIPE["model"] | (model or {}), "data": RECIPE["data"] | (data or {})}
+    recipe["trainer"] = RECIPE["trainer"] | ({"strategy": strategy} if strategy else {}) | trainer
+    return predict(Job.of(recipe), at)
+
+
+def test_packed_rows_are_as_long_as_they_are_packed():
+    found = planned(data={"pack_tokens": 96})
+    assert found["row_tokens"] == {"prompt": 64, "target": 32}
+    assert found["memory_bytes"]["activations"] > 3 * planned()["memory_bytes"]["activations"]
+    encoder_decoder = planned({"system": "llm"}, {"pack_tokens": 96})
+    assert encoder_decoder["row_tokens"] == {"prompt": 96, "target": 48}
+    unpacked = planned({"slm": {"config": toy.T5}}, {"pack_tokens": 96})  # llm_to_slm with an encoder-decoder
+    assert unpacked["row_tokens"] == {"prompt": 16, "target": 8}
+
+
+def test_a_quantised_encoder_takes_fewer_bytes_but_for_its_embeddings():
+    wide = {"llm": {"config": toy.LLAMA | {"hidden_size": 256, "intermediate_size": 1024}}}
+    whole, eight, four = (
+        planned(wide | {"encoder": {"dtype": "bfloat16", "quantization": bits}})["memory_bytes"]["encoder"]
+        for bits in (None, "8bit", "4bit")
+    )
+    embeddings = 2 * 300 * 256
+    assert (eight - embeddings) / (whole - embeddings) == pytest.approx(0.5, rel=0.01)
+    assert (four - embeddings) / (whole - embeddings) == pytest.approx(0.28, rel=0.01)
+
+
+def test_stored_features_need_no_encoder():
+    found = planned({"encoder": {"features": "folder"}})
+    assert found["weights"]["frozen"] == found["memory_bytes"]["encoder"] == 0
+    assert found["seconds"]["compute"] < planned()["seconds"]["compute"]
+
+
+def test_gradients_wait_whole_while_they_are_accumulated():
+    one, four = (planned(strategy=FSDP, at=world(8, 8), accumulate_grad_batches=n) for n in (1, 4))
+    more = four["memory_bytes"]["gathered"] - one["memory_bytes"]["gathered"]
+    assert more == pytest.approx(4 * one["weights"]["trained"] * 7 / 8)
+
+
+def test_the_adapters_of_a_node_work_together():
+    assert world(8, 8).shard_link == DEVICES["h200"].link_bytes_per_s
+    assert world(16, 16).shard_link == 350e9  # 8 x 45e9 is more than a GPU's own link
+    assert world(16, 8).copy_link == 45e9  # each GPU reduces its own part with one GPU of the other node
+    assert world(16, 2).copy_link == 4 * 45e9
+
+
+def test_what_a_training_costs(workdir, capsys):
+    recipe = toy.write_recipe(workdir, max_steps=1_000_000)
+    main(["plan", "--config", recipe, "--config", "hardware/8gpu_fsdp", "--data.micro_batch_size", "4000000"])
+    text = capsys.readouterr().out
+    assert "does not fit: try a lower data.micro_batch_size" in text
+    assert "1,000,000 steps: " in text
+    last = text.splitlines()[-1].replace(",", "").split()
+    assert float(last[last.index("GPU-hours") - 1]) == pytest.approx(8 * float(last[last.index("hours") - 1]), rel=0.01)
