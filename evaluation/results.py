@@ -59,7 +59,8 @@ SETUP = """\
 Three systems answer the same prompts: the LLM alone; a small model (SLM) alone; and the same SLM told by the frozen
 LLM's states, which are computed once (llm_to_slm). SLM-only and llm_to_slm are trained by the same code on the same
 targets for the same number of steps, and evaluated at their best checkpoint by validation BLEU. All decode greedily in
-bf16, on the project's engine unless a row says otherwise. Test examples are of packages that training never saw.
+bf16, on the project's engine unless a row says otherwise; whether the verified mode writes what the LLM writes is told
+in float32. Test examples are of packages that training never saw.
 Intervals and p-values are of the bootstrap over test examples, paired between systems.
 """
 LIMITS = """\

@@ -54,3 +54,9 @@ def test_other_stages_have_arguments_of_their_commands():
 def test_nothing_is_timed_before_all_is_trained():
     assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "fit", "label", "speed"}
     assert list(STAGES)[-1] == "summary/batches"
+
+
+@pytest.mark.parametrize("task", ["en_it", "summary"])
+def test_the_verified_mode_is_compared_where_rounding_turns_no_choice(task):
+    options = _parser().parse_args(STAGES[f"{task}/verified"].command()[2:])
+    assert (options.dtype, options.limit) == ("float32", None)
