@@ -75,7 +75,7 @@ def parallelize(
         activation_checkpointing: keep the inputs of the trained blocks alone and run them again in the backward.
 
     Raises:
-        UserError: if the model does not support activation checkpointing.
+        UserError: if the model does not support activation checkpointing, or a quantised encoder is to be sharded.
         RuntimeError: if a trained weight is left out of the sharding: ranks would diverge in silence.
     """
     if isinstance(model, FSDPModule):
@@ -348,6 +348,11 @@ def _shard_encoder(encoder: Encoder, place: EncoderPlace, policy: dict[str, Any]
     """Shard the frozen encoder; return the weights that the units around it must leave alone."""
     if place == "replicated":
         return set(encoder.parameters())
+    if encoder.quantization is not None and any(True for _ in encoder.parameters()):  # stored states have none
+        raise UserError(
+            f"a quantised encoder cannot be {place}: its {encoder.quantization} weights are not cut into parts; set "
+            "trainer.strategy.init_args.encoder to replicated, or leave model.encoder.quantization out"
+        )
     offload = CPUOffloadPolicy(pin_memory=policy["mesh"].device_type != "cpu") if place == "offloaded" else None
     for unit in [*blocks(encoder), encoder]:
         fully_shard(unit, reshard_after_forward=True, offload_policy=offload or OffloadPolicy(), **policy)

@@ -15,7 +15,7 @@ from llmslm.models.fusion import Add
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import MlpProjector
 from llmslm.models.trained import Lora, restrict
-from llmslm.parallel import gathered, make_mesh, parallelize, token_share
+from llmslm.parallel import _shard_encoder, gathered, make_mesh, parallelize, token_share
 from tests import tiny
 from tests.distributed.ranks import run_ranks
 
@@ -155,6 +155,15 @@ def left_out(rank):
 
 def test_a_trained_weight_that_is_left_out_is_an_error():
     assert all("would differ between ranks: ['late']" in text for text in run_ranks(left_out, 2))
+
+
+@pytest.mark.parametrize("place", ["sharded", "offloaded"])
+def test_a_quantised_encoder_is_not_cut_into_parts(place):
+    encoder = composition().encoder
+    encoder.quantization = "8bit"
+    assert _shard_encoder(encoder, "replicated", {}) == set(encoder.parameters())
+    with pytest.raises(UserError, match=f"cannot be {place}: its 8bit weights .* set .*encoder to replicated"):
+        _shard_encoder(encoder, place, {})
 
 
 def test_a_mesh_that_does_not_fit():
