@@ -1,7 +1,7 @@
 """`transformers.pipeline("llm-to-slm", model=FOLDER)`: text in, text out, with the two tokenizers of a saved system.
 
 The library's own task text-generation hands a model one stream of tokens, so it serves only systems whose two sides
-share a tokenizer, and knows nothing of a system's prompt template and limits.
+share a tokenizer and whose slm is decoder-only, and knows nothing of a system's prompt template and limits.
 """
 
 from pathlib import Path

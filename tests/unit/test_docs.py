@@ -1,4 +1,4 @@
-"""The example of docs/extending.md is as short as it promises, trains from the command line and is found again."""
+"""The pages' examples run, and their links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import llmslm
 from llmslm.cli import main
 from llmslm.system import System
-from tests.unit.toy import write_recipe
+from tests.unit.toy import write_files, write_recipe
 
-PAGE = Path(llmslm.__file__).parents[1] / "docs" / "extending.md"
+ROOT = Path(llmslm.__file__).parents[1]
+PAGE = ROOT / "docs" / "extending.md"
 
 
 def test_a_projector_of_your_own(workdir, monkeypatch):
@@ -24,3 +25,31 @@ def test_a_projector_of_your_own(workdir, monkeypatch):
     assert type(system.model.projector).__name__ == "LowRankProjector"
     assert system.model.config.projector == {"class_path": "low_rank.LowRankProjector", "init_args": {"rank": 32}}
     assert len(system.generate(["say alpha 1"], max_new_tokens=2)) == 1
+
+
+def test_training_without_the_command_line(workdir, capsys):
+    write_files(workdir)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.S)[1]
+    code = code.replace("max_steps=2,", "max_steps=2, accelerator='cpu', logger=False, enable_progress_bar=False,")
+    exec(compile(code, "training.md", "exec"), {"__name__": "example"})
+    assert System.load("my_run").name == "slm"
+
+
+def test_links_lead_somewhere():
+    pages = [
+        page
+        for part in (".", "docs", "docs/results", "recipes", "recipes/*", "evaluation/*")
+        for page in ROOT.glob(f"{part}/*.md")
+    ]
+    assert len(pages) > 10
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            file, _, heading = link.partition("#")
+            if "://" in link:
+                continue
+            target = page.parent / file if file else page
+            assert target.exists(), f"{page}: {link}"
+            headings = re.findall(r"^#+ (.+)", target.read_text(), re.M) if heading else []
+            names = {re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in headings}
+            assert not heading or heading in names, f"{page}: {link}"
