@@ -56,7 +56,8 @@ def token_flops(system: EvaluatedSystem, prompt: str) -> dict[str, float | None]
     return {"first_token_flops": first if seen else None, "token_flops": further if seen else None}
 
 
-def _flops(system: EvaluatedSystem, prompt: str, tokens: int) -> int:
+def _flops(system: EvaluatedSystem, prompt: str, tokens: int) -> float:
+    """Count the operations of exactly so many tokens; NaN of a system that produces fewer."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -65,8 +66,8 @@ def _flops(system: EvaluatedSystem, prompt: str, tokens: int) -> int:
     product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     known = {product: _product_flops} if product is not None else {}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=known) as counter:
-        system.generate([prompt], max_new_tokens=tokens, min_new_tokens=tokens)
-    return int(counter.get_total_flops())
+        made = system.generate([prompt], max_new_tokens=tokens, min_new_tokens=tokens)
+    return counter.get_total_flops() if made[0].tokens == tokens else math.nan
 
 
 def _product_flops(x: Sequence[int], weight: Sequence[int], *_rest: Any, **_settings: Any) -> int:

@@ -299,6 +299,8 @@ class _ControlSystem(System):
 
 def count_until(new_ids: Tensor, eos_ids: Sequence[int]) -> list[int]:
     """Count the tokens of each row of (batch, len) up to and including the first end of sequence."""
+    if new_ids.shape[1] == 0:  # assisted generation may end before its first token
+        return [0] * new_ids.shape[0]
     is_eos = torch.isin(new_ids, torch.tensor(list(eos_ids), device=new_ids.device))
     first = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, new_ids.shape[1])
     counts: list[int] = first.tolist()

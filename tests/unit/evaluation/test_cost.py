@@ -40,6 +40,21 @@ def test_work_that_the_counter_does_not_see_is_none():
     assert token_flops(llm, "a prompt") == {"first_token_flops": None, "token_flops": None}
 
 
+def test_a_system_that_makes_no_token_of_one_is_not_counted(monkeypatch):
+    llm = system("llm", "llama")
+    whole = llm.model.generate
+    monkeypatch.setattr(
+        llm.model,
+        "generate",
+        lambda *args, generation_config, **rest: (
+            torch.zeros(1, 0, dtype=torch.long)
+            if generation_config.max_new_tokens == 1
+            else whole(*args, generation_config=generation_config, **rest)
+        ),
+    )
+    assert token_flops(llm, "a prompt") == {"first_token_flops": None, "token_flops": None}
+
+
 def test_energy_by_the_driver(dummy, monkeypatch):
     readings = iter([0, 7_000, 10_000])  # millijoules: a trial, before, after
     driver = SimpleNamespace(
