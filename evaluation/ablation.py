@@ -151,18 +151,10 @@ def read_prompts(config: str, source: str, runs: Path, overrides: Sequence[str])
     """
     from llmslm import training
     from llmslm.callbacks.write_features import WriteFeatures, Written
-    from llmslm.data.tokenizer import load_tokenizer
-    from llmslm.models.language_model import ModelSource, load_language_model
 
     folder, features = runs / LLM, runs / "features"
     if not folder.is_dir():
-        model = load_language_model(ModelSource(source=source), None, "model.llm", torch.bfloat16)
-        model.hf_quantizer = None  # the weights are dequantised by now; transformers refuses to save them all the same
-        model.config.__dict__.pop("quantization_config", None)
-        aside = folder.with_name(f"{LLM}.part")
-        model.save_pretrained(aside)
-        load_tokenizer(source).save_pretrained(aside)
-        aside.rename(folder)
+        _save_plain(source, folder)
     encoder = [f"--model.encoder.source={folder}"]
     layout = "--model.fusion=llmslm.models.fusion.Prefix"  # any that joins two tokenizers: the states are the same
     try:
@@ -173,6 +165,20 @@ def read_prompts(config: str, source: str, runs: Path, overrides: Sequence[str])
     except Written:
         return [*encoder, f"--model.encoder.features={features}"]
     raise AssertionError("WriteFeatures stops the run")
+
+
+def _save_plain(source: str, folder: Path) -> None:
+    """Save a pretrained llm and its tokenizer as transformers does, whatever it came as."""
+    from llmslm.data.tokenizer import load_tokenizer
+    from llmslm.models.language_model import ModelSource, load_language_model
+
+    model = load_language_model(ModelSource(source=source), None, "model.llm", torch.bfloat16)
+    model.hf_quantizer = None  # the weights are dequantised by now; transformers refuses to save them all the same
+    model.config.__dict__.pop("quantization_config", None)
+    aside = folder.with_name(f"{LLM}.part")
+    model.save_pretrained(aside)
+    load_tokenizer(source).save_pretrained(aside)
+    aside.rename(folder)
 
 
 def fit(config: str, variant: Variant, folder: Path, seed: int, overrides: Sequence[str]) -> None:
