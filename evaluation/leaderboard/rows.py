@@ -116,8 +116,8 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
     """Make the rows of a leaderboard, ordered by task, machine and system.
 
     Records of one system that differ in their training seed alone are averaged. Of several records of the
-    same checkpoint the newest counts. Each row is compared with the llm's that is most like it; rows that do not
-    compare with that of the task's newest llm are marked.
+    same checkpoint the newest counts. Each row is compared with the llm's that it was tested against, or else with that
+    which is most like it; rows that do not compare with that of the task's newest llm are marked.
     """
     records = list(records)
     tested = {(record["comparison"], record["system"]): record["hashes"]["predictions"] for record in records}
@@ -228,7 +228,8 @@ def _relate(rows: Sequence[Row], tested: Mapping[tuple[str, str], str]) -> None:
     for row in rows:
         row.marks = [*_differences(row, newest), *_flaws(row)]
         row.other_task = _is_other_task(row, newest)
-        llm = min(llms, key=lambda llm: (*_unlikeness(row, llm), llm is not newest))
+        likeness = {id(llm): (not _was_tested(row, [llm], tested), *_unlikeness(row, llm)) for llm in llms}
+        llm = min(llms, key=lambda llm: (*likeness[id(llm)], llm is not newest))
         row.apart = _apart(row, llm)
         if llm.system == LLM and not _is_other_task(row, llm):
             row.scores = {name: _with_percent(row, name, llm) for name in row.scores}

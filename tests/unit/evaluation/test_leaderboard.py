@@ -208,6 +208,23 @@ def test_p_values_against_another_llm_are_not_shown(folder):
     )  # no llm beside it: the one that it was tested with
 
 
+def test_of_two_llms_the_one_that_a_row_was_tested_against_counts(folder):
+    for system in ("llm", "slm"):
+        edit(folder, system, lambda record: record["training"].update(recipe=f"of {record['system']}"))
+    percent = rows_of(folder)["slm"].scores["chrf"].percent
+
+    def other(record):
+        record["comparison"], record["provenance"]["date"] = "other", "2999-01-01"
+        record["hashes"].update(checkpoint="another", predictions="0" * 64)
+        record["training"]["recipe"] = "another"
+        record["scores"]["chrf"]["value"] *= 2
+
+    edit(folder, "llm", other, "other.record.json")
+    row = rows_of(folder)["slm"]
+    assert row.scores["chrf"].percent == percent
+    assert "not tested against this llm" not in row.marks
+
+
 def test_an_llm_evaluated_again_with_the_same_predictions_is_the_same(folder):
     def repeat(record):
         record["comparison"] = "again"
