@@ -25,7 +25,7 @@ from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.source import seen_from
 from llmslm.models.trained import base_names, freeze, moved, save_adapters
-from llmslm.resume import CheckpointFiles, resolve
+from llmslm.resume import CheckpointFiles, fault
 
 FRAME = "frame"
 """In a run folder: its system folder without the weights, written when training begins."""
@@ -50,7 +50,11 @@ def consolidate(checkpoint: str | Path, output: str | Path | None = None) -> Pat
         UserError: if the checkpoint is broken, lacks weights, or has no frame.
     """
     path = Path(checkpoint)
-    resolve(str(path), path.parent)
+    if problem := fault(path) if path.exists() else "it is not there":
+        raise UserError(
+            f"the checkpoint {path} cannot be used: {problem}; give a file or folder in the checkpoints folder of a "
+            "run (--checkpoint)"
+        )
     run = path.resolve().parent.parent
     frame = run / FRAME
     if not (frame / CARD).is_file():

@@ -153,6 +153,13 @@ def test_what_was_meant_is_suggested(workdir, capsys):
     assert line.endswith("did you mean model.warmup_steps?")
 
 
+def test_consolidate_says_what_it_takes(workdir, capsys):
+    Path("run").mkdir()
+    for checkpoint, problem in (("nothing", "it is not there"), ("run", "seal.json is missing")):
+        line = fails(capsys, "consolidate", "--checkpoint", checkpoint)
+        assert f"{checkpoint} cannot be used: {problem}; give a file or folder in the checkpoints folder" in line
+
+
 def test_models_that_are_not_there_are_named(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     assert "train it first with --model.system llm" in fails(capsys, "fit", "--config", recipe)
