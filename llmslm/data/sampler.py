@@ -111,7 +111,7 @@ class PackedBatchSampler(LengthBatchSampler):
         UserError: if an example is longer than a row.
     """
 
-    WINDOW = 16_384  # examples; packing leaves under 1 % of the rows empty, and takes a moment
+    WINDOW = 4096  # examples; more would not fill the rows better, and take longer
 
     def __init__(
         self,
@@ -130,13 +130,13 @@ class PackedBatchSampler(LengthBatchSampler):
                     f"an example has {longest} tokens, a packed row {capacity}; raise data.pack_tokens, "
                     "or lower data.max_prompt_tokens or data.max_target_tokens"
                 )
-        # One number an example: what it takes of the side that it fills most, in tokens of the first side.
-        taken = np.ceil(sides * capacities[0] / np.asarray(capacities)).max(axis=1).astype(int)
-        super().__init__(taken, batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
-        self.row_tokens = capacities[0]
+        super().__init__(sides.sum(axis=1), batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
+        self.sides = sides
+        self.capacities = capacities
 
     def __len__(self) -> int:
-        rows = int(self.lengths.sum()) // self.row_tokens  # no packing needs fewer, so each epoch has so many batches
+        # No packing needs fewer rows, so each epoch has so many batches.
+        rows = int((self.sides.sum(axis=0) // self.capacities).max())
         return max(1, rows // (self.batch_size * self.world_size))
 
     def _training_batches(self) -> list[list[int]]:
@@ -145,7 +145,7 @@ class PackedBatchSampler(LengthBatchSampler):
         rows = []
         for begin in range(0, len(order), self.WINDOW):
             chunk = order[begin : begin + self.WINDOW]
-            rows += [chunk[row] for row in best_fit(self.lengths[chunk].tolist(), self.row_tokens)]
+            rows += [chunk[row] for row in best_fit(self.sides[chunk], self.capacities)]
         rows = [rows[i] for i in generator.permutation(len(rows))]
         wanted = len(self) * self.world_size
         while len(rows) < wanted * self.batch_size:  # a split that is smaller than one round of batches
@@ -154,26 +154,28 @@ class PackedBatchSampler(LengthBatchSampler):
         return [np.concatenate(part).tolist() for part in parts]
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items, longest first, each into the fullest row that still takes it; return the rows' indices.
+def best_fit(sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:
+    """Pack items, largest first, each into the fullest row that still takes it on all sides; return the rows' indices.
 
-    The rows with room for exactly r tokens are kept by r, and a bit set says which r there are.
+    An item's size, and how full a row is, count each side by its capacity: long prompts with short targets and short
+    prompts with long targets share rows.
+
+    Args:
+        sides: (items, sides), length of each item on each side.
+        capacities: of a row, on each side.
     """
+    shares = (sides / capacities).sum(axis=1)
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        length = lengths[index]
-        enough = rooms >> length << length
-        if enough:
-            room = (enough & -enough).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = capacity, len(rows)
+    left = np.zeros((len(capacities), len(sides)), dtype=int)  # by side and row
+    free = np.zeros(len(sides))  # by row, all sides together
+    for index in np.argsort(-shares, kind="stable").tolist():
+        count, item = len(rows), sides[index]
+        fits = (left[:, :count] >= item[:, None]).all(axis=0)
+        row = int(np.where(fits, free[:count], np.inf).argmin()) if fits.any() else count
+        if row == count:
             rows.append([])
+            left[:, row], free[row] = capacities, len(capacities)
         rows[row].append(index)
-        with_room[room - length].append(row)
-        rooms |= 1 << (room - length)
+        left[:, row] -= item
+        free[row] -= shares[index]
     return rows

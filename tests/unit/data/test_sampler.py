@@ -117,11 +117,23 @@ def test_packed_rows_hold_each_example_once(size, batch_size, world_size, seed):
 
 
 def test_packing_leaves_little_room():
-    lengths = np.random.default_rng(0).integers(4, 200, 5000)
-    rows = best_fit(lengths.tolist(), 512)
+    lengths = np.random.default_rng(0).integers(4, 200, (5000, 1))
+    rows = best_fit(lengths, (512,))
     assert sorted(i for row in rows for i in row) == list(range(5000))
     assert all(lengths[row].sum() <= 512 for row in rows)
     assert len(rows) * 512 < 1.01 * lengths.sum()
+
+
+def test_long_prompts_with_short_targets_share_rows_with_the_opposite():
+    random = np.random.default_rng(0)
+    prompts = random.lognormal(5, 0.6, 8000).clip(10, 500)
+    sides = np.stack([prompts, random.lognormal(2.5, 0.5, 8000).clip(3, 120)], axis=1).astype(int)
+    sides[:2000, 1] = sides[:2000, 1].clip(20)
+    capacities = (1024, 120)
+    sampler = PackedBatchSampler(sides, 4, capacities, seed=1)
+    batches = list(sampler)
+    assert sum(sides[batch].sum() for batch in batches) > 0.93 * len(batches) * 4 * sum(capacities)
+    assert sum(map(len, batches)) > 0.96 * len(sides)  # what is left out of an epoch
 
 
 def test_packing_refuses_what_is_longer_than_a_row():
