@@ -88,7 +88,7 @@ def record_claims(results: Results, command: str) -> None:
     origin: dict[str, Any] = {"hardware": results.hardware(), "commit": ", ".join(sorted(filter(None, commits)))}
     for target, value in _measured(results):
         if value is not None:
-            record_measurement(target.id, value, command, **origin)
+            record_measurement(target.id, float(f"{value:.6g}"), command, **origin)
 
 
 def _measured(results: Results) -> list[tuple[Target, float | None]]:

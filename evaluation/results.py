@@ -124,8 +124,8 @@ def pages(root: Path) -> dict[Path, str]:
     readme = (root / "README.md").read_text(encoding="utf-8")
     made = {root / "README.md": with_table(readme, readme_table(results) if results.records else "")}
     if results.records:
-        rows = leaderboard_rows(record for part in results.records.values() for record in part)
-        plots = sorted(path.name for path in (root / FOLDER).glob("*.png"))
+        rows = leaderboard_rows(read_record(path) for path in _of_quality(root))
+        plots = sorted(path.relative_to(root / FOLDER).as_posix() for path in (root / FOLDER).glob("*/*.png"))
         made[root / PAGE] = report(results, plots)
         made[root / FOLDER / "leaderboard.md"] = markdown_table(rows) + "\n"
     return made
@@ -139,14 +139,25 @@ def stale(root: Path) -> list[Path]:
 
 
 def write(root: Path) -> list[Path]:
-    """Write the leaderboard with its plots, and the pages; return the pages."""
-    if load(root / RECORDS).records:
-        build([root / RECORDS], root / FOLDER)
+    """Write the leaderboard, those of the clock with their plots, and the pages; return the pages.
+
+    The clock's are apart: their scores are of few examples.
+    """
+    if quality := _of_quality(root):
+        build(quality, root / FOLDER)
+    for task in TITLES:
+        if (root / RECORDS / task / "speed").is_dir():
+            build([root / RECORDS / task / "speed"], root / FOLDER / task)
     made = pages(root)
     for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     return list(made)
+
+
+def _of_quality(root: Path) -> list[Path]:
+    """Find the records of what was evaluated on all test examples."""
+    return sorted(path for path in (root / RECORDS).rglob(f"*{SUFFIX}") if path.parent.name.startswith("quality"))
 
 
 def with_table(readme: str, table: str) -> str:
@@ -190,7 +201,7 @@ def report(results: Results, plots: Sequence[str]) -> str:
 
     Args:
         results: the records.
-        plots: file names of the leaderboard's plots.
+        plots: of the clock's leaderboards, from their folder.
     """
     parts = [
         "# The headline experiment\n",
@@ -205,10 +216,13 @@ def report(results: Results, plots: Sequence[str]) -> str:
     for task, title in TITLES.items():
         if results.get(task, "quality"):
             parts += [f"## {title}\n", *_task_parts(results, task)]
+    drawn = f"`llmslm-eval leaderboard {RECORDS}/TASK/speed --out {FOLDER}/TASK --no-mlflow` draws them.\n"
     parts += (
-        ["## Plots\n", f"`llmslm-eval leaderboard {RECORDS} --out {FOLDER} --no-mlflow` draws them.\n"] if plots else []
+        ["## Plots\n", "What was timed, with the scores of the examples that were predicted for it; " + drawn]
+        if plots
+        else []
     )
-    parts += [f"![{name.split('.')[-2]}](headline/{name})\n" for name in plots]
+    parts += [f"![{name.split('.')[-2]}, {name.split('/')[0]}](headline/{name})\n" for name in plots]
     parts += ["## Limits\n", LIMITS]
     stages = [
         (name, number(state["seconds"], 1, 1 / 60), (state["commit"] or "unknown")[:7], f"`{state['command']}`")

@@ -90,6 +90,18 @@ def test_numbers_are_those_of_the_records(runs, root):
     assert measured["recipe-minutes"][2:] == ("1.5 min", "yes")
 
 
+def test_the_clock_has_plots_of_its_own(runs, root):
+    results.collect(runs, root / results.RECORDS)
+    results.write(root)
+    folder = root / results.FOLDER
+    plots = {path.name for path in (folder / "en_it").glob("*.png")}
+    assert {name.split(".")[-2] for name in plots} == {"break-even", "quality-speed"}
+    page = (root / results.PAGE).read_text()
+    assert all(f"](headline/en_it/{name})" in page for name in plots)
+    assert "llm_to_slm/zero_features" in (folder / "leaderboard.md").read_text()
+    assert "zero_features" not in (folder / "en_it/leaderboard.md").read_text()
+
+
 def test_what_was_measured_goes_into_the_targets(runs, root, monkeypatch):
     results.collect(runs, root / results.RECORDS)
     noted = {}
