@@ -133,25 +133,32 @@ class PackedBatchSampler(LengthBatchSampler):
         super().__init__(sides.sum(axis=1), batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
         self.sides = sides
         self.capacities = capacities
+        self._rows = len(self._packed(np.arange(len(sides))))
+        """As many as this order takes; that of an epoch takes a few more or less."""
 
     def __len__(self) -> int:
-        # No packing needs fewer rows, so each epoch has so many batches.
-        rows = int((self.sides.sum(axis=0) // self.capacities).max())
-        return max(1, rows // (self.batch_size * self.world_size))
+        return max(1, self._rows // (self.batch_size * self.world_size))
 
     def _training_batches(self) -> list[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
-        rows = []
-        for begin in range(0, len(order), self.WINDOW):
-            chunk = order[begin : begin + self.WINDOW]
-            rows += [chunk[row] for row in best_fit(self.sides[chunk], self.capacities)]
+        rows = self._packed(generator.permutation(len(self.lengths)))
         rows = [rows[i] for i in generator.permutation(len(rows))]
         wanted = len(self) * self.world_size
-        while len(rows) < wanted * self.batch_size:  # a split that is smaller than one round of batches
-            rows += rows[: wanted * self.batch_size - len(rows)]
+        while (missing := wanted * self.batch_size - len(rows)) > 0:
+            fullest = max(range(len(rows)), key=lambda i: len(rows[i]))
+            half = len(rows[fullest]) // 2
+            if half:
+                rows[fullest], rest = np.split(rows[fullest], [half])
+                rows.append(rest)
+            else:  # a split that is smaller than one round of batches
+                rows += rows[:missing]
         parts = (rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(wanted))
         return [np.concatenate(part).tolist() for part in parts]
+
+    def _packed(self, order: np.ndarray) -> list[np.ndarray]:
+        """Pack the examples, taken in an order, window by window."""
+        windows = [order[begin : begin + self.WINDOW] for begin in range(0, len(order), self.WINDOW)]
+        return [window[row] for window in windows for row in best_fit(self.sides[window], self.capacities)]
 
 
 def best_fit(sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:

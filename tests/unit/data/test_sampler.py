@@ -133,7 +133,7 @@ def test_long_prompts_with_short_targets_share_rows_with_the_opposite():
     sampler = PackedBatchSampler(sides, 4, capacities, seed=1)
     batches = list(sampler)
     assert sum(sides[batch].sum() for batch in batches) > 0.93 * len(batches) * 4 * sum(capacities)
-    assert sum(map(len, batches)) > 0.96 * len(sides)  # what is left out of an epoch
+    assert sum(map(len, batches)) > 0.98 * len(sides)  # little is left out of an epoch
 
 
 def test_packing_refuses_what_is_longer_than_a_row():
