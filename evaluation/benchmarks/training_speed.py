@@ -32,11 +32,19 @@ MEASURED = ("train/tokens_per_s", "train/tflops_per_s", "train/mfu", "train/padd
 
 
 class Watch(Callback):
-    """Keeps what was trained."""
+    """Keeps what was trained, and counts what of it were targets."""
 
     model: PreTrainedModel
     codec: Codec
     rows: Any
+    targets, tokens = 0, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Count the batch."""
+        self.targets += batch["sizes"].target
+        self.tokens += batch["sizes"].tokens
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take model, codec and tokenised rows from the run."""
@@ -57,6 +65,7 @@ def ours(config: str, steps: int, arguments: list[str], watch: Watch) -> Row:
     rows = rows[len(rows) // 2 :]
     values = {key.split("/")[1]: [float(row[key]) for row in rows if row.get(key)] for key in MEASURED}
     medians = {key: statistics.median(numbers) for key, numbers in values.items() if numbers}
+    medians["target_tokens_per_s"] = medians["tokens_per_s"] * watch.targets / watch.tokens
     return {"arm": "llmslm", "steps": steps, **medians, "loss": float(rows[-1]["train/loss"]), **_peak()}
 
 
