@@ -1,10 +1,12 @@
 """Text to batches and ids to text, for one system: the same code serves training, evaluation and generation."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from itertools import islice
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -14,6 +16,7 @@ from llmslm.errors import UserError
 from llmslm.models.packing import document_positions
 
 IGNORED = -100
+Ids = Sequence[int] | np.ndarray
 Row = dict[str, list[int]]
 
 
@@ -144,8 +147,8 @@ class Codec:
                 row["target_ids"] = target_ids
         return rows
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Make a training batch, right-padded.
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a training batch, right-padded, of rows with lists or arrays of ids.
 
         Returns:
             input_ids, attention_mask: (batch, input_len); prompt and target for decoder-only, the prompt for
@@ -157,8 +160,9 @@ class Codec:
         if self.is_encoder_decoder:
             inputs, labels = prompts, targets
         else:
-            inputs = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
-            labels = [[IGNORED] * len(prompt) + target for prompt, target in zip(prompts, targets, strict=True)]
+            ignored = [np.full(len(prompt), IGNORED) for prompt in prompts]
+            inputs = [np.concatenate(pair) for pair in zip(prompts, targets, strict=True)]
+            labels = [np.concatenate(pair) for pair in zip(ignored, targets, strict=True)]
         input_ids, attention_mask = pad(inputs, self.pad_id)
         return self._encoder_side(rows) | {
             "input_ids": input_ids,
@@ -166,7 +170,7 @@ class Codec:
             "labels": pad(labels, IGNORED)[0],
         }
 
-    def sizes(self, rows: Sequence[Row], batch: dict[str, Tensor]) -> BatchSizes:
+    def sizes(self, rows: Sequence[Mapping[str, Any]], batch: dict[str, Tensor]) -> BatchSizes:
         """Count what a batch holds that was made of these rows."""
         sides = ["input_ids", *(["labels"] if self.is_encoder_decoder else []), *(["prompt_ids"] * self.has_encoder)]
         return BatchSizes(
@@ -177,11 +181,11 @@ class Codec:
             slots=sum(batch[side].numel() for side in sides),
         )
 
-    def collate_packed(self, rows: Sequence[Row], shape: PackedShape) -> dict[str, Tensor]:
+    def collate_packed(self, rows: Sequence[Mapping[str, Any]], shape: PackedShape) -> dict[str, Tensor]:
         """Make a training batch of packed rows; each side has its own length.
 
         Args:
-            rows: examples, in the order in which they are packed.
+            rows: examples, with lists or arrays of ids, in the order in which they are packed.
             shape: of the batch.
 
         Returns:
@@ -192,27 +196,33 @@ class Codec:
             labels and target_documents, (rows, target_tokens). Documents number the examples of a row, -1 = padding.
             Labels of -100 are ignored; there is no attention mask.
         """
-        lengths = [tuple(sum(len(row[name]) for name in side) for side in self.packed_sides) for row in rows]
-        packed = pack_rows(lengths, shape.capacities)
-        if len(packed) > shape.rows:
-            raise ValueError(f"{len(rows)} examples take {len(packed)} rows, the batch has {shape.rows}")
-
-        def join(make: Callable[[Row], list[int]], side: int, value: int) -> tuple[Tensor, Tensor]:
-            return _join([[make(rows[i]) for i in row] for row in packed], (shape.rows, shape.capacities[side]), value)
-
+        lengths = [[sum(len(row[name]) for name in side) for row in rows] for side in self.packed_sides]
+        counts = pack_rows(list(zip(*lengths, strict=True)), shape.capacities)
+        if len(counts) > shape.rows:
+            raise ValueError(f"{len(rows)} examples take {len(counts)} rows, the batch has {shape.rows}")
+        prompts, targets = ([row[name] for row in rows] for name in ("input_prompt_ids", "target_ids"))
+        shapes = [(shape.rows, capacity) for capacity in shape.capacities]
+        sides = [PackedSide(counts, *of_side) for of_side in zip(lengths, shapes, strict=True)]
         if self.is_encoder_decoder:
-            input_ids, documents = join(lambda row: row["input_prompt_ids"], 0, self.pad_id)
-            labels, target_documents = join(lambda row: row["target_ids"], 1, IGNORED)
-            sides = {"input_ids": input_ids, "documents": documents}
-            return sides | {"labels": labels, "target_documents": target_documents}
-        input_ids, documents = join(lambda row: row["input_prompt_ids"] + row["target_ids"], 0, self.pad_id)
-        labels, _ = join(lambda row: [IGNORED] * len(row["input_prompt_ids"]) + row["target_ids"], 0, IGNORED)
-        batch = {"input_ids": input_ids, "position_ids": document_positions(documents), "labels": labels}
+            inputs, outputs = sides
+            batch = {"input_ids": inputs.put(prompts, self.pad_id), "documents": inputs.documents()}
+            return batch | {"labels": outputs.put(targets, IGNORED), "target_documents": outputs.documents()}
+        ignored = [np.full(len(prompt), IGNORED) for prompt in prompts]
+        both = [part for pair in zip(prompts, targets, strict=True) for part in pair]
+        labels = sides[0].put([part for pair in zip(ignored, targets, strict=True) for part in pair], IGNORED)
+        documents = sides[0].documents()
+        batch = {
+            "input_ids": sides[0].put(both, self.pad_id),
+            "position_ids": document_positions(documents),
+            "labels": labels,
+        }
         if self.has_encoder:
             batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
-            batch["prompt_ids"], batch["prompt_documents"] = join(lambda r: r["prompt_ids"], 1, self.encoder_pad_id)
-            order = [i for row in packed for i in row]
-            batch |= _stored_states([rows[i] for i in order], batch["prompt_documents"] >= 0)
+            batch["prompt_ids"] = sides[1].put([row["prompt_ids"] for row in rows], self.encoder_pad_id)
+            batch["prompt_documents"] = sides[1].documents()
+            batch |= _stored_states(rows, counts, batch["prompt_ids"].shape)
+            if "state_numbers" in rows[0]:
+                batch["state_numbers"] = sides[1].put([row["state_numbers"] for row in rows], -1)
         return batch
 
     def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -304,67 +314,93 @@ class Codec:
             encoded = _encode(self.slm_tokenizer, list(targets), add_special_tokens=False).input_ids
         return [(ids if ids and ids[-1] == eos else [*ids, eos])[:limit] for ids in encoded]
 
-    def _encoder_side(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def _encoder_side(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not self.has_encoder:
             return {}
         prompt_ids, mask = pad([row["prompt_ids"] for row in rows], self.encoder_pad_id)
-        side = {"prompt_ids": prompt_ids, "prompt_attention_mask": mask} | _stored_states(rows, mask.bool())
+        states = _stored_states(rows, [1] * len(rows), prompt_ids.shape)
+        side = {"prompt_ids": prompt_ids, "prompt_attention_mask": mask} | states
+        if "state_numbers" in rows[0]:
+            side["state_numbers"] = pad([row["state_numbers"] for row in rows], -1)[0]
         if self.prompt_layout != "offsets":
             return side
-        longest = max(len(row["prompt_spans"]) for row in rows)
-        flat = [row["prompt_spans"] + [0] * (longest - len(row["prompt_spans"])) for row in rows]
-        return side | {"prompt_spans": torch.tensor(flat).unflatten(1, (-1, 2))}
+        return side | {"prompt_spans": pad([row["prompt_spans"] for row in rows], 0)[0].unflatten(1, (-1, 2))}
 
 
-def pad(
-    sequences: Sequence[Sequence[int]], value: int, side: Literal["left", "right"] = "right"
-) -> tuple[Tensor, Tensor]:
+class PackedSide:
+    """One side of packed rows: which place of (rows, capacity) each token of each example takes.
+
+    Args:
+        counts: examples of each row.
+        lengths: tokens of each example on this side, in the order of the rows.
+        shape: rows and capacity.
+    """
+
+    def __init__(self, counts: Sequence[int], lengths: Sequence[int], shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self._counts, self._lengths = np.asarray(counts), np.asarray(lengths)
+        begins = self._lengths.cumsum() - self._lengths  # of each example, if all stood in one row
+        firsts = begins[self._counts.cumsum() - self._counts]
+        shift = np.repeat(np.arange(len(counts)) * shape[1] - firsts, self._counts)
+        self._places = np.arange(self._lengths.sum()) + np.repeat(shift, self._lengths)
+
+    def put(self, parts: Sequence[Ids], value: int) -> Tensor:
+        """Put ids, all examples' one behind another, on their places; `value` stands on the others."""
+        return self._spread(np.concatenate(parts), value)
+
+    def documents(self) -> Tensor:
+        """Return each place's number of its example in the row, -1 = none."""
+        numbers = np.concatenate([np.arange(count) for count in self._counts])
+        return self._spread(np.repeat(numbers, self._lengths), -1)
+
+    def _spread(self, values: np.ndarray, rest: int) -> Tensor:
+        places = np.full(self.shape, rest, dtype=np.int64)
+        places.reshape(-1)[self._places] = values
+        return torch.from_numpy(places)
+
+
+def pad(sequences: Sequence[Ids], value: int, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
     """Pad to (batch, longest) and return the ids with their mask, 1 = a real token."""
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), value, dtype=torch.long)
-    mask = torch.zeros((len(sequences), longest), dtype=torch.long)
+    shape = (len(sequences), max(len(sequence) for sequence in sequences))
+    ids, mask = np.full(shape, value, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     for row, sequence in enumerate(sequences):
-        span = slice(0, len(sequence)) if side == "right" else slice(longest - len(sequence), longest)
-        ids[row, span] = torch.tensor(sequence, dtype=torch.long)
+        span = slice(0, len(sequence)) if side == "right" else slice(shape[1] - len(sequence), shape[1])
+        ids[row, span] = sequence
         mask[row, span] = 1
-    return ids, mask
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -> list[list[int]]:
-    """Fill rows in the given order, a new one where an item does not fit; return the rows' indices."""
-    rows: list[list[int]] = []
+def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -> list[int]:
+    """Fill rows in the given order, a new one where an item does not fit; return how many items each row holds."""
+    counts: list[int] = []
     room = (-1,) * len(capacities)
-    for index, length in enumerate(lengths):
+    for length in lengths:
         left = tuple(r - n for r, n in zip(room, length, strict=True))
         if min(left) < 0:
-            rows.append([])
+            counts.append(0)
             left = tuple(c - n for c, n in zip(capacities, length, strict=True))
-        rows[-1].append(index)
+        counts[-1] += 1
         room = left
-    return rows
+    return counts
 
 
-def _stored_states(rows: Sequence[Row], places: Tensor) -> dict[str, Tensor]:
-    """Put stored encoder states, where the rows have them, on the places (batch, len) of their tokens."""
+def _stored_states(rows: Sequence[Mapping[str, Any]], counts: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:
+    """Put stored encoder states, where the rows have them, on the places (batch, len) of their tokens.
+
+    Each row of the batch begins with the states of the next of its `counts` examples.
+    """
     if "hidden_states" not in rows[0]:
         return {}
-    states = torch.cat([cast(Tensor, row["hidden_states"]) for row in rows])
-    hidden_states = states.new_zeros(*places.shape, states.shape[-1])
-    hidden_states[places] = states
+    states = iter([row["hidden_states"] for row in rows])
+    first: Tensor = rows[0]["hidden_states"]
+    hidden_states = first.new_empty(*shape, first.shape[-1])
+    for place, row in enumerate(hidden_states):
+        parts = list(islice(states, counts[place] if place < len(counts) else 0))
+        used = sum(len(part) for part in parts)
+        if parts:
+            torch.cat(parts, out=row[:used])
+        row[used:] = 0
     return {"hidden_states": hidden_states}
-
-
-def _join(rows: list[list[list[int]]], shape: tuple[int, int], value: int) -> tuple[Tensor, Tensor]:
-    """Put the sequences of each row behind one another; return the ids and each one's number in its row, -1 = none."""
-    ids, documents = torch.full(shape, value), torch.full(shape, -1)
-    for place, sequences in enumerate(rows):
-        begin = 0
-        for number, sequence in enumerate(sequences):
-            end = begin + len(sequence)
-            ids[place, begin:end] = torch.tensor(sequence)
-            documents[place, begin:end] = number
-            begin = end
-    return ids, documents
 
 
 def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
 from llmslm.data.shards import RowsWithStored
 from llmslm.data.sources import Source, Split
 from llmslm.data.sources.base import FEATURES
+from llmslm.data.token_rows import TokenRows
 from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
 from llmslm.errors import UserError
 
@@ -82,6 +83,7 @@ class TextDataModule(L.LightningDataModule):
         self.encoder_tokenizer: PreTrainedTokenizerBase | None = None
         self.codec: Codec
         self._tokenised: dict[Split, Dataset | IterableDataset] = {}
+        self._states: torch.Tensor | None = None  # of the training split, where they are on the GPU
         self._seed = 0
 
     def prepare_data(self) -> None:
@@ -120,11 +122,12 @@ class TextDataModule(L.LightningDataModule):
             shape = PackedShape(batch_size, capacities(sides, self.pack_tokens))
             sampler: LengthBatchSampler = PackedBatchSampler(sides, batch_size, shape.capacities, **self._dealing())
             packed = partial(collate, shape=shape)
-            rows = self._with_logits(self._with_states(dataset, "train"), dataset)
-            return BatchLoader(rows, sampler, self._trained, collate_fn=packed, **self._workers())
+            return BatchLoader(
+                self._training_rows(dataset), sampler, self._trained, collate_fn=packed, **self._workers()
+            )
         if isinstance(dataset, Dataset):
             sampler = LengthBatchSampler(_lengths(dataset), batch_size, shuffle=True, **self._dealing())
-            rows = self._with_logits(self._with_states(dataset, "train"), dataset)
+            rows = self._training_rows(dataset)
             return BatchLoader(rows, sampler, self._trained, collate_fn=collate, **self._workers())
         trainer = self._module.trainer
         if trainer.max_steps == -1:
@@ -214,7 +217,8 @@ class TextDataModule(L.LightningDataModule):
         assert isinstance(dataset, Dataset)
         sampler = LengthBatchSampler(_lengths(dataset), self.eval_batch_size, shuffle=False, **self._dealing())
         collate = partial(collate_with_examples, codec=self.codec)
-        rows = self._with_states(dataset, split)
+        stored = self._stored_states(split)
+        rows = dataset if stored is None else RowsWithStored(dataset, stored)
         return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, **self._workers())
 
     def prompt_rows(self, split: Split) -> tuple[Dataset, np.ndarray]:
@@ -232,23 +236,35 @@ class TextDataModule(L.LightningDataModule):
         """Name what decides about the encoder's states of a split, beside the encoder."""
         return features.identity(self.prompt_rows(split)[0], self.codec, self.source.fingerprint())
 
-    def _with_states(self, dataset: Dataset, split: Split) -> Any:
-        """Put the states beside the rows that the module wants to read instead of running its encoder."""
-        folder = self._module.features
-        if folder is None:
-            return dataset
-        rows, lengths = self.prompt_rows(split)
-        source, options = self._module.encoder_source(), vars(self._module.encoder_options)
-        features.check(folder, source, options, split, self.feature_identity(split))
-        return RowsWithStored(rows, features.StoredStates(folder, split, lengths))
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Take the states of a batch from those that are on the GPU."""
+        if "state_numbers" in batch:
+            assert self._states is not None
+            batch["hidden_states"] = self._states[batch.pop("state_numbers")]
+        return batch
 
-    def _with_logits(self, rows: Any, dataset: Dataset) -> Any:
-        """Put the LLM's logits beside the training rows, where the module learns from them."""
+    def _training_rows(self, dataset: Dataset) -> Any:
+        """Return the training rows, with what is stored of the LLM beside them: its states, its logits."""
+        rows: Any = TokenRows(dataset)
+        stored = self._stored_states("train")
+        if stored is not None:
+            device = self._module.device
+            self._states = stored.table(device) if stored.fits(device) else None
+            rows = RowsWithStored(rows, stored if self._states is None else features.StateNumbers(stored))
         folder = self._module.logits
         if folder is None:
             return rows
         about = logits.identity(dataset, self.codec.slm_tokenizer, self.source.fingerprint())
         return RowsWithStored(rows, logits.stored_logits(folder, token_counts(dataset, ("target_ids",)), about))
+
+    def _stored_states(self, split: Split) -> features.StoredStates | None:
+        """Return the states of a split that the module wants to read instead of running its encoder."""
+        folder = self._module.features
+        if folder is None:
+            return None
+        source, options = self._module.encoder_source(), vars(self._module.encoder_options)
+        features.check(folder, source, options, split, self.feature_identity(split))
+        return features.StoredStates(folder, split, self.prompt_rows(split)[1])
 
     def _dealing(self) -> dict[str, int]:
         trainer = self._module.trainer

@@ -29,6 +29,8 @@ VERSION = 2
 """1 had shards of as many examples, however long they are."""
 SHARD_BYTES = 256 * 2**20
 """A shard is made in memory, and may exceed this by one example."""
+ON_DEVICE = 1 / 8
+"""Share of a GPU's memory that a split's states may take there; a larger split is read from disk, batch by batch."""
 _STATE_BYTES = 2  # bf16
 _SAMPLE = 1 << 20  # bytes of a weight file that tell it from another
 _OPTIONS = ("layer", "quantization", "revision")  # of the encoder, in a recipe
@@ -94,8 +96,40 @@ class StoredStates(StoredRows):
 
     def __init__(self, folder: Path, split: str, lengths: np.ndarray) -> None:
         manifest = read_manifest(folder)
-        shards = Shards(lengths, manifest["encoder"]["width"] * _STATE_BYTES, manifest["shard_bytes"])
+        self.width = int(manifest["encoder"]["width"])
+        shards = Shards(lengths, self.width * _STATE_BYTES, manifest["shard_bytes"])
         super().__init__(folder, split, shards, {"states": "hidden_states"})
+
+    def fits(self, device: torch.device) -> bool:
+        """Say whether a GPU has room for all of them: they may take `ON_DEVICE` of its memory."""
+        if device.type != "cuda":
+            return False
+        needed = (int(self.shards.ends[-1]) + 1) * self.width * _STATE_BYTES
+        return needed <= ON_DEVICE * torch.cuda.get_device_properties(device).total_memory
+
+    def table(self, device: torch.device) -> Tensor:
+        """Bring all states to a device: (tokens + 1, width), those of one example behind another, the last row zero.
+
+        A batch then travels as ids and row numbers. Its states are a hundred times their bytes, and copying them from
+        process to process takes longer than a small slm's step.
+        """
+        table = torch.zeros(int(self.shards.ends[-1]) + 1, self.width, dtype=torch.bfloat16, device=device)
+        for number in range(len(self.shards)):
+            members = self.shards.members(number)
+            rows = slice(int(self.shards.ends[members.start]), int(self.shards.ends[members.stop]))
+            table[rows] = self.shard(number)["hidden_states"]
+        return table
+
+
+class StateNumbers:
+    """Stands for the states of a split whose table is on the GPU: `state_numbers` are an example's rows there."""
+
+    def __init__(self, states: StoredStates) -> None:
+        self._ends = states.shards.ends
+
+    def __getitem__(self, example: int) -> dict[str, np.ndarray]:
+        """Return (tokens,) numbers of rows."""
+        return {"state_numbers": np.arange(self._ends[example], self._ends[example + 1])}
 
 
 def shards_of(encoder: Encoder, lengths: np.ndarray) -> Shards:

@@ -96,8 +96,8 @@ class LengthBatchSampler(Sampler[list[int]]):
 class PackedBatchSampler(LengthBatchSampler):
     """Training batches of examples that fill `batch_size` rows, several examples a row.
 
-    Examples are shuffled and packed within windows, best fit first; the rows are shuffled and dealt out in batches. A
-    batch lists its examples row by row: `pack_rows` finds the same rows, or fewer.
+    Examples are shuffled and packed once, within windows, best fit first; in each epoch the rows are shuffled and dealt
+    out in batches. A batch lists its examples row by row: `pack_rows` finds the same rows, or fewer.
 
     Args:
         lengths: (examples,) or (examples, sides), tokens of each example, on each side that a row has.
@@ -131,34 +131,19 @@ class PackedBatchSampler(LengthBatchSampler):
                     "or lower data.max_prompt_tokens or data.max_target_tokens"
                 )
         super().__init__(sides.sum(axis=1), batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
-        self.sides = sides
-        self.capacities = capacities
-        self._rows = len(self._packed(np.arange(len(sides))))
-        """As many as this order takes; that of an epoch takes a few more or less."""
+        order = np.random.default_rng(seed).permutation(len(sides))
+        windows = [order[begin : begin + self.WINDOW] for begin in range(0, len(order), self.WINDOW)]
+        self._rows = [window[row] for window in windows for row in best_fit(sides[window], capacities)]
 
     def __len__(self) -> int:
-        return max(1, self._rows // (self.batch_size * self.world_size))
+        return max(1, len(self._rows) // (self.batch_size * self.world_size))
 
     def _training_batches(self) -> list[list[int]]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        rows = self._packed(generator.permutation(len(self.lengths)))
-        rows = [rows[i] for i in generator.permutation(len(rows))]
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._rows))
         wanted = len(self) * self.world_size
-        while (missing := wanted * self.batch_size - len(rows)) > 0:
-            fullest = max(range(len(rows)), key=lambda i: len(rows[i]))
-            half = len(rows[fullest]) // 2
-            if half:
-                rows[fullest], rest = np.split(rows[fullest], [half])
-                rows.append(rest)
-            else:  # a split that is smaller than one round of batches
-                rows += rows[:missing]
-        parts = (rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(wanted))
-        return [np.concatenate(part).tolist() for part in parts]
-
-    def _packed(self, order: np.ndarray) -> list[np.ndarray]:
-        """Pack the examples, taken in an order, window by window."""
-        windows = [order[begin : begin + self.WINDOW] for begin in range(0, len(order), self.WINDOW)]
-        return [window[row] for window in windows for row in best_fit(self.sides[window], self.capacities)]
+        # A split that is smaller than one round of batches is repeated.
+        parts = np.resize(order, (wanted, self.batch_size))
+        return [np.concatenate([self._rows[i] for i in part]).tolist() for part in parts]
 
 
 def best_fit(sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:

@@ -59,15 +59,19 @@ class StoredRows:
 
     def __init__(self, folder: Path, split: str, shards: Shards, names: Mapping[str, str]) -> None:
         self.folder, self.split, self.shards, self.names = folder, split, shards, names
-        self._open: dict[int, dict[str, Any]] = {}
+        self._open: dict[int, dict[str, Tensor]] = {}
 
     def __getitem__(self, example: int) -> dict[str, Tensor]:
-        """Return an example's tensors, (tokens, ...) each."""
+        """Return an example's tensors, (tokens, ...) each, over the file itself."""
         shard, rows = self.shards.rows(example)
-        if shard not in self._open:
-            file = safe_open(shard_path(self.folder, self.split, shard), framework="pt")
-            self._open[shard] = {name: file.get_slice(stored) for stored, name in self.names.items()}
-        return {name: tensor[rows] for name, tensor in self._open[shard].items()}
+        return {name: tensor[rows] for name, tensor in self.shard(shard).items()}
+
+    def shard(self, number: int) -> dict[str, Tensor]:
+        """Return the tensors of a shard's examples, one behind another, over the file itself."""
+        if number not in self._open:
+            file = safe_open(shard_path(self.folder, self.split, number), framework="pt")
+            self._open[number] = {name: file.get_tensor(stored) for stored, name in self.names.items()}
+        return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the open files behind: a worker opens its own."""
@@ -79,10 +83,10 @@ class RowsWithStored(torch.utils.data.Dataset):
 
     Args:
         rows: of a split.
-        stored: of the same.
+        stored: `StoredRows` of the same, or what stands for them: tensors or arrays of an example, by name.
     """
 
-    def __init__(self, rows: Any, stored: StoredRows) -> None:
+    def __init__(self, rows: Any, stored: Any) -> None:
         self.rows, self.stored = rows, stored
 
     def __len__(self) -> int:

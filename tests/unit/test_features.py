@@ -67,6 +67,9 @@ def test_training_from_the_cache_has_the_losses_of_training_on_the_fly(recipe, p
     assert losses(recipe, "gone", "--model.encoder.features=states", *packing) == cached
     for weights in Path("runs/toy/llm/system").glob("*.away"):
         weights.rename(weights.with_suffix(".safetensors"))
+    with monkeypatch.context() as patch:  # as where a GPU has room for them
+        patch.setattr(features.StoredStates, "fits", lambda *_: True)
+        assert losses(recipe, "resident", "--model.encoder.features=states", *packing) == cached
     assert cached == pytest.approx(expected, rel=1e-3)
     assert System.load("runs/toy/llm_to_slm").generate(["say alpha 0"], max_new_tokens=3)
 
