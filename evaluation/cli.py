@@ -225,6 +225,7 @@ def _add_experiment(commands: "argparse._SubParsersAction[argparse.ArgumentParse
     what.add_argument("--config", metavar="RECIPE", help="recipe: its name or a YAML file")
     what.add_argument("--series", metavar="NAME", help="run a series of stages instead, for example headline")
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="stages of the series, also en_it/*")
+    parser.add_argument("--list", action="store_true", help="print the series' stages and their state; run nothing")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="stages that run at a time (default: 1)")
     parser.add_argument("--out", default="runs", metavar="DIR", help="folder of the runs (default: runs)")
     parser.add_argument("--limit", type=_positive, help="evaluate at most so many examples")
@@ -234,9 +235,13 @@ def _add_experiment(commands: "argparse._SubParsersAction[argparse.ArgumentParse
 
 def _experiment(options: argparse.Namespace) -> None:
     if options.series:
-        from evaluation.series import run as run_series
+        from evaluation import series
 
-        run_series(options.series, options.only, options.jobs, [part for part in options.rest if part != "--"])
+        overrides = [part for part in options.rest if part != "--"]
+        if options.list:
+            print(series.list_stages(options.series, options.only, overrides))
+        else:
+            series.run(options.series, options.only, options.jobs, overrides)
         return
     from evaluation.experiment import run
 

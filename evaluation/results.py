@@ -24,7 +24,7 @@ from evaluation.leaderboard.rows import Row, leaderboard_rows
 from evaluation.leaderboard.table import SCORES, SIGNIFICANT, markdown_table, number, parameter_count
 from evaluation.predictions import read_predictions
 from evaluation.record import SUFFIX, Record, read_record
-from evaluation.series import read_state
+from evaluation.series import BEFORE, STATE, read_state
 from evaluation.systems import LLM, LLM_TO_SLM, SLM
 from llmslm.errors import UserError
 from llmslm.writing import write_text
@@ -79,7 +79,8 @@ def collect(runs: Path, records: Path) -> None:
     Raises:
         UserError: if there is no complete stage.
     """
-    states = {path.parent.relative_to(runs).as_posix(): read_state(path.parent) for path in runs.rglob("stage.json")}
+    folders = [path.parent for path in runs.rglob(STATE) if path.parent.suffix != BEFORE]
+    states = {folder.relative_to(runs).as_posix(): read_state(folder) for folder in folders}
     complete = {name: state for name, state in sorted(states.items()) if state["complete"]}
     if not complete:
         raise UserError(f"{runs} has no complete stage; run llmslm-eval experiment --series headline (--collect)")

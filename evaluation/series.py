@@ -33,6 +33,10 @@ from llmslm.writing import write_text
 FOLDER = Path(__file__).with_name("series")
 RUNS = Path("runs")
 STATE, LOG = "stage.json", "log.txt"
+BEFORE = ".before"
+"""Ending of the folder in which the result of a changed stage is kept, until the stage is run."""
+USAGE = 2
+"""Status of a command that was given wrong arguments."""
 KINDS: Mapping[str, tuple[str, ...]] = {
     "data": ("evaluation.headline_data", "--out={folder}"),
     "fit": (
@@ -47,6 +51,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 """By kind: the module that is run, and its arguments before those of the stage."""
 ALONE = ("speed",)
 """Kinds that nothing else runs beside."""
+
+
+class UsageError(UserError):
+    """A stage's arguments are wrong, and so are probably those of others."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,26 @@ def choose(stages: dict[str, Stage], only: Sequence[str]) -> list[Stage]:
     return [stage for name, stage in stages.items() if name in wanted]
 
 
+def list_stages(name: str, only: Sequence[str] = (), overrides: Sequence[str] = ()) -> str:
+    """Return a line for each stage: its name, its state, the seconds that it took so far.
+
+    Arguments are those of `run`, which would begin the stages that are not complete, from nothing where they changed.
+    """
+    stamps: dict[str, str] = {}
+    lines = []
+    for stage in choose(load_series(name, overrides), only):
+        stamps[stage.name] = stage.stamp(stamps[need] for need in stage.needs)
+        state = read_state(stage.folder)
+        if not state:
+            word = "not begun"
+        elif state["stamp"] != stamps[stage.name]:
+            word = "changed"
+        else:
+            word = "complete" if state["complete"] else "begun"
+        lines.append(f"{stage.name:32} {word:9} {state['seconds']:7.0f} s" if state else f"{stage.name:32} {word}")
+    return "\n".join(lines)
+
+
 def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[str] = ()) -> None:
     """Run what is not complete yet.
 
@@ -148,7 +176,7 @@ def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[
         overrides: further arguments of each `fit`.
 
     Raises:
-        UserError: if stages fail; whatever does not need them is run all the same.
+        UserError: if stages fail; whatever does not need them is run all the same, unless arguments are wrong.
     """
     left = {stage.name: stage for stage in choose(load_series(name, overrides), only)}
     stamps: dict[str, str] = {}
@@ -166,6 +194,9 @@ def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[
                 stage = running.pop(future)
                 try:
                     future.result()
+                except UsageError as error:
+                    _say(f"{stage.name}: wrong arguments")
+                    raise UserError(f"{error}; nothing further was begun") from error
                 except UserError as error:
                     failed.append(str(error))
                     _say(f"{stage.name}: failed")
@@ -230,7 +261,7 @@ def _next(left: Iterable[Stage], done: Container[str], running: Sequence[Stage],
 def perform(
     stage: Stage, stamp: str, children: set[subprocess.Popen[bytes]], places: "SimpleQueue[dict[str, str]]"
 ) -> None:
-    """Run one stage unless it is complete; what another version of it left is removed first.
+    """Run one stage unless it is complete; what another version of it left is then removed.
 
     Args:
         stage: what to run.
@@ -239,20 +270,40 @@ def perform(
         places: it takes one, and gives it back.
 
     Raises:
-        UserError: if its command fails.
+        UserError: if its command fails; a UsageError if that refuses its arguments: what was there then stays.
     """
-    state = read_state(stage.folder)
-    if state.get("stamp") != stamp:
-        if state:
-            shutil.rmtree(stage.folder)
-        state = {"stamp": stamp, "stage": stage.name, "command": shlex.join(["python", *stage.command()]), "seconds": 0}
-    elif state["complete"]:
+    state, before = read_state(stage.folder), stage.folder.with_name(stage.folder.name + BEFORE)
+    changed = bool(state) and state["stamp"] != stamp
+    if changed:
+        shutil.rmtree(before, ignore_errors=True)
+        stage.folder.rename(before)
+    elif state.get("complete"):
         _say(f"{stage.name}: complete already")
         return
+    if changed or not state:
+        state = {"stamp": stamp, "stage": stage.name, "command": shlex.join(["python", *stage.command()]), "seconds": 0}
     _say(f"{stage.name}: begins ({stage.folder / LOG})")
     state |= {"complete": False, "commit": provenance.commit()[0]}
     _write(stage.folder, state)
     begin = time.monotonic()
+    status, last = _execute(stage, children, places)
+    state["seconds"] = round(state["seconds"] + time.monotonic() - begin, 1)
+    _write(stage.folder, state | {"complete": not status})
+    if status == USAGE:
+        if changed:
+            shutil.rmtree(stage.folder)
+            before.rename(stage.folder)
+        raise UsageError(f"stage {stage.name} was given wrong arguments: {last}")
+    shutil.rmtree(before, ignore_errors=True)
+    if status:
+        raise UserError(f"stage {stage.name} ended with status {status} ({stage.folder / LOG}): {last}")
+    _say(f"{stage.name}: complete, {state['seconds']:.0f} s")
+
+
+def _execute(
+    stage: Stage, children: set[subprocess.Popen[bytes]], places: "SimpleQueue[dict[str, str]]"
+) -> tuple[int, str]:
+    """Run a stage's command; return its status and the last line of its log."""
     place = places.get()
     with (stage.folder / LOG).open("ab") as log:
         environment = _environment() | place
@@ -264,13 +315,8 @@ def perform(
         status = child.wait()
         children.discard(child)
     places.put(place)
-    state["seconds"] = round(state["seconds"] + time.monotonic() - begin, 1)
-    if status:
-        _write(stage.folder, state)
-        last = (stage.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"stage {stage.name} ended with status {status} ({stage.folder / LOG}): {last[0]}")
-    _write(stage.folder, state | {"complete": True})
-    _say(f"{stage.name}: complete, {state['seconds']:.0f} s")
+    lines = (stage.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return status, lines[-1] if lines else "its log is empty"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -92,6 +92,42 @@ def test_what_does_not_need_a_failed_stage_is_run(here):
     assert order(here) == ["first", "a", "b", "x"]
 
 
+def test_wrong_arguments_end_the_series_and_leave_what_was_there(here):
+    series.run("toy")
+    order(here)
+    refused = 'print("toy: error: unrecognized arguments: fail") or 2'
+    (here / "append_word.py").write_text(PROGRAM.replace('"broken: cannot"', refused))
+    (here / "toy.yaml").write_text(SERIES.replace('append: "{task}"', 'append: "{task} fail"'))
+    with pytest.raises(UserError, match=r"^stage a/second was given wrong arguments: toy: .*: fail; nothing further"):
+        series.run("toy")
+    assert order(here) == ["a"]
+    (here / "toy.yaml").write_text(SERIES)
+    series.run("toy")  # all of it is complete still
+    assert not (here / "order.txt").exists()
+    assert not list(here.rglob(f"*{series.BEFORE}"))
+
+
+def test_a_changed_stage_that_fails_is_gone_on_with(here):
+    series.run("toy")
+    (here / "toy.yaml").write_text(SERIES.replace("append: first", "append: first fail"))
+    for runs in (1, 2):
+        with pytest.raises(UserError, match="stage first ended with status 1"):
+            series.run("toy")
+        assert (here / "runs/toy/first/found.txt").read_text() == "x" * runs
+
+
+def test_stages_are_listed_with_their_state(here):
+    (here / "toy.yaml").write_text(SERIES.replace('append: "{task}"', 'append: "{task} fail"'))
+    with pytest.raises(UserError):
+        series.run("toy", only=["a/second"])
+    assert [line.split()[1] for line in series.list_stages("toy").splitlines()] == ["complete", "begun", "not", "not"]
+    (here / "toy.yaml").write_text(SERIES)
+    order(here)
+    words = [line.split()[1:3] for line in series.list_stages("toy", only=["a/*"]).splitlines()]
+    assert [word for word, _ in words] == ["complete", "changed"]
+    assert not (here / "order.txt").exists()
+
+
 def test_stages_that_run_at_a_time_have_a_gpu_each(here, monkeypatch):
     (here / "append_word.py").write_text(
         PROGRAM.replace("word + ", "__import__('os').environ.get('CUDA_VISIBLE_DEVICES', '-') + ")
