@@ -66,6 +66,11 @@ class EncoderOptions:
     """Folder of `llmslm features`: train from stored states, without the LLM (and without val/bleu)."""
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean cross-entropy, computed in float32, of logits (n, vocabulary) and targets (n,)."""
+    return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
     """AdamW at 1e-3, a rate for small models; a recipe with pretrained weights sets its own."""
     return AdamW(parameters, lr=1e-3, weight_decay=0.01)
@@ -93,7 +98,7 @@ class SystemModule(L.LightningModule):
         label_smoothing: share of each target's probability that training spreads over the vocabulary.
         dropout: of the trained language model's residual branches, for architectures without dropout of their own.
         distillation: from an LLM's stored logits, beside the targets.
-        compile: train with compiled blocks; best with data.pack_tokens, whose batches have one shape.
+        compile: train with compiled blocks and loss; best with data.pack_tokens, whose batches have one shape.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class SystemModule(L.LightningModule):
         self.distillation = distillation
         self.logits = Path(distillation.logits) if distillation.logits and system != "llm" else None
         self.compile_blocks = compile
+        self._cross_entropy = cross_entropy
         self.model: PreTrainedModel | None = None
         self.codec: Codec | None = None
         self.val_loss = MeanMetric()
@@ -255,6 +261,8 @@ class SystemModule(L.LightningModule):
         self._tell_parameters()
         if self.compile_blocks:
             compile_blocks(self._built)
+            # The number of targets varies. Eager, it is most of a small slm's step: five passes over float32 logits.
+            self._cross_entropy = torch.compile(cross_entropy, dynamic=True)
         if self.trainer.datamodule.packs:  # type: ignore[attr-defined]
             stored = StoredEncoder(self.features).width if self.features else None
             check_packing(self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
@@ -277,7 +285,7 @@ class SystemModule(L.LightningModule):
         """
         inputs = {name: value for name, value in batch.items() if name not in COLUMNS.values()}
         logits, targets = target_logits(self._built, inputs, self._built_codec.pad_id)
-        entropy = nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+        entropy = self._cross_entropy(logits, targets, label_smoothing)
         terms = {"cross_entropy": entropy}
         if len(inputs) < len(batch):
             terms["divergence"] = self.distillation.divergence(logits, **{n: batch[n] for n in COLUMNS.values()})
