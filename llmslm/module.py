@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torchmetrics import MeanMetric
 from torchmetrics.text import SacreBLEUScore
@@ -39,7 +39,7 @@ from llmslm.models.quantization import Quantization
 from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict
 from llmslm.parallel import Fsdp, gathered, token_share
 from llmslm.system import System
-from llmslm.target_logits import target_logits
+from llmslm.target_logits import cross_entropy, target_logits
 
 SystemName = Literal["llm", "slm", "llm_to_slm"]
 Batch = dict[str, Any]
@@ -64,11 +64,6 @@ class EncoderOptions:
     """Quantise the weights at load: 8bit (needs torchao or bitsandbytes) or 4bit (bitsandbytes or torchao)."""
     features: str | None = None
     """Folder of `llmslm features`: train from stored states, without the LLM (and without val/bleu)."""
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean cross-entropy, computed in float32, of logits (n, vocabulary) and targets (n,)."""
-    return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:

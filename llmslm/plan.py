@@ -6,7 +6,7 @@ activations and arithmetic as they will be; what sharding divides, gathers and s
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmslm.models.head import logits_at
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.trained import FrozenBase, Lora, adapters, base_names, freeze
 from llmslm.parallel import EncoderPlace, checkpoint_activations
+from llmslm.target_logits import cross_entropy
 
 Values = Mapping[str, Any]
 MOMENTS = {"AdamW": 8, "Adam": 8, "NAdam": 8, "RAdam": 8, "SGD": 4, "Adafactor": 0}
@@ -82,6 +83,8 @@ class Job:
     moment_bytes: int
     pack_tokens: int | None
     """Tokens of a row of several examples; None: a row is an example."""
+    compiled: bool
+    """Whether blocks and loss are compiled."""
     steps: int | None
     """Optimizer steps of the whole training, where the recipe says."""
 
@@ -110,6 +113,7 @@ class Job:
             fused_optimizer=bool((optimizer.get("init_args") or {}).get("fused", False)),
             moment_bytes=MOMENTS.get(optimizer["class_path"].rpartition(".")[2], 8),
             pack_tokens=data.get("pack_tokens"),
+            compiled=recipe["model"].get("compile", False),
             steps=steps if (steps := trainer.get("max_steps", -1)) > 0 else None,
         )
 
@@ -195,10 +199,16 @@ def predict(job: Job, world: World) -> dict[str, Any]:
     half = job.mixed and job.is_sharded  # blocks are gathered in it
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # a speed that is not ours
+        warnings.filterwarnings(
+            "ignore", message="The .grad attribute of a Tensor"
+        )  # the compiler looks at all tensors
         model = build(job)
         sizes = Sizes.of(model).quantised(job.encoder_options.get("quantization"))
         prompt, target = job.lengths(model)
-        cost = trial(build(job, torch.bfloat16 if half else torch.float32), job, world.device)
+        dtype = torch.bfloat16 if half else torch.float32
+        cost = trial(build(job, dtype), job, world.device)
+        if job.compiled:
+            cost.peak_bytes -= recomputed_bytes(job, dtype)
     memory = _memory(job, world, sizes, cost)
     seconds = _seconds(job, world, sizes, cost)
     tokens = job.rows * (prompt + target) * world.gpus * job.accumulate
@@ -283,7 +293,12 @@ def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") 
     return sides | {"input_ids": ids, "attention_mask": ids}
 
 
-def loss(model: PreTrainedModel, job: Job, tensors: dict[str, Tensor]) -> Tensor:
+def loss(
+    model: PreTrainedModel,
+    job: Job,
+    tensors: dict[str, Tensor],
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
     """Compute the loss as training does: logits of targets alone."""
     rows, device = job.rows, tensors["input_ids"].device
     prompt, target = job.lengths(model)
@@ -293,7 +308,7 @@ def loss(model: PreTrainedModel, job: Job, tensors: dict[str, Tensor]) -> Tensor
     places = torch.arange(rows, device=device).repeat_interleave(target)
     with logits_at(model, places, columns, length):
         logits = model(**tensors, use_cache=False).logits[0]
-    return nn.functional.cross_entropy(logits.float(), torch.ones_like(columns))
+    return cross_entropy(logits, torch.ones_like(columns))
 
 
 def trial(model: PreTrainedModel, job: Job, device: Device) -> Cost:
@@ -306,8 +321,56 @@ def trial(model: PreTrainedModel, job: Job, device: Device) -> Cost:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
     tensors = batch(model, job)
     with Counter(device) as counter, torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False):
-        loss(model, job, tensors).backward()
+        loss(model, job, tensors, _one_pass if job.compiled else cross_entropy).backward()
     return counter.cost
+
+
+def recomputed_bytes(job: Job, dtype: torch.dtype) -> int:
+    """Count what compiled blocks compute again in the backward instead of keeping it; under a FakeTensorMode.
+
+    What is compiled cannot be counted operation by operation. Of two forwards, what each keeps for its backward can.
+    """
+    models = build(job, dtype), build(job, dtype)
+    trained = [block for block in blocks(models[1]) if any(p.requires_grad for p in block.parameters())]
+    for block in trained:
+        block.compile(backend="aot_eager_decomp_partition")  # divides forward from backward as training's compiler does
+    saved = _kept_bytes(models[0], job) - _kept_bytes(models[1], job)
+    # Checkpoints keep the inputs of blocks, and what is between them of one block at a time.
+    return max(0, saved // len(trained) if job.activation_checkpointing else saved)
+
+
+def _kept_bytes(model: PreTrainedModel, job: Job) -> int:
+    """Count the storages that a forward keeps for its backward."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False),
+    ):
+        loss(model, job, batch(model, job), _one_pass)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class _OnePass(torch.autograd.Function):
+    """What a compiled cross-entropy keeps and reads: the logits, once each way, and no copy in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.sum(dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> Tensor:
+        return torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _one_pass(logits: Tensor, _targets: Tensor) -> Tensor:
+    result: Tensor = _OnePass.apply(logits)
+    return result
 
 
 def _states_width(model: LlmToSlm) -> int:

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from llmslm.costs import DEVICES, Device
 from llmslm.errors import UserError
 from llmslm.fsdp1 import translated
+from llmslm.models.blocks import compile_blocks
 from llmslm.parallel import make_mesh, parallelize
 from llmslm.plan import Job, World, batch, build, check, loss, predict
 from llmslm.recipe import read_recipe
+from llmslm.target_logits import cross_entropy
 
 USAGE = """llmslm plan --config RECIPE [--config OVERLAY] [--gpus N] [--key.of.recipe VALUE ...]
 
@@ -128,6 +130,10 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
     device = _join(world)
     model = _prepared(job, world, device)
     trained = [p for p in model.parameters() if p.requires_grad]
+    entropy = cross_entropy
+    if job.compiled:
+        compile_blocks(model)
+        entropy = torch.compile(cross_entropy)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=job.fused_optimizer)
     tensors = batch(model, job, device)
     times = []
@@ -138,7 +144,7 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
         optimizer.zero_grad(set_to_none=True)
         for _ in range(job.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
-                value = loss(model, job, tensors)
+                value = loss(model, job, tensors, entropy)
             (value / job.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmslm.data.codec import IGNORED, target_positions
@@ -38,6 +38,11 @@ def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int)
     with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
         logits: Tensor = model(**tensors, use_cache=False).logits[0]
     return logits, targets
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean cross-entropy in nats, computed in float32, of logits (n, vocabulary) and targets (n,)."""
+    return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 
 def shift_right(labels: Tensor, start_id: int, pad_id: int, documents: Tensor | None = None) -> Tensor:

@@ -183,3 +183,12 @@ def test_what_a_training_costs(workdir, capsys):
     assert "1,000,000 steps: " in text
     last = text.splitlines()[-1].replace(",", "").split()
     assert float(last[last.index("GPU-hours") - 1]) == pytest.approx(8 * float(last[last.index("hours") - 1]), rel=0.01)
+
+
+def test_compiled_blocks_keep_less_and_compute_it_again():
+    eager, compiled = (
+        predict(Job.of(RECIPE | {"model": RECIPE["model"] | {"system": "slm", "compile": on}}), ONE)["memory_bytes"]
+        for on in (False, True)
+    )
+    assert compiled["activations"] < 0.9 * eager["activations"]
+    assert compiled["weights"] == eager["weights"]
