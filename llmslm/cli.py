@@ -123,7 +123,7 @@ def _logits(args: list[str]) -> None:
 
 
 def _plan(args: list[str]) -> None:
-    from llmslm.plan_command import main as plan
+    from llmslm.planning.command import main as plan
 
     plan(args)
 

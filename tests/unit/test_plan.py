@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from llmslm.cli import main
-from llmslm.costs import DEVICES
 from llmslm.errors import UserError
-from llmslm.plan import Job, Sizes, World, build, check, loss, predict
-from llmslm.plan import batch as full_batch
+from llmslm.planning.costs import DEVICES
+from llmslm.planning.job import Job, World
+from llmslm.planning.predict import Sizes, check, predict
+from llmslm.planning.step import batch as full_batch
+from llmslm.planning.step import build, loss
 from tests.unit import toy
 
 RECIPE = {

@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from llmslm.costs import DEVICES, Device
 from llmslm.errors import UserError
 from llmslm.fsdp1 import translated
 from llmslm.models.blocks import compile_blocks
 from llmslm.parallel import make_mesh, parallelize
-from llmslm.plan import Job, World, batch, build, check, loss, predict
+from llmslm.planning.costs import DEVICES, Device
+from llmslm.planning.job import Job, World
+from llmslm.planning.predict import check, predict
+from llmslm.planning.step import batch, build, loss
 from llmslm.recipe import read_recipe
 from llmslm.target_logits import cross_entropy
 

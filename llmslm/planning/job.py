@@ -1,0 +1,119 @@
+"""What of a recipe and of its devices decides about memory and time."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmslm.fsdp1 import FSDP2, translated
+from llmslm.models.modeling import LlmToSlm
+from llmslm.parallel import EncoderPlace
+from llmslm.planning.costs import Device
+
+Values = Mapping[str, Any]
+MOMENTS = {"AdamW": 8, "Adam": 8, "NAdam": 8, "RAdam": 8, "SGD": 4, "Adafactor": 0}
+"""Bytes of optimizer state a weight; an optimizer that is not named here counts as AdamW."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The devices of a run."""
+
+    device: Device
+    gpus: int
+    gpus_per_node: int
+    shard: int
+    """Neighbours that share one copy of the weights; 1: each has its own (one device, DDP)."""
+
+    @property
+    def shard_link(self) -> float:
+        """Bytes a second between those that share a copy."""
+        return self._link(self.shard <= self.gpus_per_node, self.gpus_per_node)
+
+    @property
+    def copy_link(self) -> float:
+        """Bytes a second between copies."""
+        return self._link(self.gpus <= self.gpus_per_node, max(1, self.gpus_per_node // self.shard))
+
+    def _link(self, is_inside: bool, together: int) -> float:
+        """Between nodes, the GPUs of one node that belong together bring in different parts over all their adapters."""
+        device = self.device
+        return (
+            device.link_bytes_per_s
+            if is_inside
+            else min(device.link_bytes_per_s, together * device.network_bytes_per_s)
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What of a recipe decides about memory and time."""
+
+    model: Values
+    """The recipe's `model` section."""
+    vocab_size: int | None
+    rows: int
+    prompt_tokens: int
+    target_tokens: int
+    mixed: bool
+    accumulate: int
+    is_sharded: bool
+    encoder: EncoderPlace
+    reshard_after_forward: bool
+    activation_checkpointing: bool
+    fused_optimizer: bool
+    moment_bytes: int
+    pack_tokens: int | None
+    """Tokens of a row of several examples; None: a row is an example."""
+    compiled: bool
+    """Whether blocks and loss are compiled."""
+    steps: int | None
+    """Optimizer steps of the whole training, where the recipe says."""
+
+    @classmethod
+    def of(cls, recipe: Values, prompt_tokens: int | None = None, target_tokens: int | None = None) -> "Job":
+        """Read a recipe; batches are as long as its limits allow unless lengths are given."""
+        data, trainer = recipe.get("data", {}), recipe.get("trainer", {})
+        strategy = translated(trainer.get("strategy") or "auto", trainer.get("devices"))
+        sharding = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
+        name = strategy if isinstance(strategy, str) else strategy["class_path"]
+        optimizer = recipe["model"].get("optimizer") or {"class_path": "torch.optim.AdamW"}
+        target = target_tokens or data.get("max_target_tokens", 128)
+        prompt = prompt_tokens or data.get("max_prompt_tokens", 512)
+        return cls(
+            model=recipe["model"],
+            vocab_size=(data.get("tokenizer") or {}).get("vocab_size"),
+            rows=data.get("micro_batch_size", 32),
+            prompt_tokens=prompt,
+            target_tokens=target,
+            mixed=str(trainer.get("precision", "32-true")) in ("bf16-mixed", "16-mixed"),
+            accumulate=trainer.get("accumulate_grad_batches", 1),
+            is_sharded=name == FSDP2,
+            encoder=sharding.get("encoder", "sharded"),
+            reshard_after_forward=sharding.get("reshard_after_forward", True),
+            activation_checkpointing=sharding.get("activation_checkpointing", False),
+            fused_optimizer=bool((optimizer.get("init_args") or {}).get("fused", False)),
+            moment_bytes=MOMENTS.get(optimizer["class_path"].rpartition(".")[2], 8),
+            pack_tokens=data.get("pack_tokens"),
+            compiled=recipe["model"].get("compile", False),
+            steps=steps if (steps := trainer.get("max_steps", -1)) > 0 else None,
+        )
+
+    @property
+    def encoder_options(self) -> Values:
+        """The recipe's `model.encoder`."""
+        return self.model.get("encoder") or {}
+
+    def lengths(self, model: PreTrainedModel) -> tuple[int, int]:
+        """Return tokens of prompts and of targets in a row; packed examples keep the proportion of the two."""
+        prompt, target = self.prompt_tokens, self.target_tokens
+        composed, decodes_all = isinstance(model, LlmToSlm), not model.config.is_encoder_decoder
+        by_token = decodes_all and model.prompt_layout in ("tokens", "placeholders") if composed else True
+        if self.pack_tokens is None or not by_token:
+            return prompt, target
+        if decodes_all:
+            prompt = round(self.pack_tokens * prompt / (prompt + target))
+            return prompt, self.pack_tokens - prompt
+        return self.pack_tokens, max(target, math.ceil(self.pack_tokens * target / prompt))

@@ -1,0 +1,195 @@
+"""`llmslm plan`: memory per GPU and time per step of a recipe on a given world, before anything is paid for.
+
+The system is built without weights and one step of it is run on tensors without memory, which gives activations and
+arithmetic as they will be (`llmslm.planning.step`); what sharding divides, gathers and sends is then counted.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from llmslm.errors import UserError
+from llmslm.models.blocks import blocks
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.trained import base_names
+from llmslm.planning.costs import Cost
+from llmslm.planning.job import Job, World
+from llmslm.planning.step import build, recomputed_bytes, trial
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Weights of a system, in numbers of them."""
+
+    trained: int
+    frozen: int
+    frozen_bytes: float
+    """Of the frozen encoder, as it is stored."""
+    base: int
+    """Frozen weights of the language model beside which adapters are trained."""
+    root: int
+    """Weights outside of the blocks that train: embeddings, head, projector."""
+    block: int
+    """The largest block through which gradients go."""
+    frozen_block: int
+    frozen_root: int
+    """Weights of the frozen encoder outside of its blocks: its embeddings."""
+
+    @property
+    def sharded(self) -> int:
+        """Weights that lie in float32 beside the encoder."""
+        return self.trained + self.base
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Sizes":
+        """Count a system, built with or without memory."""
+        encoder = model.encoder if isinstance(model, LlmToSlm) else None
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = [] if encoder is None else list(encoder.parameters())
+        base = sum(p.numel() for name, p in model.named_parameters() if name in base_names(model))
+        ours = blocks(model.slm if isinstance(model, LlmToSlm) else model)
+        own = [_numel(block) for block in ours if base or any(p.requires_grad for p in block.parameters())]
+        fixed = [] if encoder is None else [_numel(block) for block in blocks(encoder)]
+        return cls(
+            trained,
+            sum(p.numel() for p in frozen),
+            float(sum(p.nbytes for p in frozen)),
+            base,
+            trained + base - sum(own),
+            max(own, default=0),
+            max(fixed, default=0),
+            sum(p.numel() for p in frozen) - sum(fixed),
+        )
+
+    def quantised(self, quantization: str | None) -> "Sizes":
+        """Return the sizes with the encoder's blocks in fewer bits, with what their scales take."""
+        if quantization is None or not self.frozen:
+            return self
+        root = self.frozen_bytes * self.frozen_root / self.frozen
+        bytes_each = {"8bit": 1.0, "4bit": 0.5625}[quantization]
+        return replace(self, frozen_bytes=root + (self.frozen - self.frozen_root) * bytes_each)
+
+
+def predict(job: Job, world: World) -> dict[str, Any]:
+    """Predict memory per GPU and the time of an optimizer step.
+
+    Returns:
+        Tokens of a row; bytes by kind and their peak; seconds by kind, of a step run eagerly, and of one in which all
+        but matrix products is fused away, which compiled blocks come near; tokens a second of all GPUs, prompts and
+        targets; what limits it.
+    """
+    half = job.mixed and job.is_sharded  # blocks are gathered in it
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # a speed that is not ours
+        warnings.filterwarnings(
+            "ignore", message="The .grad attribute of a Tensor"
+        )  # the compiler looks at all tensors
+        model = build(job)
+        sizes = Sizes.of(model).quantised(job.encoder_options.get("quantization"))
+        prompt, target = job.lengths(model)
+        dtype = torch.bfloat16 if half else torch.float32
+        cost = trial(build(job, dtype), job, world.device)
+        if job.compiled:
+            cost.peak_bytes -= recomputed_bytes(job, dtype)
+    memory = _memory(job, world, sizes, cost)
+    seconds = _seconds(job, world, sizes, cost)
+    tokens = job.rows * (prompt + target) * world.gpus * job.accumulate
+    return {
+        "row_tokens": {"prompt": prompt, "target": target},
+        "weights": {"trained": sizes.trained, "frozen": sizes.frozen + sizes.base},
+        "memory_bytes": memory,
+        "fits": memory["peak"] < world.device.memory_bytes * 0.94,  # the driver and fragments take some
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds["step"],
+        "mfu": cost.flops * job.accumulate / seconds["step"] / world.device.matmul_flops,
+        "limit": "communication" if seconds["communication"] > seconds["compute"] else "compute",
+    }
+
+
+def check(job: Job, world: World) -> None:
+    """Refuse a world that cannot be.
+
+    Raises:
+        UserError: if the shards do not divide the world, or a model of a recipe has neither source nor config.
+    """
+    if world.gpus % world.shard:
+        raise UserError(f"{world.gpus} GPUs cannot be divided into shards of {world.shard} (shard_size)")
+    for key in ("llm", "slm"):
+        if not (job.model.get(key) or {}).keys() & {"source", "config"}:
+            raise UserError(f"the recipe has neither model.{key}.source nor model.{key}.config")
+
+
+# --- what sharding divides, gathers and sends -------------------------------------------------------------------------
+
+
+def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:
+    """Count bytes per GPU: in the backward's worst moment, or in the optimizer's."""
+    shard = world.shard if job.is_sharded else 1
+    width = 2 if job.mixed else 4
+    encoder_shard = {"sharded": shard, "replicated": 1, "offloaded": float("inf")}[
+        job.encoder if job.is_sharded else "replicated"
+    ]
+    parts: dict[str, float] = {
+        "weights": sizes.sharded * 4 / shard,
+        "encoder": sizes.frozen_bytes / encoder_shard,
+        "gradients": sizes.trained * 4 / shard,
+        "optimizer": sizes.trained * job.moment_bytes / shard,
+        "gathered": 0.0,
+        "activations": float(cost.peak_bytes),
+    }
+    if job.is_sharded:
+        kept = 2 * sizes.block if job.reshard_after_forward else sizes.sharded - sizes.root
+        unit = max(kept, 0 if job.encoder == "replicated" else sizes.frozen_root + 2 * sizes.frozen_block)
+        # In the backward the last unit's weights and its gradients in float32 wait to be reduced.
+        parts["gathered"] = (sizes.root + unit) * width + max(sizes.root, 2 * sizes.block) * 4
+        if job.accumulate > 1:  # gradients wait whole until the last micro-batch
+            parts["gathered"] += sizes.trained * 4 * (shard - 1) / shard
+    elif world.gpus > 1:
+        parts["gathered"] = sizes.trained * 4.0  # DDP's buckets
+    held = parts["weights"] + parts["encoder"] + parts["optimizer"]
+    # Without shards the gradients are among what the trial counted; with them it dropped each one as it was there.
+    backward = held + parts["gathered"] + parts["activations"] + (parts["gradients"] if job.is_sharded else 0)
+    step = held + parts["gradients"] + (0 if job.fused_optimizer else sizes.trained * 4 / shard)
+    if not job.is_sharded:
+        step += parts["gathered"]
+        parts["activations"] = max(0.0, cost.peak_bytes - parts["gradients"])
+    return parts | {"peak": max(backward, step)}
+
+
+def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:
+    """Hold arithmetic against communication: they overlap, but for the first gather and the last reduction."""
+    shard = world.shard if job.is_sharded else 1
+    copies = world.gpus // shard
+    width = 2 if job.mixed else 4
+    share = (shard - 1) / shard
+    gathers = 2 if job.reshard_after_forward else 1
+    frozen = sizes.frozen * width if job.encoder == "sharded" else 0
+    gather = share * ((sizes.sharded - sizes.root) * gathers * width + sizes.root * width + frozen) / world.shard_link
+    reduce = share * sizes.trained * 4 / world.shard_link
+    if job.encoder == "offloaded" and job.is_sharded:
+        gather += sizes.frozen_bytes / shard / 25e9 + share * sizes.frozen * width / world.shard_link
+    between = 2 * (copies - 1) / copies * sizes.trained / shard * 4 / world.copy_link
+    communication = job.accumulate * gather + reduce + between
+    exposed = share * sizes.root * (width + 4) / world.shard_link
+    passes = 8 if job.fused_optimizer else 16  # over weights, gradients and moments, clipping too
+    optimizer = sizes.trained * 4 * passes / shard / world.device.bytes_per_s
+    compute = job.accumulate * cost.seconds
+    step = max(compute, communication) + exposed + optimizer
+    at_best = max(job.accumulate * cost.product_seconds, communication) + exposed + optimizer
+    return {
+        "compute": compute,
+        "communication": communication,
+        "exposed": exposed,
+        "optimizer": optimizer,
+        "step": step,
+        "step_at_best": at_best,
+    }
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,210 @@
+"""One step of a recipe: built without weights and run on tensors without memory, or with random weights on a device."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from llmslm.models.blocks import blocks
+from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.encoder import Encoder
+from llmslm.models.head import logits_at
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
+from llmslm.parallel import checkpoint_activations
+from llmslm.planning.costs import Cost, Counter, Device
+from llmslm.planning.job import Job, Values
+from llmslm.target_logits import cross_entropy
+
+_PARTS = {"projector": "MlpProjector", "alignment": "SameTokenizer", "fusion": "Add"}
+
+
+def build(job: Job, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Build a recipe's system with random weights, or with none under a FakeTensorMode.
+
+    Args:
+        job: what of the recipe counts.
+        dtype: of all weights; None takes float32 for those that are trained, the recipe's for the frozen encoder.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        return _build(job, dtype).train()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
+    if (system := job.model.get("system", "llm_to_slm")) != "llm_to_slm":
+        config = _config(job, system)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return _restricted(auto.from_config(config, dtype=dtype or torch.float32), job.model[system])
+    encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
+    parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
+    options = job.encoder_options
+    config = LlmToSlmConfig(
+        encoder_config=encoder.config, slm_config=slm_config, encoder_layer=options.get("layer", "last"), **parts
+    )
+    model = LlmToSlm(config)
+    auto = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM
+    slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
+    model.slm = _restricted(slm, job.model["slm"])
+    model.fusion.attach(model.slm)
+    model.encoder = None if options.get("features") else encoder
+    return model
+
+
+def _restricted(model: PreTrainedModel, options: Values) -> PreTrainedModel:
+    """Freeze what a recipe does not train of a language model, as training does."""
+    train = options.get("train", "full")
+    if train != "full":
+        lora = asdict(Lora(**train)) if isinstance(train, Mapping) else None
+        model.config.frozen_base = FrozenBase(source="", revision=None, hash="", lora=lora)
+        with torch.device("meta"):  # peft moves adapters that lie elsewhere, which tensors without memory cannot
+            freeze(model)
+        for name, weight in adapters(dict(model.named_parameters())).items():
+            owner, _, own_name = name.rpartition(".")
+            empty = torch.empty(weight.shape, dtype=weight.dtype)
+            setattr(model.get_submodule(owner), own_name, nn.Parameter(empty, weight.requires_grad))
+    return model
+
+
+def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Make a batch of full rows."""
+    rows, (prompt, target) = job.rows, job.lengths(model)
+    ones = torch.ones(rows, prompt, dtype=torch.long, device=device)
+    sides = {"prompt_ids": ones, "prompt_attention_mask": ones} if isinstance(model, LlmToSlm) else {}
+    if isinstance(model, LlmToSlm) and model.encoder is None:  # its states were stored before
+        sides["hidden_states"] = torch.zeros(
+            rows, prompt, _states_width(model), dtype=torch.bfloat16 if job.mixed else None, device=device
+        )
+    if model.config.is_encoder_decoder:
+        targets = ones[:, :1].expand(rows, target).contiguous()
+        return sides | {"input_ids": ones, "attention_mask": ones, "decoder_input_ids": targets}
+    ids = ones[:, :1].expand(rows, prompt + target).contiguous()
+    return sides | {"input_ids": ids, "attention_mask": ids}
+
+
+def loss(
+    model: PreTrainedModel,
+    job: Job,
+    tensors: dict[str, Tensor],
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
+    """Compute the loss as training does: logits of targets alone."""
+    rows, device = job.rows, tensors["input_ids"].device
+    prompt, target = job.lengths(model)
+    start = 0 if model.config.is_encoder_decoder else prompt - 1
+    length = target if model.config.is_encoder_decoder else prompt + target
+    columns = torch.arange(start, start + target, device=device).repeat(rows)
+    places = torch.arange(rows, device=device).repeat_interleave(target)
+    with logits_at(model, places, columns, length):
+        logits = model(**tensors, use_cache=False).logits[0]
+    return cross_entropy(logits, torch.ones_like(columns))
+
+
+def trial(model: PreTrainedModel, job: Job, device: Device) -> Cost:
+    """Run forward and backward of one micro-batch and count; call it under a FakeTensorMode."""
+    if job.activation_checkpointing:
+        checkpoint_activations(model.slm if isinstance(model, LlmToSlm) else model, preserve_rng_state=False)
+    if job.is_sharded:
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # reduced and divided as soon as it is there
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    tensors = batch(model, job)
+    with Counter(device) as counter, torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False):
+        loss(model, job, tensors, _one_pass if job.compiled else cross_entropy).backward()
+    return counter.cost
+
+
+def recomputed_bytes(job: Job, dtype: torch.dtype) -> int:
+    """Count what compiled blocks compute again in the backward instead of keeping it; under a FakeTensorMode.
+
+    What is compiled cannot be counted operation by operation. Of two forwards, what each keeps for its backward can.
+    """
+    models = build(job, dtype), build(job, dtype)
+    trained = [block for block in blocks(models[1]) if any(p.requires_grad for p in block.parameters())]
+    for block in trained:
+        block.compile(backend="aot_eager_decomp_partition")  # divides forward from backward as training's compiler does
+    saved = _kept_bytes(models[0], job) - _kept_bytes(models[1], job)
+    # Checkpoints keep the inputs of blocks, and what is between them of one block at a time.
+    return max(0, saved // len(trained) if job.activation_checkpointing else saved)
+
+
+def _kept_bytes(model: PreTrainedModel, job: Job) -> int:
+    """Count the storages that a forward keeps for its backward."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False),
+    ):
+        loss(model, job, batch(model, job), _one_pass)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class _OnePass(torch.autograd.Function):
+    """What a compiled cross-entropy keeps and reads: the logits, once each way, and no copy in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.sum(dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> Tensor:
+        return torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _one_pass(logits: Tensor, _targets: Tensor) -> Tensor:
+    result: Tensor = _OnePass.apply(logits)
+    return result
+
+
+def _states_width(model: LlmToSlm) -> int:
+    layer = model.config.encoder_layer
+    width: int = model.projector.encoder_hidden_size
+    return width * (len(layer) if isinstance(layer, list) else 1)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _config(job: Job, key: str) -> Any:
+    options = job.model[key]
+    if options.get("source"):
+        return AutoConfig.from_pretrained(options["source"], revision=options.get("revision"))
+    values = dict(options["config"])
+    if job.vocab_size is not None:
+        values.setdefault("vocab_size", job.vocab_size)
+    values = {"decoder_start_token_id": 0, "pad_token_id": 0} | values
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def _encoder(job: Job, dtype: torch.dtype | None) -> Encoder:
+    options = job.encoder_options
+    source = {"source": options["source"]} if options.get("source") else job.model["llm"]
+    config = _config(Job(**vars(job) | {"model": {"llm": source}}), "llm")
+    if dtype is None:
+        dtype = getattr(torch, options["dtype"]) if options.get("dtype") else getattr(config, "dtype", None)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel
+    model = auto.from_config(config, dtype=dtype or torch.float32)
+    return Encoder(model.get_encoder() if config.is_encoder_decoder else model, options.get("layer", "last"))
+
+
+def _spec(value: Any, name: str) -> dict[str, Any]:
+    """Name a part as a composition's config does."""
+    value = {"class_path": value} if isinstance(value, str) else dict(value or {"class_path": _PARTS[name]})
+    path = value["class_path"]
+    return {
+        "class_path": path if "." in path else f"llmslm.models.{name}.{path}",
+        "init_args": value.get("init_args") or {},
+    }
