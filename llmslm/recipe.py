@@ -79,11 +79,22 @@ def read_recipe(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any
     if len(words) % 2 or not all(key.startswith("--") and "." in key for key in words[::2]):
         raise UserError(f"cannot read {' '.join(overrides)!r}; expected --key.of.recipe VALUE ...")
     for key, value in zip(words[::2], words[1::2], strict=True):
-        nested: Any = yaml.safe_load(value)
+        nested: Any = _value(value)
         for part in reversed(key[2:].split(".")):
             nested = {part: nested}
         recipe = _merged(recipe, nested)
     return recipe
+
+
+def _value(text: str) -> Any:
+    """Read the value of an override; text with a colon in it, as a prompt's template may be, stays text."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, dict) and not text.lstrip().startswith("{") else value
 
 
 def build_data(recipe: Mapping[str, Any]) -> "TextDataModule":

@@ -27,8 +27,9 @@ from llmslm.callbacks.watch import WatchRanks, is_lost_rank
 from llmslm.data.datamodule import TextDataModule
 from llmslm.errors import UserError
 from llmslm.fsdp1 import translated
+from llmslm.models.components import Component
 from llmslm.module import SystemModule
-from llmslm.recipe import resolve_recipes
+from llmslm.recipe import recipe_names, resolve_recipes
 from llmslm.resume import CheckpointFiles, resolve
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -99,10 +100,8 @@ class Cli(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            hint = _closest_key(str(error), self._subcommand_parsers[args[0]].get_defaults().keys(branches=True))
-            if not hint:
-                raise
-            raise ArgumentError(None, f"{error}{hint}") from error
+            keys = self._subcommand_parsers[args[0]].get_defaults().keys(branches=True)
+            raise ArgumentError(None, f"{error}{_hint(str(error), keys)}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
@@ -153,11 +152,24 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return not (isinstance(record.msg, str) and record.msg.startswith("💡 Tip: For seamless cloud"))
 
 
-def _closest_key(message: str, keys: Iterable[str]) -> str:
-    """Suggest the key that a message about an unknown one may mean."""
-    unknown = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
-    close = difflib.get_close_matches(unknown[1] or unknown[2], [*keys], n=1, cutoff=0.8) if unknown else []
+def _hint(message: str, keys: Iterable[str]) -> str:
+    """Say what a parser's message may be about: a misspelt key, a misspelt part, or no recipe at all."""
+    if "arguments are required" in message:
+        return f"; give a recipe: --config NAME or FILE ({', '.join(recipe_names()[:4])}, ...)"
+    key = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
+    part = re.search(r"dot import path string: (\w+)|has no attribute '(\w+)'", message)
+    found, names = (key, [*keys]) if key else (part, _part_names())
+    close = difflib.get_close_matches(found[1] or found[2], names, n=1, cutoff=0.7) if found else []
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _part_names() -> list[str]:
+    """List the projectors, fusions and alignments, those of the user too once their modules are imported."""
+    names, found = [], [Component]
+    while found:
+        found += (cls := found.pop()).__subclasses__()
+        names.append(cls.__name__)
+    return names
 
 
 def plain(values: Any) -> str:

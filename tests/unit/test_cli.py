@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from llmslm.cli import main
+from llmslm.recipe import read_recipe
 from llmslm.system import System
 from tests import tiny
 from tests.unit import toy
@@ -151,6 +152,21 @@ def test_what_was_meant_is_suggested(workdir, capsys):
     Path("typo.yaml").write_text("model:\n  warmup_step: 3\n")
     line = fails(capsys, "fit", "--config", recipe, "--config", "typo.yaml", code=2)
     assert line.endswith("did you mean model.warmup_steps?")
+    for part, spelt, meant in (
+        ("projector", "GatedMlpProjectr", "GatedMlpProjector"),
+        ("fusion", "GatdAdd", "GatedAdd"),
+    ):
+        for path in (spelt, f"llmslm.models.{part}.{spelt}"):
+            line = fails(capsys, "fit", "--config", recipe, f"--model.{part}={path}", code=2)
+            assert line.endswith(f"did you mean {meant}?")
+    assert "give a recipe: --config" in fails(capsys, "fit", code=2)
+
+
+def test_a_template_with_a_colon_stays_text(workdir):
+    recipe = toy.write_recipe(workdir)
+    given = ["--data.prompt_template", "it: {prompt}", "--data.tokenizer={vocab_size: 300}", "--data.x", "a: b: c"]
+    data = read_recipe([recipe], given)["data"]
+    assert (data["prompt_template"], data["tokenizer"], data["x"]) == ("it: {prompt}", {"vocab_size": 300}, "a: b: c")
 
 
 def test_consolidate_says_what_it_takes(workdir, capsys):
