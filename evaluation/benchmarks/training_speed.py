@@ -49,7 +49,7 @@ class Watch(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take model, codec and tokenised rows from the run."""
         self.model, self.codec = pl_module.model, pl_module.codec  # type: ignore[assignment]
-        self.rows = trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        self.rows = trainer.datamodule.rows("train")  # type: ignore[attr-defined]
 
 
 def ours(config: str, steps: int, arguments: list[str], watch: Watch) -> Row:

@@ -221,15 +221,20 @@ class TextDataModule(L.LightningDataModule):
         rows = dataset if stored is None else RowsWithStored(dataset, stored)
         return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, **self._workers())
 
-    def prompt_rows(self, split: Split) -> tuple[Dataset, np.ndarray]:
-        """Return a split's tokenised rows, and the encoder's tokens of each.
+    def rows(self, split: Split) -> Dataset:
+        """Return a split's tokenised rows.
 
         Raises:
-            UserError: if it is streamed: its features cannot be found again.
+            UserError: if it is streamed.
         """
         dataset = self._tokenised[split]
         if not isinstance(dataset, Dataset):
-            raise UserError(f"{self.source.name} is streamed, so its features cannot be stored (data.source)")
+            raise UserError(f"{self.source.name} is streamed: nothing can be stored of its rows (data.source)")
+        return dataset
+
+    def prompt_rows(self, split: Split) -> tuple[Dataset, np.ndarray]:
+        """Return a split's tokenised rows, and the encoder's tokens of each; see `rows`."""
+        dataset = self.rows(split)
         return dataset, token_counts(dataset, ("prompt_ids",))
 
     def feature_identity(self, split: Split) -> dict[str, Any]:

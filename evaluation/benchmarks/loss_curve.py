@@ -1,0 +1,178 @@
+"""The loss curve of `llmslm fit` beside that of a plain loop: same weights to begin with, same data, same schedule.
+
+    python -m evaluation.benchmarks.loss_curve --config debian_translation_en_it --steps 400 --seeds 1 2 3 \
+        -- --model.system slm --data.pack_tokens 512 --data.micro_batch_size 16 --config hardware/1gpu
+
+The plain loop is what one writes first: float32, padded batches of shuffled examples, eager, as many examples a step as
+the recipe's packed rows hold on average. What follows `--` goes to `llmslm fit`. The last line is one JSON object.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from llmslm import training
+from llmslm.data.codec import IGNORED
+from llmslm.data.datamodule import TextDataModule
+from llmslm.module import SystemModule
+from llmslm.provenance import provenance
+
+Curve = dict[int, float]
+"""Nats a target token of the validation split, by step."""
+
+
+class Watch(Callback):
+    """Keeps the weights that a run begins with, and what it was trained on."""
+
+    module: SystemModule
+    data: TextDataModule
+    model: nn.Module
+    clip: float | None
+    examples, batches = 0, 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Copy the model before it is compiled."""
+        assert isinstance(pl_module, SystemModule)
+        assert pl_module.model is not None
+        self.module, self.data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
+        self.model, self.clip = copy.deepcopy(pl_module.model), trainer.gradient_clip_val
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Count the examples."""
+        self.examples += batch["sizes"].examples
+        self.batches += 1
+
+
+def ours(config: str, seed: int, steps: int, every: int, arguments: list[str]) -> tuple[Curve, Watch]:
+    """Fit, and return the validation losses."""
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = {
+            "seed_everything": seed,
+            "model.bleu_examples": 0,
+            "checkpoint.monitor": "val/loss",
+            "checkpoint.mode": "min",
+            "trainer.default_root_dir": folder,
+            "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+            "trainer.logger.save_dir": folder,
+            "trainer.max_steps": steps,
+            "trainer.val_check_interval": every,
+            "trainer.check_val_every_n_epoch": "null",
+            "trainer.enable_progress_bar": "false",
+        }
+        given = [f"--{key}={value}" for key, value in fixed.items()]
+        training.run(["fit", "--config", config, *arguments, *given], callbacks=[watch])
+        with next(Path(folder).rglob("metrics.csv")).open() as file:
+            rows = [row for row in csv.DictReader(file) if row.get("val/loss")]
+    return {int(row["step"]) + 1: float(row["val/loss"]) for row in rows}, watch
+
+
+def plain(watch: Watch, seed: int, steps: int, every: int) -> Curve:
+    """Train the same weights by the plain loop, and return the validation losses at the same steps."""
+    module, data = watch.module, watch.data
+    model = watch.model.to(module.device).train()
+    torch.manual_seed(seed)
+    optimizer = module.optimizer_factory([p for p in model.parameters() if p.requires_grad])
+    scheduler = get_scheduler(module.schedule, optimizer, module.warmup_steps, steps)
+    size = round(watch.examples / watch.batches)
+    curve: Curve = {}
+    for step, batch in zip(range(1, steps + 1), _shuffled(data, size, seed), strict=False):
+        loss = _loss(model, _on(batch, module.device), module.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        if watch.clip:
+            nn.utils.clip_grad_norm_(model.parameters(), watch.clip)
+        optimizer.step()
+        scheduler.step()
+        if step % every == 0:
+            curve[step] = _validation_loss(model, data, module.device)
+    return curve
+
+
+def _shuffled(data: TextDataModule, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    rows = data.rows("train")
+    generator = np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(len(rows))
+        for begin in range(0, len(order) - size + 1, size):
+            yield data.codec.collate(rows.__getitems__(order[begin : begin + size].tolist()))
+
+
+def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor], label_smoothing: float, reduction: str = "mean") -> Tensor:
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    targets = batch["labels"][:, 1:]
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+@torch.no_grad()
+def _validation_loss(model: nn.Module, data: TextDataModule, device: torch.device) -> float:
+    model.eval()
+    rows, nats, tokens = data.rows("validation"), 0.0, 0
+    for begin in range(0, len(rows), 64):
+        examples = list(range(begin, min(begin + 64, len(rows))))
+        batch = _on(data.codec.collate(rows.__getitems__(examples)), device)
+        nats += float(_loss(model, batch, 0.0, "sum"))
+        tokens += int((batch["labels"] != IGNORED).sum())
+    model.train()
+    return nats / tokens
+
+
+def main(args: list[str] | None = None) -> None:
+    """Compare from the command line."""
+    given = sys.argv[1:] if args is None else args
+    split = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="recipe of a decoder-only system, by name or path")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
+    parser.add_argument("--every", type=int, default=100, help="steps between two validations")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and order")
+    options = parser.parse_args(given[:split])
+    curves: dict[str, list[Curve]] = {"llmslm": [], "plain": []}
+    for seed in options.seeds:
+        curve, watch = ours(options.config, seed, options.steps, options.every, given[split + 1 :])
+        curves["llmslm"].append(curve)
+        curves["plain"].append(plain(watch, seed, options.steps, options.every))
+    rows = [_row(step, curves) for step in sorted(curves["plain"][0])]
+    for row in rows:
+        sys.stdout.write("{step:>6}  llmslm {llmslm:.4f}  plain {plain:.4f}  sd {sd:.4f}\n".format(**row))
+    command = shlex.join(["python", "-m", "evaluation.benchmarks.loss_curve", *given])
+    about = {"command": command, "seeds": options.seeds, "rows": rows, "provenance": provenance()}
+    sys.stdout.write(json.dumps(about) + "\n")
+
+
+def _row(step: int, curves: dict[str, list[Curve]]) -> dict[str, float]:
+    """Return the means over seeds, and the larger of the two standard deviations: what another seed changes."""
+    values = {name: [curve[step] for curve in of_seeds] for name, of_seeds in curves.items()}
+    spread = [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values.values()]
+    return {"step": step} | {name: statistics.mean(of_seeds) for name, of_seeds in values.items()} | {"sd": max(spread)}
+
+
+if __name__ == "__main__":
+    main()

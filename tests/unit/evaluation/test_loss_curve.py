@@ -1,0 +1,16 @@
+"""The benchmark of loss curves: both loops begin with the same weights and learn alike."""
+
+import json
+
+from evaluation.benchmarks import loss_curve
+from tests.unit import toy
+
+
+def test_both_loops_learn_alike(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    given = ["--model.system=slm", "--data.pack_tokens=48", "--data.micro_batch_size=2"]
+    loss_curve.main(["--config", recipe, "--steps", "4", "--every", "2", "--seeds", "1", "2", "--", *given])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(abs(row["llmslm"] - row["plain"]) < 0.1 for row in rows)
+    assert rows[0]["plain"] != rows[1]["plain"]
