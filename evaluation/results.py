@@ -50,6 +50,8 @@ VARIANTS = {
     "quality_distilled": "labels and logits of the LLM",
     "quality_replace": "replace",
     "quality_cross": "cross-attention",
+    "quality_layer_6": "states of layer 6",
+    "quality_layer_last": "states of the last layer",
     "quality_read": "encoder-decoder SLM",
     "quality_t5": "T5 1.1 as the LLM",
     "quality_llm_alone": "LLM without the mixture",

@@ -11,7 +11,16 @@ from evaluation.series import choose, load_series
 from llmslm.training import run
 
 STAGES = load_series("headline")
-OTHERS = ("llm", "t5", "llm_alone", "cross_labels", "slm_encoder_decoder", "read_labels", "t5_add_labels")
+OTHERS = (
+    "llm",
+    "t5",
+    "llm_alone",
+    "layer_6_labels",
+    "cross_labels",
+    "slm_encoder_decoder",
+    "read_labels",
+    "t5_add_labels",
+)
 PARSED = [
     "pretrain/t5",
     *(f"en_it/{name}" for name in OTHERS),
@@ -60,3 +69,10 @@ def test_nothing_is_timed_before_all_is_trained():
 def test_the_verified_mode_is_compared_where_rounding_turns_no_choice(task):
     options = _parser().parse_args(STAGES[f"{task}/verified"].command()[2:])
     assert (options.dtype, options.limit) == ("float32", None)
+
+
+@pytest.mark.parametrize("name", ["add", "add_labels", "add_labels_2", "replace_labels", "add_distilled"])
+def test_all_slms_read_the_llm_at_one_depth_which_is_no_matter_of_its_own_training(name):
+    """What the LLM is trained with does not change with it: its weights stay."""
+    assert "headline/states" in STAGES[f"en_it/{name}"].arguments
+    assert "headline/states" not in {*STAGES["en_it/llm"].arguments, *STAGES["en_it/slm"].arguments}
