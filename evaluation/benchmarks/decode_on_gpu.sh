@@ -29,7 +29,9 @@ speed() {
 }
 
 speed batches 60 --systems llm --llm gpt2 --slm gpt2 --batch ${BATCHES:-1 8 32 64 256 1024}
-speed shapes 60 --systems llm slm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
+# A process each: what a later system of a process adds to the workspaces that are there is less than its own peak.
+speed large 60 --systems llm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
+speed small 60 --systems slm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
 speed break-even 90 --systems llm llm_to_slm --llm "$llm" --slm "$slm" --new ${NEW:-8 16 32 64 128 256} --plot "$out/break-even.svg"
 step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$device" --runs "${RUNS:-5}" \
   --out "$out/h200-waterfall.json"
