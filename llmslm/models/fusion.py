@@ -153,11 +153,13 @@ class ReplaceEncoder(Fusion):
 
 
 class CrossAttend(Fusion):
-    """The slm's decoder layers attend to the projected states through new layers, gated by tanh of zero at the start.
+    """The slm's decoder layers attend to the projected states through new layers, whose output starts at zero.
 
     A new layer stands before each `every`-th layer of the slm, as in Flamingo (arXiv 2204.14198, section 2.2), here
-    without its feed-forward part. The slm reads its prompt in its own tokens and starts as itself, bit for bit. Keys
-    and values of a batch of prompts are made once and used by all later calls of the slm, until the next batch.
+    without its feed-forward part and its gates: a scalar that scales a whole layer has a gradient that takes up most of
+    the clipped norm, and stayed around zero (docs/results/log.md). The slm reads its prompt in its own tokens and
+    starts as itself, bit for bit. Keys and values of a batch of prompts are made once and used by all later calls of
+    the slm, until the next batch.
 
     Args:
         encoder_hidden_size: width of the encoder's states.
@@ -173,7 +175,6 @@ class CrossAttend(Fusion):
             raise UserError(f"CrossAttend got every={every}; expected 1 or more (model.fusion)")
         self.every = every
         self.layers = nn.ModuleList()
-        self.gates = nn.Parameter(torch.zeros(0))
         self._read: list[tuple[Tensor, Tensor]] = []
         self._mask: Tensor | None = None
         self._handles: list[RemovableHandle] = []
@@ -186,7 +187,8 @@ class CrossAttend(Fusion):
         if len(self.layers) != len(places):
             width, like = self.slm_hidden_size, slm.get_input_embeddings().weight
             self.layers = nn.ModuleList(CrossAttention(width, width) for _ in places).to(like.device, like.dtype)
-            self.gates = nn.Parameter(torch.zeros(len(places), device=like.device, dtype=like.dtype))
+            for layer in cast(list[CrossAttention], self.layers):
+                nn.init.zeros_(layer.out.weight)
         for index, place in enumerate(places):
             hook = functools.partial(self._attend, index)
             self._handles.append(place.register_forward_pre_hook(hook, with_kwargs=True))
@@ -207,8 +209,12 @@ class CrossAttend(Fusion):
         return torch.ones(1, self.slm_hidden_size)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return how far each layer's gate is open."""
-        return {f"fusion/gate_{i * self.every}": gate for i, gate in enumerate(self.gates.detach().tanh())}
+        """Return how far each layer's output map has come from zero: the root of its mean square."""
+        layers = cast(list[CrossAttention], self.layers)
+        return {
+            f"fusion/out_{i * self.every}": layer.out.weight.detach().square().mean().sqrt()
+            for i, layer in enumerate(layers)
+        }
 
     def _attend(
         self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -222,7 +228,7 @@ class CrossAttend(Fusion):
             raise ValueError(f"the slm was called with {states.shape[0]} rows after {self._mask.shape[0]} prompts")
         held = (*self._read[index], self._mask)
         keys, values, mask = held if copies == 1 else (x.repeat_interleave(copies, 0) for x in held)
-        states = states + self.gates[index].tanh() * self.layers[index](states, keys, values, mask)
+        states = states + self.layers[index](states, keys, values, mask)
         return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,10 +30,12 @@ def compose(encoder_family, slm_family, tmp_path, fusion=Add, alignment=SameToke
 
 
 def open_gates(model):
-    """Gates start closed, where states do not count yet."""
+    """Gates and the output maps of new layers start at zero, where states do not count yet."""
     for name, parameter in model.fusion.named_parameters():
         if name.startswith("gate"):
             torch.nn.init.constant_(parameter, 0.8)
+        elif name.endswith("out.weight"):
+            torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 

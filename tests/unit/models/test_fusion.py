@@ -126,9 +126,9 @@ def test_a_resampler_hands_over_the_same_number_of_states_for_any_prompt(fusion,
 def test_cross_attention_serves_beams_and_every_second_layer(tmp_path):
     model = make(lambda *widths: CrossAttend(*widths, every=2), "llama", tmp_path)
     assert len(model.fusion.layers) == 2
-    assert list(model.metrics()) == ["fusion/gate_0", "fusion/gate_2"]
-    # two layers of norm, queries and outputs of width 32, and their gates
-    assert sum(p.numel() for p in model.fusion.step_parameters()) == 2 * (32 + 2 * 32 * 32 + 1)
+    assert list(model.metrics()) == ["fusion/out_0", "fusion/out_2"]
+    # two layers of norm, queries and outputs of width 32
+    assert sum(p.numel() for p in model.fusion.step_parameters()) == 2 * (32 + 2 * 32 * 32)
     ids, mask = tiny.prompts()
     beams = generate(model, ids, mask, num_beams=3)
     assert until_end(beams[1]) == until_end(generate(model, ids[1:2, :7], mask[1:2, :7], num_beams=3)[0])
