@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import SacreBLEUScore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from llmslm.callbacks.progress import TrainingProgress
 from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
 from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.features import StoredEncoder
@@ -290,7 +291,9 @@ class SystemModule(L.LightningModule):
         """Compute and log train/loss, with label smoothing where the recipe has it (val/loss is without)."""
         terms, tokens = self.loss_terms(batch, self.label_smoothing)
         loss = self.distillation.mix(**terms)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=tokens)
+        bar = self.trainer.progress_bar_callback
+        drawn_each_step = bar is not None and not isinstance(bar, TrainingProgress)
+        self.log("train/loss", loss.detach(), prog_bar=drawn_each_step, batch_size=tokens)
         if "divergence" in terms:
             self.log_dict({f"train/{name}": term.detach() for name, term in terms.items()}, batch_size=tokens)
         return loss * token_share(tokens, loss.device)

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core import rank_zero
 
 from llmslm.callbacks.predictions import WritePredictions
+from llmslm.callbacks.progress import TrainingProgress
 from llmslm.callbacks.safeguard import Safeguard
 from llmslm.callbacks.save_system import SaveSystem
 from llmslm.callbacks.throughput import LogThroughput
@@ -89,10 +90,13 @@ class Cli(LightningCLI):
         config.ckpt_path = resolve(config.ckpt_path, config.checkpoint.dirpath)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Write the Trainer's checkpoints safely, whatever its strategy."""
+        """Write the Trainer's checkpoints safely, whatever its strategy; draw a bar that does not slow it down."""
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
+        bar, chosen = trainer.progress_bar_callback, self._get(self.config_init, "trainer.callbacks") or []
+        if bar is not None and bar not in chosen:
+            trainer.callbacks[trainer.callbacks.index(bar)] = TrainingProgress()  # type: ignore[attr-defined]
         return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,38 @@ def requeued_when_warned() -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN if ends else handler)
 
 
+@dataclass
+class _Decision:
+    """What all ranks decided about an optimizer step; the device may still be on its way there.
+
+    Args:
+        step: its number, from 1.
+        flags: (3,) on the host once `known`: is it bad, does somebody want to stop, is it time to save.
+        known: recorded behind them; None where they were there at once.
+        losses: of its micro-batches.
+        batches: their ids.
+    """
+
+    step: int
+    flags: Tensor
+    known: torch.cuda.Event | None
+    losses: list[Tensor]
+    batches: list[Any]
+
+    def read(self) -> list[bool]:
+        """Wait until the device has come there."""
+        if self.known is not None:
+            self.known.synchronize()
+        return [value > 0 for value in self.flags.tolist()]
+
+
 class Safeguard(Callback):
     """Saves regularly and on SIGTERM or SIGUSR1, and skips the steps whose loss or gradients are not finite.
 
     A resumed run goes on exactly as the first one would have: the random numbers of a batch (dropout) follow from
-    seed, rank and the batch's number alone. All ranks decide together, once a step, with one small reduction.
+    seed, rank and the batch's number alone. All ranks decide together, once a step, with one small reduction. A fused
+    optimizer skips on the device, and what was decided is read a step later: to wait for each would leave the device
+    idle between steps.
 
     Args:
         every_minutes: minutes between two checkpoints to resume from; the newest two are kept.
@@ -82,6 +110,7 @@ class Safeguard(Callback):
         self._saved_at = time.monotonic()
         self._losses: list[Tensor] = []
         self._batches: list[Any] = []
+        self._decision: _Decision | None = None
 
     # --- random numbers ---------------------------------------------------------------------------------------------
 
@@ -108,7 +137,8 @@ class Safeguard(Callback):
         self._batches.append({k: v for k, v in batch.items() if isinstance(v, Tensor) and not v.is_floating_point()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the seed as it was, and no checkpoints that a newer one replaces."""
+        """Act on the last step; leave the seed as it was, and no checkpoints that a newer one replaces."""
+        self._act(trainer)
         torch.manual_seed(self._seed or 0)
         if trainer.is_global_zero:
             paths = sorted(_folder(trainer).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
@@ -123,18 +153,23 @@ class Safeguard(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decide with all ranks: is the step good, does somebody want to stop, is it time to save."""
+        self._act(trainer)
         step = trainer.global_step + 1
         due = time.monotonic() - self._saved_at > 60 * self.every_minutes and trainer.is_global_zero
-        due = due or (self.every_n_steps is not None and step % self.every_n_steps == 0)
         bad = ~torch.stack([loss.float() for loss in self._losses]).isfinite().all() | ~_gradients_are_finite(optimizer)
-        flags = torch.stack([bad.float(), bad.new_tensor(self._asked).float(), bad.new_tensor(due).float()])
-        is_bad, self._stop, self._save = (value > 0 for value in _maximum(flags))
-        self._save = self._save or self._stop
-        if is_bad:
-            self._skip(trainer, pl_module, optimizer)
-        else:
-            self._in_a_row = 0
+        wishes = [torch.full_like(bad, wish, dtype=torch.float32) for wish in (self._asked, due)]
+        flags = _maximum(torch.stack([bad.float(), *wishes]))
+        known = torch.cuda.Event() if flags.is_cuda else None
+        host = flags.to("cpu", non_blocking=True)
+        if known is not None:
+            known.record()
+        self._decision = _Decision(step, host, known, self._losses, self._batches)
         self._losses, self._batches = [], []
+        if _skips_by_itself(trainer, optimizer):
+            optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
+        elif self._act(trainer):
+            optimizer.zero_grad(set_to_none=True)
+        self._save = self._save or (self.every_n_steps is not None and step % self.every_n_steps == 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,7 +184,7 @@ class Safeguard(Callback):
         """Stop in the middle of a validation, too: it may take longer than the time that is left."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self._stop = _maximum(torch.tensor([float(self._asked)], device=pl_module.device))[0] > 0
+        self._stop = _maximum(torch.tensor([float(self._asked)], device=pl_module.device)).item() > 0
         if self._stop:
             self.save(trainer)
         self._exit_if_asked(trainer)
@@ -165,7 +200,8 @@ class Safeguard(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on with."""
-        return {"seed": self._seed, "skipped": self.skipped}
+        last = self._decision is not None and self._decision.read()[0]
+        return {"seed": self._seed, "skipped": self.skipped + last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the same random numbers."""
@@ -187,24 +223,41 @@ class Safeguard(Callback):
             rank_zero_info(f"Stopped on request at step {trainer.global_step}: go on with --ckpt_path last")
             raise SystemExit(REQUEUE)
 
-    def _skip(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Take the gradients away, so that the optimizer leaves weights and its own state as they are."""
-        optimizer.zero_grad(set_to_none=True)
-        self.skipped += 1
-        self._in_a_row += 1
-        pl_module.log("train/skipped_steps", float(self.skipped), batch_size=1)
-        rank_zero_warn(f"step {trainer.global_step + 1} is skipped: its loss or gradients are not finite")
-        if self._in_a_row < self.bad_steps:
-            return
+    def _act(self, trainer: Trainer) -> bool:
+        """Act on what was decided about the last step; return whether it is skipped."""
+        decision, self._decision = self._decision, None
+        if decision is None:
+            return False
+        is_bad, stop, due = decision.read()
+        self._stop = self._stop or stop
+        self._save = self._save or stop or due
+        self._in_a_row = self._in_a_row + 1 if is_bad else 0
+        if is_bad:
+            self.skipped += 1
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/skipped_steps": float(self.skipped)}, decision.step)
+            rank_zero_warn(f"step {decision.step} is skipped: its loss or gradients are not finite")
+        if self._in_a_row >= self.bad_steps:
+            self._give_up(trainer, decision)
+        return is_bad
+
+    def _give_up(self, trainer: Trainer, decision: _Decision) -> None:
         path = Path(trainer.default_root_dir) / BAD_BATCHES / f"rank-{trainer.global_rank}.pt"
-        losses = [float(loss) for loss in self._losses]
+        losses = [float(loss) for loss in decision.losses]
         with replaced(path) as aside:
-            torch.save({"step": trainer.global_step + 1, "losses": losses, "batches": self._batches}, aside)
+            torch.save({"step": decision.step, "losses": losses, "batches": decision.batches}, aside)
         raise UserError(
             f"{self._in_a_row} steps in a row had a loss or gradients that are not finite (last losses: {losses}); "
             f"their last batch is in {path}; lower the learning rate (model.optimizer) or look at the batch, "
             "then go on with --ckpt_path last"
         )
+
+
+def _skips_by_itself(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Whether the optimizer's kernel leaves all as it is where found_inf is 1, and nothing else sets that."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not getattr(
+        trainer.precision_plugin, "scaler", None
+    )
 
 
 def _folder(trainer: Trainer) -> Path:
@@ -227,9 +280,8 @@ def _gradients_are_finite(optimizer: Optimizer) -> Tensor:
     return torch.nn.utils.get_total_norm(local).isfinite()
 
 
-def _maximum(flags: Tensor) -> list[float]:
-    """Take the maximum of each flag over all ranks and bring it to the host."""
+def _maximum(flags: Tensor) -> Tensor:
+    """Take the maximum of each flag over all ranks."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    values: list[float] = flags.tolist()
-    return values
+    return flags

@@ -20,9 +20,12 @@ def fit(folder, steps, value, name, *args):
     return Run(["fit", "--config", recipe, *fixed, *args], folder, environment, name)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
-def test_the_step_is_skipped_and_counted(tmp_path, value):
-    run = fit(tmp_path, [2, 5], value, "run")
+FUSED = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.fused=true"]
+
+
+@pytest.mark.parametrize(("value", "optimizer"), [("nan", []), ("inf", []), ("nan", FUSED)])
+def test_the_step_is_skipped_and_counted(tmp_path, value, optimizer):
+    run = fit(tmp_path, [2, 5], value, "run", *optimizer)
     assert run.wait() == 0, run.text
     assert all(f"step {step} is skipped: its loss or gradients are not finite" in run.text for step in (2, 5))
     losses = [float.fromhex(line.split()[1]) for line in (tmp_path / "run.0.txt").read_text().splitlines()]
@@ -32,6 +35,12 @@ def test_the_step_is_skipped_and_counted(tmp_path, value):
     optimizer = checkpoint["optimizer_states"][0]["state"]
     assert {int(state["step"]) for state in optimizer.values()} == {4}
     assert all(torch.isfinite(weight).all() for weight in checkpoint["state_dict"].values())
+
+
+def test_so_is_the_last_step_where_that_is_known_late(tmp_path):
+    run = fit(tmp_path, [6], "nan", "run", *FUSED)
+    assert run.wait() == 0, run.text
+    assert "step 6 is skipped" in run.text
 
 
 def test_many_in_a_row_end_the_run(tmp_path):
