@@ -1,11 +1,12 @@
 #!/bin/sh
-# All that is measured of decoding on one GPU, in some four minutes: the tests of graphs and kernels, predicted against
-# measured memory of four shapes, the sweeps of batch and output length (break-even), the waterfall from generate().
+# All that is measured of decoding on one GPU, in some seven minutes: the tests of graphs and kernels, predicted against
+# measured memory of four shapes, the sweeps of batch, prompt and output length (break-even), all arms side by side, the
+# waterfall from generate().
 #
 #     sh evaluation/benchmarks/decode_on_gpu.sh FOLDER     # records, the curve and the log of the tests go there
 #
-# What fails does not stop the rest; the exit status is the number of failures. DEVICE, LLM, SLM, BATCHES, NEW, RUNS,
-# DTYPE and PYTHON may be set, to try the script elsewhere.
+# What fails does not stop the rest; the exit status is the number of failures. DEVICE, LLM, SLM, LARGE, SMALL, BATCHES,
+# PROMPTS, NEW, RUNS, DTYPE and PYTHON may be set, to try the script elsewhere.
 out=${1:?a folder for the records is expected}
 python=${PYTHON:-python3}
 llm=${LLM:-t5-3b} slm=${SLM:-t5-small} device=${DEVICE:-cuda}
@@ -33,6 +34,10 @@ speed batches 60 --systems llm --llm gpt2 --slm gpt2 --batch ${BATCHES:-1 8 32 6
 speed large 60 --systems llm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
 speed small 60 --systems slm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
 speed break-even 90 --systems llm llm_to_slm --llm "$llm" --slm "$slm" --new ${NEW:-8 16 32 64 128 256} --plot "$out/break-even.svg"
+speed prompts 60 --systems llm llm_to_slm --llm "$llm" --slm "$slm" --prompt ${PROMPTS:-16 64 256 1024} --new 64
+# Drafts of random weights are hardly ever accepted: assisted shows what it costs at worst. Trained pairs: headline/speed.
+speed arms 200 --systems llm slm llm_to_slm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}" \
+  --arms engine generate static assisted prompt_lookup
 step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$device" --runs "${RUNS:-5}" \
   --out "$out/h200-waterfall.json"
 step tests 180 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 \
