@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmslm.checkpoint import SYSTEM_FOLDER
 from llmslm.mlflow_store import EXPERIMENT, tracking_uri
+from llmslm.models.source import SYSTEM_FOLDER
 from llmslm.recipe import find_recipe, load_source
 from llmslm.writing import write_text
 

@@ -18,7 +18,7 @@ from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.source import seen_from
+from llmslm.models.source import SYSTEM_FOLDER, seen_from
 from llmslm.models.trained import (
     FrozenBase,
     check_base,
@@ -32,7 +32,6 @@ from llmslm.writing import raise_if_full
 
 CARD = "system.json"
 CARD_VERSION = 1
-SYSTEM_FOLDER = "system"
 ENCODER_TOKENIZER = "encoder_tokenizer"
 
 

@@ -17,13 +17,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmslm.checkpoint import CARD, SYSTEM_FOLDER, save_system, written_aside
+from llmslm.checkpoint import CARD, save_system, written_aside
 from llmslm.data.codec import Codec
 from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.source import seen_from
+from llmslm.models.source import SYSTEM_FOLDER, seen_from
 from llmslm.models.trained import base_names, freeze, moved, save_adapters
 from llmslm.resume import CheckpointFiles, fault
 

@@ -16,7 +16,7 @@ from llmslm.checkpoint import CARD, ENCODER_TOKENIZER, find_system, load_card, l
 from llmslm.errors import UserError
 from llmslm.model_card import Part, body, results, scores
 from llmslm.models.configuration import LlmToSlmConfig
-from llmslm.models.source import PACKAGE, beside, seen_from
+from llmslm.models.source import PACKAGE, SYSTEM_FOLDER, beside, seen_from
 from llmslm.models.trained import frozen_base
 from llmslm.provenance import folder_hash
 
@@ -187,12 +187,17 @@ def _parts(
     for role, source, content in named:
         found = beside(source or "", folder)
         given = sources[role]
-        name = given or (Path(found).name if Path(found).exists() else found)
+        name = given or (_name(Path(found).resolve()) if Path(found).exists() else found)
         license_ = licenses[role] or known_license(found)
         parts.append(
             Part(role, name, content, license_, given is None and Path(found).exists(), role == "base" and merge)
         )
     return parts
+
+
+def _name(place: Path) -> str:
+    """Name a local model without the machine's paths: a run's system by its recipe and system."""
+    return "/".join(place.parts[-3:-1]) if place.name == SYSTEM_FOLDER else place.name
 
 
 def known_license(source: str) -> str | None:

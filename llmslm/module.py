@@ -19,7 +19,7 @@ from torchmetrics.text import SacreBLEUScore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from llmslm.callbacks.progress import TrainingProgress
-from llmslm.checkpoint import SYSTEM_FOLDER, codec_for, find_system
+from llmslm.checkpoint import codec_for, find_system
 from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.features import StoredEncoder
 from llmslm.data.logits import COLUMNS
@@ -37,6 +37,7 @@ from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import check_packing
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.models.quantization import Quantization
+from llmslm.models.source import SYSTEM_FOLDER
 from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict
 from llmslm.parallel import Fsdp, gathered, token_share
 from llmslm.system import System

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from llmslm import provenance
-from llmslm.checkpoint import SYSTEM_FOLDER, save_system
+from llmslm.checkpoint import save_system
 from llmslm.consolidate import rebuild, save_frame
+from llmslm.models.source import SYSTEM_FOLDER
 from llmslm.models.trained import count_parameters
 from llmslm.module import SystemModule
 from llmslm.parallel import Fsdp

@@ -6,22 +6,26 @@ from pathlib import Path
 
 from llmslm.errors import UserError
 
+CONFIG = "config.json"
 PACKAGE = "package:"
+SYSTEM_FOLDER = "system"
+"""Where in a run's folder its trained system lies."""
 
 
 def pretrained(source: str) -> tuple[str, dict[str, str]]:
     """Return what transformers' `from_pretrained` takes for a source: the name or folder, and `gguf_file` if any.
 
     Args:
-        source: a hub name or folder; a hub name or folder followed by the name of a .gguf file in it; or
-            "package:NAME", the one .gguf file that the installed package NAME carries.
+        source: a hub name or folder; the folder of a run, which holds a system; a hub name or folder followed by the
+            name of a .gguf file in it; or "package:NAME", the one .gguf file that the installed package NAME carries.
 
     Raises:
         UserError: if the package is not installed or does not carry one such file, or GGUF cannot be read here.
     """
     path = Path(_packaged(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else source)
     if path.suffix != ".gguf":
-        return source, {}
+        is_run = not (path / CONFIG).exists() and (path / SYSTEM_FOLDER / CONFIG).is_file()
+        return str(path / SYSTEM_FOLDER) if is_run else source, {}
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
@@ -53,12 +57,13 @@ def pretrained_model(source: str) -> tuple[str, dict[str, str]]:
     Raises:
         UserError: as `pretrained`, and if the folder holds adapters alone.
     """
-    if (Path(source) / "adapter_config.json").is_file():
+    place, file = pretrained(source)
+    if not file and (Path(place) / "adapter_config.json").is_file():
         raise UserError(
-            f"{source} holds adapters without the model that they belong to; make a whole model of both with "
+            f"{place} holds adapters without the model that they belong to; make a whole model of both with "
             "llmslm export --merge, and name that"
         )
-    return pretrained(source)
+    return place, file
 
 
 def seen_from(source: str, folder: Path) -> str:

@@ -13,7 +13,7 @@ from llmslm.models import encoder as encoder_module
 from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.quantization import quantization_config
-from llmslm.models.source import beside, pretrained
+from llmslm.models.source import beside, pretrained, pretrained_model
 from tests import tiny
 from tests.unit.models.compositions import generate, parts_for
 
@@ -33,6 +33,16 @@ def without(monkeypatch, *packages):
 def test_names_and_folders_pass_as_they_are():
     assert pretrained("google-t5/t5-large") == ("google-t5/t5-large", {})
     assert pretrained("/models/t5") == ("/models/t5", {})
+
+
+def test_the_folder_of_a_run_stands_for_its_system(tmp_path):
+    system = tmp_path / "run" / "system"
+    system.mkdir(parents=True)
+    (system / "config.json").touch()
+    assert pretrained(str(tmp_path / "run")) == pretrained(str(system)) == (str(system), {})
+    (system / "adapter_config.json").touch()
+    with pytest.raises(UserError, match=r"run/system holds adapters without the model"):
+        pretrained_model(str(tmp_path / "run"))
 
 
 @needs("gguf", "accelerate")
