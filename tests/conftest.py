@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton is imported, by whatever test comes first
+
 _LONG = (
     "distributed",
     "unit/evaluation/test_experiment.py",

@@ -1,6 +1,6 @@
 """The Triton kernels against plain torch: compiled where there is a CUDA device, else by Triton's interpreter.
 
-The interpreter runs them on CPU tensors, without a GPU; `pip install triton` (286 MB) is all it takes:
+The interpreter (tests/conftest.py) runs them on CPU tensors; `pip install triton` (286 MB) is all it takes:
 
     pip install triton
     pytest tests/unit/generation/test_kernels.py
@@ -8,7 +8,6 @@ The interpreter runs them on CPU tensors, without a GPU; `pip install triton` (2
 
 # ruff: noqa: E402
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +16,6 @@ import torch
 from transformers import GenerationConfig
 
 COMPILED = torch.cuda.is_available()
-if not COMPILED:
-    os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are made, by what is imported below
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
 from llmslm.generation import fused, self_check
