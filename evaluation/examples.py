@@ -83,8 +83,10 @@ def read_source(source: "Source", task: str, split: "Split", limit: int | None, 
     Raises:
         UserError: if it has no examples, or two of them share an id.
     """
+    from llmslm.data.sources.base import load_pairs
+
     source.prepare()
-    rows, original = _take(source.load(split), limit, seed)
+    rows, original = _take(load_pairs(source, split), limit, seed)
     ids, prompts, references = ([str(row[key]) for row in rows] for key in ("id", "prompt", "target"))
     if not ids:
         raise UserError(f"{task} has no examples in its {split} split (--data, --split)")

@@ -23,7 +23,7 @@ from llmslm.data.loader import BatchLoader, StreamLoader, batches_of_steps
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
 from llmslm.data.shards import RowsWithStored
 from llmslm.data.sources import Source, Split
-from llmslm.data.sources.base import FEATURES
+from llmslm.data.sources.base import FEATURES, load_pairs
 from llmslm.data.token_rows import TokenRows
 from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
 from llmslm.errors import UserError
@@ -290,9 +290,9 @@ def tokenise(source: Source, split: Split, codec: Codec) -> Dataset | IterableDa
     """Tokenise a split for a system, once: the rows are cached, but for a streamed training split.
 
     Raises:
-        UserError: if it has no rows, or a prompt is too long.
+        UserError: if it has no rows or no targets, or a prompt is too long.
     """
-    dataset = source.load(split)
+    dataset = load_pairs(source, split)
     arguments = {"batched": True, "fn_kwargs": {"codec": codec}}
     if isinstance(dataset, IterableDataset):
         if split == "train":

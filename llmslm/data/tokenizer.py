@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llmslm.data.sources.base import Source, cache_folder
+from llmslm.data.sources.base import Source, cache_folder, load_pairs
 from llmslm.errors import UserError
 from llmslm.models.source import pretrained
 
@@ -49,7 +49,7 @@ class TrainedBpe:
     def _build(self, source: Source, folder: Path) -> None:
         aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         try:
-            self.train(source.load("train")).save_pretrained(aside)
+            self.train(load_pairs(source, "train")).save_pretrained(aside)
             if not folder.is_dir():  # another process may have been quicker
                 aside.rename(folder)
         except OSError as error:

@@ -24,11 +24,12 @@ class Example(TypedDict):
 
     id: str
     prompt: str
-    target: str
+    target: str | None
+    """None in data of prompts alone, all of whose examples are without one."""
 
 
 class Source(ABC):
-    """Examples of three splits, as datasets with the string columns id, prompt and target."""
+    """Examples of three splits, as datasets with the string columns id, prompt and target, null in prompts alone."""
 
     name: str
     """Short name for records and leaderboards."""
@@ -123,6 +124,26 @@ class BuiltSource(Source):
         return str(described["fingerprint"])
 
 
+def has_targets(dataset: Dataset | IterableDataset) -> bool:
+    """Whether a split's examples have targets: all of them, or none. Streams have, and are not read for it."""
+    return not isinstance(dataset, Dataset) or len(dataset) == 0 or dataset[0]["target"] is not None
+
+
+def load_pairs(source: Source, split: Split) -> Dataset | IterableDataset:
+    """Load a split to learn from or to compare with.
+
+    Raises:
+        UserError: if it does not exist, or is of prompts alone.
+    """
+    dataset = source.load(split)
+    if not has_targets(dataset):
+        raise UserError(
+            f"the {split} split of {source.name} has prompts alone; expected targets too: name their column "
+            "(data.source.init_args.target_column), or let an LLM write them (llmslm label)"
+        )
+    return dataset
+
+
 def cache_folder() -> Path:
     """Return the folder for data that can be built again: $LLMSLM_CACHE, or ~/.cache/llmslm."""
     return Path(os.environ.get("LLMSLM_CACHE") or Path.home() / ".cache" / "llmslm")
@@ -133,7 +154,7 @@ def content_hash(splits: dict[Split, list[Example]]) -> str:
     digest = hashlib.sha256()
     for split in SPLITS:
         for example in splits.get(split, []):
-            for part in (split, example["id"], example["prompt"], example["target"]):
+            for part in (split, example["id"], example["prompt"], example["target"] or ""):
                 digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Local files of prompts and targets: JSONL (one object a line) or Parquet."""
+"""Local files of prompts, with targets or without: JSONL (one object a line) or Parquet."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ _Record = tuple[str, dict[str, Any]]
 
 
 class TextFiles(BuiltSource):
-    """Examples in local files, one file a split.
+    """Examples in local files, one or several a split.
 
-    An example's id is its `id` field, or else the number of its line or row.
+    An example's id is its `id` field, or else the number of its line or row: 3, or 2:3 in a split's second file.
 
     Args:
-        train: path of a .jsonl or .parquet file.
+        train: path of a .jsonl or .parquet file, or a list of such paths, read one after another.
         validation: the same.
         test: the same.
         prompt_column: column of the given text.
-        target_column: column of the text to produce.
+        target_column: column of the text to produce; null for prompts alone, whose targets are to be written by an LLM.
         cache_dir: see `BuiltSource`.
     """
 
@@ -35,22 +35,30 @@ class TextFiles(BuiltSource):
 
     def __init__(
         self,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
+        train: str | list[str] | None = None,
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         prompt_column: str = "prompt",
-        target_column: str = "target",
+        target_column: str | None = "target",
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(cache_dir)
-        paths: dict[Split, str | None] = {"train": train, "validation": validation, "test": test}
-        self.paths: dict[Split, Path] = {split: Path(path) for split, path in paths.items() if path is not None}
+        given: dict[Split, str | list[str] | None] = {"train": train, "validation": validation, "test": test}
+        self.paths: dict[Split, list[Path]] = {
+            split: [Path(path) for path in ([paths] if isinstance(paths, str) else paths)]
+            for split, paths in given.items()
+            if paths is not None
+        }
         self.prompt_column = prompt_column
         self.target_column = target_column
 
     def key(self) -> dict[str, Any]:
         """The files' bytes and the columns."""
-        files = {split: self._digest(split) for split in SPLITS if split in self.paths}
+        digests = {
+            split: [_digest(path, split) for path in self.paths[split]] for split in SPLITS if split in self.paths
+        }
+        # Of a single file the digest alone, as before there could be several: its data keeps its name in the cache.
+        files = {split: found[0] if len(found) == 1 else found for split, found in digests.items()}
         return {"version": _VERSION, "files": files, "columns": [self.prompt_column, self.target_column]}
 
     def build(self) -> dict[Split, list[Example]]:
@@ -71,44 +79,45 @@ class TextFiles(BuiltSource):
             raise UserError(f"there is no {split} file; set data.source.init_args.{split}")
         return super().load(split)
 
-    def _digest(self, split: Split) -> str:
-        path = self.paths[split]
-        if path.suffix not in (".jsonl", ".parquet"):
-            raise UserError(f"{path} is neither .jsonl nor .parquet (data.source.init_args.{split})")
-        try:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror} (data.source.init_args.{split})") from error
-
     def _read(self, split: Split) -> list[Example]:
-        path = self.paths[split]
-        records = read_jsonl(path) if path.suffix == ".jsonl" else self._parquet(path)
-        examples = list(self._examples(path, records))
+        examples: list[Example] = []
+        places: dict[str, str] = {}
+        for number, path in enumerate(self.paths[split], start=1):
+            records = read_jsonl(path) if path.suffix == ".jsonl" else self._parquet(path)
+            before = len(examples)
+            examples.extend(self._examples(path, records, places, "" if number == 1 else f"{number}:"))
+            if len(examples) == before:
+                raise UserError(f"{path} has no rows (data.source.init_args.{split})")
         if not examples:
-            raise UserError(f"{path} has no rows (data.source.init_args.{split})")
+            raise UserError(f"an empty list of files was given (data.source.init_args.{split})")
         return examples
 
-    def _examples(self, path: Path, records: Iterable[_Record]) -> Iterator[Example]:
-        places: dict[str, str] = {}
+    def _examples(
+        self, path: Path, records: Iterable[_Record], places: dict[str, str], prefix: str
+    ) -> Iterator[Example]:
+        """Check records and name them; `places` has the ids of the split so far, and where they stand."""
         for place, record in records:
             self._check_columns(f"{path}, {place}", record)
-            prompt, target = record[self.prompt_column], record[self.target_column]
-            for column, text in ((self.prompt_column, prompt), (self.target_column, target)):
-                if not isinstance(text, str) or not text.strip():
+            for column in self._columns:
+                if not isinstance(record[column], str) or not record[column].strip():
                     raise UserError(f"{path}, {place}: {column} is empty or no text; every example needs one")
-            name = str(record["id"]) if record.get("id") is not None else place.rpartition(" ")[2]
+            given = record.get("id")
+            name = str(given) if given is not None else prefix + place.rpartition(" ")[2]
             if name in places:
                 raise UserError(f"{path}, {place}: id {name!r} is also that of {places[name]}; expected unique ids")
-            places[name] = place
-            yield {"id": name, "prompt": prompt, "target": target}
+            places[name] = f"{path}, {place}"
+            target = None if self.target_column is None else record[self.target_column]
+            yield {"id": name, "prompt": record[self.prompt_column], "target": target}
+
+    @property
+    def _columns(self) -> list[str]:
+        return [self.prompt_column] if self.target_column is None else [self.prompt_column, self.target_column]
 
     def _check_columns(self, place: str, found: Iterable[str]) -> None:
-        for key in ("prompt_column", "target_column"):
-            if getattr(self, key) not in found:
+        for key, column in zip(("prompt_column", "target_column"), self._columns, strict=False):
+            if column not in found:
                 raise UserError(
-                    f"{place}: no column {getattr(self, key)!r}; found {', '.join(found) or 'none'} "
-                    f"(data.source.init_args.{key})"
+                    f"{place}: no column {column!r}; found {', '.join(found) or 'none'} (data.source.init_args.{key})"
                 )
 
     def _parquet(self, path: Path) -> Iterator[_Record]:
@@ -116,12 +125,22 @@ class TextFiles(BuiltSource):
             with pq.ParquetFile(path) as file:
                 names = file.schema_arrow.names
                 self._check_columns(str(path), names)
-                columns = [name for name in ("id", self.prompt_column, self.target_column) if name in names]
+                columns = [name for name in ("id", *self._columns) if name in names]
                 batches = file.iter_batches(columns=columns)
                 records = (record for batch in batches for record in batch.to_pylist())
                 yield from ((f"row {number}", record) for number, record in enumerate(records, start=1))
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _digest(path: Path, split: Split) -> str:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"{path} is neither .jsonl nor .parquet (data.source.init_args.{split})")
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror} (data.source.init_args.{split})") from error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
