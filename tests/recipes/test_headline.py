@@ -20,6 +20,8 @@ OTHERS = (
     "slm_encoder_decoder",
     "read_labels",
     "t5_add_labels",
+    "slm_more",
+    "add_more",
 )
 PARSED = [
     "pretrain/t5",
@@ -76,3 +78,11 @@ def test_all_slms_read_the_llm_at_one_depth_which_is_no_matter_of_its_own_traini
     """What the LLM is trained with does not change with it: its weights stay."""
     assert "headline/states" in STAGES[f"en_it/{name}"].arguments
     assert "headline/states" not in {*STAGES["en_it/llm"].arguments, *STAGES["en_it/slm"].arguments}
+
+
+def test_further_labels_are_learned_beside_the_first():
+    for name in ("slm_more", "add_more"):
+        arguments = STAGES[f"en_it/{name}"].arguments
+        files = yaml.safe_load(arguments[arguments.index("--data.source.init_args.train") + 1])
+        assert files == [f"{STAGES[f'en_it/{need}'].folder}/train.parquet" for need in ("labels", "labels_more")]
+        assert STAGES[f"en_it/{name}"].needs == ("en_it/labels", "en_it/labels_more")
