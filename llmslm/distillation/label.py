@@ -2,7 +2,8 @@
 
 A folder holds manifest.json (which LLM, tokens, data and limit), predictions/SPLIT (shards of consecutive examples,
 each complete when it appears) and, made of these, SPLIT.parquet, the report labels.json and recipe.yaml, an overlay
-that trains on them. A stopped call goes on where it was, and another gate costs no second run of the LLM.
+that trains on them. A stopped call goes on where it was, and another gate costs no second run of the LLM. The source
+may be of prompts alone: then there is no gold target, and nothing to measure a prediction's length by.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset
 
-from llmslm.data.sources.base import SPLITS, Split
+from llmslm.data.sources.base import SPLITS, Split, has_targets
 from llmslm.distillation.job import Job, add_arguments, claim, load_job
 from llmslm.errors import UserError
 from llmslm.predict_file import Progress, Prompt, Throughput, predict_batch, predict_window
@@ -31,13 +32,20 @@ SHARD_EXAMPLES = 512  # what a kill loses at most, and the window that is sorted
 REPORT = "labels.json"
 RECIPE = "recipe.yaml"
 FAILURES = ("unfinished", "short", "long", "empty")
+FAILURES_ALONE = ("unfinished", "empty")
+"""Of predictions that there is no gold target for."""
+GATE = (0.5, 2.0)
 Failed = Literal["drop", "gold"]
+_SHARD = pa.schema(
+    {"id": pa.string(), "prompt": pa.string(), "gold_target": pa.string(), "gold_tokens": pa.int64()}
+    | {"prediction": pa.string(), "tokens": pa.int64()}
+)
 _COLUMNS = pa.schema([(name, pa.string()) for name in ("id", "prompt", "target", "gold_target", "gate")])
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Which predictions become targets: those that ended and are about as long as the gold target.
+    """Which predictions become targets: those that ended and are about as long as the gold target, if there is one.
 
     Args:
         low: fewest tokens produced per token of the gold target.
@@ -62,6 +70,8 @@ class Gate:
             return "empty"
         if row["tokens"] >= self.limit:
             return "unfinished"
+        if row["gold_tokens"] is None:
+            return "passed"
         if row["tokens"] < self.low * row["gold_tokens"]:
             return "short"
         return "long" if row["tokens"] > self.high * row["gold_tokens"] else "passed"
@@ -79,10 +89,10 @@ def main(args: Sequence[str]) -> None:
             raise UserError(f"--{key} {number} was given; expected 1 or more")
     job, out = load_job(options, overrides), Path(options.out)
     limit = options.max_new_tokens or job.system.codec.text_format.max_target_tokens
-    low, high = options.gate
+    low, high = options.gate or GATE
     gate = Gate(low, high, limit)
-    for split in options.splits:  # one that is missing shows before hours of work on another
-        job.source.load(split)
+    for split in options.splits:  # what is missing shows before hours of work
+        _check_gold(job, split, options)
     claim(out / "manifest.json", {"version": VERSION, "max_new_tokens": limit} | job.identity)
     shards: dict[Split, list[Path]] = {}
     for split in options.splits:
@@ -97,6 +107,16 @@ def main(args: Sequence[str]) -> None:
         sys.stdout.write(f"{out / split}.parquet: {_line(report)}\n")
     configs = " ".join(f"--config {name}" for name in [*options.config, out / RECIPE])
     sys.stdout.write(f"train on it with llmslm fit {configs}\n")
+
+
+def _check_gold(job: Job, split: Split, options: argparse.Namespace) -> None:
+    """Refuse what needs gold targets where there are none; a split that does not exist is refused by its source."""
+    needing = [name for name, given in (("--failed gold", options.failed == "gold"), ("--gate", options.gate)) if given]
+    if not has_targets(job.source.load(split)) and needing:
+        raise UserError(
+            f"{needing[0]} was given, but the {split} split has no gold targets; leave it out, or name their column "
+            "(data.source.init_args.target_column)"
+        )
 
 
 def predict_split(job: Job, split: Split, out: Path, limit: int, batch_size: int) -> tuple[list[Path], Throughput]:
@@ -126,7 +146,7 @@ def predict_split(job: Job, split: Split, out: Path, limit: int, batch_size: int
 
 
 def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed: Failed) -> dict[str, Any]:
-    """Write SPLIT.parquet: id, prompt, target, gold_target and gate, the verdict on the prediction.
+    """Write SPLIT.parquet: id, prompt, target, gold_target (null where there is none) and gate, the verdict.
 
     Args:
         out: folder of the labels.
@@ -137,7 +157,7 @@ def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed
 
     Returns:
         The report: gate, examples, written, failed (by reason), failed_share, failed_became, tokens, and length_ratio,
-        the tokens produced per token of the gold targets.
+        the tokens produced per token of the gold targets. Without these, gate and length_ratio are null.
 
     Raises:
         UserError: if nothing is left to write.
@@ -149,14 +169,15 @@ def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed
             for shard in shards:
                 rows = [_judged(row, gate) for row in pq.read_table(shard).to_pylist()]
                 for row in rows:
-                    counts.update({name: row[name] for name in ("tokens", "gold_tokens")} | {row["gate"]: 1})
+                    counts.update({name: row[name] or 0 for name in ("tokens", "gold_tokens")} | {row["gate"]: 1})
                 kept = [row for row in rows if failed == "gold" or row["gate"] == "passed"]
                 file.write_table(pa.Table.from_pylist(kept, _COLUMNS))
         report = _report(counts, gate, failed)
         if not report["written"]:
+            remedy = "" if report["gate"] is None else "widen --gate, keep gold targets with --failed gold, or "
             raise UserError(
                 f"none of the {report['examples']} predictions for {split} passed the gate "
-                f"({_failures(report)}); widen --gate, raise --max-new-tokens, or keep gold targets with --failed gold"
+                f"({_failures(report)}); {remedy}raise --max-new-tokens"
             )
     return report
 
@@ -167,17 +188,18 @@ def _judged(row: dict[str, Any], gate: Gate) -> dict[str, Any]:
 
 
 def _report(counts: Counter[str], gate: Gate, failed: Failed) -> dict[str, Any]:
-    reasons = {reason: counts[reason] for reason in FAILURES}
+    has_gold = counts["gold_tokens"] > 0  # each gold target has its end of sequence at least
+    reasons = {reason: counts[reason] for reason in (FAILURES if has_gold else FAILURES_ALONE)}
     failures, passed = sum(reasons.values()), counts["passed"]
     examples = failures + passed
     return {
-        "gate": [gate.low, gate.high],
+        "gate": [gate.low, gate.high] if has_gold else None,
         "examples": examples,
         "written": examples if failed == "gold" else passed,
         "failed": reasons,
         "failed_share": failures / max(examples, 1),
         "failed_became": "gold" if failed == "gold" else "dropped",
-        "length_ratio": counts["tokens"] / max(counts["gold_tokens"], 1),
+        "length_ratio": counts["tokens"] / counts["gold_tokens"] if has_gold else None,
         "tokens": counts["tokens"],
     }
 
@@ -202,9 +224,12 @@ def _write_report(job: Job, out: Path, limit: int, reports: dict[Split, dict[str
 
 def _line(report: dict[str, Any]) -> str:
     fate = {"dropped": "left out", "gold": "given the gold target"}[report["failed_became"]]
+    share = f"{report['written']} of {report['examples']} examples; {100 * report['failed_share']:.1f} %"
+    if report["gate"] is None:
+        return f"{share} were {fate} ({_failures(report)}); no gold targets to compare lengths with"
     return (
-        f"{report['written']} of {report['examples']} examples; {100 * report['failed_share']:.1f} % failed the length "
-        f"gate and were {fate} ({_failures(report)}); {report['length_ratio']:.2f} tokens per token of the gold targets"
+        f"{share} failed the length gate and were {fate} ({_failures(report)}); "
+        f"{report['length_ratio']:.2f} tokens per token of the gold targets"
     )
 
 
@@ -222,19 +247,25 @@ def _write_shard(
         return predict_batch(job.system, batch, limit)
 
     generations = predict_window(predict, window, batch_size, progress)
-    gold = job.system.codec.encode(columns["prompt"], columns["target"])
     table = pa.table(
         {
             "id": columns["id"],
             "prompt": columns["prompt"],
             "gold_target": columns["target"],
-            "gold_tokens": [len(row["target_ids"]) for row in gold],
+            "gold_tokens": _gold_tokens(job, columns),
             "prediction": [generation.text for generation in generations],
             "tokens": [generation.tokens for generation in generations],
-        }
+        },
+        schema=_SHARD,
     )
     with file_aside(path) as aside:
         pq.write_table(table, aside)
+
+
+def _gold_tokens(job: Job, columns: dict[str, list[str]]) -> list[int | None]:
+    if columns["target"][0] is None:
+        return [None] * len(columns["target"])
+    return [len(row["target_ids"]) for row in job.system.codec.encode(columns["prompt"], columns["target"])]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -254,9 +285,8 @@ def _parser() -> argparse.ArgumentParser:
         "--gate",
         nargs=2,
         type=float,
-        default=[0.5, 2.0],
         metavar=("LOW", "HIGH"),
-        help="tokens per token of the gold target that a prediction may have; default: 0.5 2",
+        help=f"tokens per token of the gold target that a prediction may have; default: {GATE[0]:g} {GATE[1]:g}",
     )
     parser.add_argument(
         "--failed",

@@ -170,6 +170,37 @@ def test_a_bare_model_reads_prompts_as_the_recipe_says(trained, arguments):
     assert first != second
 
 
+ALONE = ["--data.source.init_args.target_column", "null"]
+
+
+def test_prompts_alone_get_targets(trained, arguments, capsys, monkeypatch):
+    given = [*arguments, *ALONE, "--max-new-tokens", str(LIMIT), "--splits", "train"]
+    for option, named in ((["--failed", "gold"], "--failed gold"), (["--gate", "0", "9"], "--gate")):
+        assert f"{named} was given, but the train split has no gold targets; " in fails(capsys, *given, *option)
+    main(given)
+    pairs = predicted(trained)
+    wanted = [(e["id"], one.text) for e, one in pairs if one.tokens < LIMIT and one.text]
+    assert [(row["id"], row["target"]) for row in rows()] == wanted
+    assert {(row["gold_target"], row["gate"]) for row in rows()} == {(None, "passed")}
+    found = report()
+    assert found["failed"].keys() == {"unfinished", "empty"}
+    assert sum(found["failed"].values()) == found["examples"] - found["written"] == 48 - len(wanted)
+    assert (found["gate"], found["length_ratio"], found["tokens"]) == (None, None, sum(one.tokens for _, one in pairs))
+    out = capsys.readouterr().out
+    assert f"{len(wanted)} of 48 examples; " in out
+    assert "; no gold targets to compare lengths with" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(System, "generate", lambda *_a, **_k: pytest.fail("predicted again"))
+        main(given)
+    logits = ["logits", *arguments[1:5], "--config", "out/recipe.yaml", "--out", "logits", "--data.tokenizer", "null"]
+    main([*logits, "--top-k", "4"])
+
+
+def test_prompts_alone_are_nothing_to_train_on(trained, arguments, capsys):
+    command = ["fit", "--config", str(trained / "toy.yaml"), "--data.source.init_args.target_column=null"]
+    assert "the train split of files has prompts alone; expected targets too" in fails(capsys, *command)
+
+
 @pytest.mark.parametrize(
     ("row", "verdict"),
     [
@@ -182,6 +213,8 @@ def test_a_bare_model_reads_prompts_as_the_recipe_says(trained, arguments):
 )
 def test_the_gate(row, verdict):
     assert Gate(0.5, 2.0, limit=20).verdict(row | {"gold_tokens": 4}) == verdict
+    without_gold = Gate(0.5, 2.0, limit=20).verdict(row | {"gold_tokens": None})
+    assert without_gold == ("passed" if verdict in ("short", "long") else verdict)
 
 
 def test_what_does_not_belong_is_refused(arguments, capsys):
