@@ -34,21 +34,13 @@ def largest_batch(system: EvaluatedSystem, prompts: Sequence[str], max_new_token
 
 
 def _foretold(system: "System", prompt: str, most: int, max_new_tokens: int) -> int:
-    """Double the batch while what it needs is free: of the engine by its own account, of the encoder row by row."""
-    import torch
+    """Double the batch while what it needs is free."""
+    from llmslm.generation.memory import available_bytes
 
-    from llmslm.generation.memory import LiveBytes, available_bytes, predict
-
-    engine = system.engine
-    assert engine.decoder is not None
-    with torch.inference_mode(), LiveBytes() as live:
-        inputs = system.prefill([prompt])
-    free = available_bytes(system.device)
-    length, embedded = int(inputs["attention_mask"].shape[1]), "input_ids" not in inputs
-    size = 1
+    free, size = available_bytes(system.device), 1
     while free is not None and 2 * size <= most:
-        call = engine.call_sizes(2 * size, length, max_new_tokens, embedded=embedded)
-        if predict(engine.model, engine.decoder, call).added + 2 * size * live.peak > _USED * free:
+        memory = system.predicted_memory([prompt] * (2 * size), max_new_tokens)
+        if memory is None or memory.added > _USED * free:
             break
         size *= 2
     return size

@@ -16,6 +16,7 @@ from llmslm.data.codec import IGNORED, Codec
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.int8 import to_int8, weights
+from llmslm.generation.memory import Front, Memory, predict, predict_with
 from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.streaming import FirstToken, TextStream
@@ -172,7 +173,7 @@ class System:
 
     def _new_tokens(self, prompts: Sequence[str], **settings: Any) -> Tensor:
         """Decode one batch: (batch, new_len) ids; settings as for `DecodeEngine.generate`."""
-        inputs = self.prefill(prompts)
+        inputs = self.prefill(prompts, settings["max_new_tokens"] if self.decoder == "engine" else None)
         if self.decoder == "generate":
             return self._by_generate(inputs, **settings)
         return self.engine.generate(**inputs, **settings)
@@ -199,14 +200,39 @@ class System:
         ids = self.language_model.generate(**inputs, generation_config=config, stopping_criteria=stopping)
         return self._new_ids(ids, inputs)
 
-    def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """Tokenise prompts and, for a composition, encode, project and fuse: what the language model starts from."""
-        batch = {k: v.to(self.device) for k, v in self.codec.collate_prompts(self.codec.encode(prompts)).items()}
+    def prefill(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> dict[str, Any]:
+        """Tokenise prompts and, for a composition, encode, project and fuse: what the language model starts from.
+
+        Args:
+            prompts: texts.
+            max_new_tokens: that the engine will decode from it; what does not fit into memory then is refused first.
+        """
+        batch = self._prompt_batch(prompts)
         if not isinstance(self.model, LlmToSlm):
             return batch
+        if max_new_tokens is not None:
+            self.engine.require_room(self._front(batch), max_new_tokens)
         with fast_products(self.device):
             inputs: dict[str, Any] = self.model.slm_inputs(**batch)
         return inputs
+
+    def predicted_memory(self, prompts: Sequence[str], max_new_tokens: int) -> Memory | None:
+        """Predict the bytes at the peak of `generate` with the engine; None if the engine cannot read the model."""
+        batch, engine = self._prompt_batch(prompts), self.engine
+        if engine.decoder is None:
+            return None
+        call_of = functools.partial(engine.call_sizes, len(prompts), max_new_tokens=max_new_tokens)
+        if isinstance(self.model, LlmToSlm):
+            embedded = functools.partial(call_of, embedded=True)
+            return predict_with(self._front(batch), embedded, engine.model, engine.decoder)[0]
+        return predict(engine.model, engine.decoder, call_of(batch["input_ids"].shape[1]))
+
+    def _prompt_batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {k: v.to(self.device) for k, v in self.codec.collate_prompts(self.codec.encode(prompts)).items()}
+
+    def _front(self, batch: dict[str, Tensor]) -> Front:
+        """What a composition does before its slm decodes."""
+        return Front(self.model, "slm_inputs", batch)
 
     @torch.inference_mode()
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
@@ -269,10 +295,10 @@ class _ControlSystem(System):
         super().__init__(name, system.model, system.codec, system.card, system.decoder)
         self._control = control
 
-    def prefill(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def prefill(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> dict[str, Any]:
         """Run the prefill with the projector's output replaced."""
         with self._replaced_features():
-            return super().prefill(prompts)
+            return super().prefill(prompts, max_new_tokens)
 
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:
         """Score with the projector's output replaced."""

@@ -1,5 +1,6 @@
 """Measures arms side by side: times of the first and of all tokens, and the peak of memory beside its prediction."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ import torch
 from evaluation.decoding.arms import Arms, Run
 from evaluation.decoding.clock import seconds, synchronise
 from evaluation.speed import percentiles
-from llmslm.generation.memory import LiveBytes, predict
+from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.memory import Front, LiveBytes, Memory, predict, predict_with
 
 Row = dict[str, Any]
 
@@ -39,12 +41,11 @@ def memory(arms: Arms, system: str, new: int) -> Row:
 
     On the CPU the bytes of tensors are counted, on CUDA those of PyTorch's allocator.
     """
-    engine, ids, device = arms.engine(system), arms.batch.ids, arms.batch.ids.device
-    if engine.decoder is None or system == "llm_to_slm":
+    engine, device = arms.engine(system), arms.batch.ids.device
+    if engine.decoder is None:
         return {}
     engine.forget()
-    batch, length = ids.shape
-    predicted = predict(engine.model, engine.decoder, engine.call_sizes(batch, length, new))
+    predicted = _predicted(arms, system, engine, new)
     run = arms.run(system, "engine")
     if device.type == "cuda":
         synchronise(device)
@@ -65,3 +66,15 @@ def memory(arms: Arms, system: str, new: int) -> Row:
         "ratio": predicted.total / whole,
         "added_ratio": predicted.added / measured if measured else None,
     }
+
+
+def _predicted(arms: Arms, system: str, engine: DecodeEngine, new: int) -> Memory:
+    """What the engine says of itself, and of what comes in front of it in llm_to_slm."""
+    (batch, length), decoder = arms.batch.ids.shape, engine.decoder
+    assert decoder is not None
+    if system != "llm_to_slm":
+        return predict(engine.model, decoder, engine.call_sizes(batch, length, new))
+    module = arms.models.front()
+    front = Front(module, "forward", {"ids": arms.batch.ids, "mask": arms.batch.mask})
+    call_of = functools.partial(engine.call_sizes, batch, max_new_tokens=new, embedded=True)
+    return predict_with(front, call_of, engine.model, decoder)[0]

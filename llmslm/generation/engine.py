@@ -4,10 +4,11 @@ The prompt goes through the model's own forward; each further token through a le
 On CUDA that step is fused kernels in a graph which feeds itself: nothing waits for the host between tokens.
 """
 
+import functools
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 from llmslm.errors import UserError
 from llmslm.generation.families import UnreadableModelError, read
 from llmslm.generation.loop import DecodeLoop, GraphLoop, HostLoop
-from llmslm.generation.memory import Call, require
+from llmslm.generation.memory import Call, Front, require, require_with
 from llmslm.generation.plan import Decoder
 from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate, start_token
 from llmslm.generation.state import DecodeState, capacity_bucket, prompt_bucket
@@ -70,6 +71,7 @@ class DecodeEngine:
         self.reason: str | None = None
         self.decoder: Decoder | None = None
         self._loops: OrderedDict[tuple[Any, ...], DecodeLoop] = OrderedDict()
+        self._needed: dict[Hashable, tuple[int, Call]] = {}
         self._lock = threading.RLock()  # calls of one size share a state: those of other threads wait
         limit = getattr(model.config, "max_position_embeddings", None) or 1024
         try:
@@ -252,33 +254,49 @@ class DecodeEngine:
             return self._loops[key]
         while len(self._loops) >= self.keep:
             self._loops.popitem(last=False)
-        assert self.decoder is not None
-        self._require_memory(call)
+        decoder = self.decoder
+        assert decoder is not None
+        self._with_room(lambda: require(self.model, decoder, call))
         state = DecodeState(
-            self.decoder.shape,
+            decoder.shape,
             batch=call.batch,
             capacity=call.capacity,
             encoder_capacity=call.encoder_capacity,
             mode=mode,
             penalise=call.penalised,
             device=self.device,
-            dtype=self.decoder.embedding.dtype,
+            dtype=decoder.embedding.dtype,
         )
         start = start_token(self.model) if self.model.config.is_encoder_decoder else None
         kind = GraphLoop if self.device.type == "cuda" else HostLoop
-        self._loops[key] = kind(self.model, self.decoder, state, rules, start)
+        self._loops[key] = kind(self.model, decoder, state, rules, start)
         return self._loops[key]
 
-    def _require_memory(self, call: Call) -> None:
+    def require_room(self, front: Front, max_new_tokens: int) -> None:
+        """Refuse a call that cannot fit before what comes in front of it, such as a frozen encoder, has run.
+
+        Args:
+            front: makes embeddings or encoder states for the engine.
+            max_new_tokens: number of tokens after which a row ends in any case.
+
+        Raises:
+            UserError: with the batch that would fit.
+        """
+        decoder = self.decoder
+        if decoder is None:
+            return
+        call_of = functools.partial(self.call_sizes, front.rows, max_new_tokens=max_new_tokens, embedded=True)
+        self._with_room(lambda: require_with(front, call_of, self.model, decoder, self._needed))
+
+    def _with_room(self, require_it: Callable[[], None]) -> None:
         """Refuse what cannot fit, after giving up what is kept for other sizes."""
-        assert self.decoder is not None
         try:
-            require(self.model, self.decoder, call)
+            require_it()
         except UserError:
             if not self._loops:
                 raise
             self.forget()
-            require(self.model, self.decoder, call)
+            require_it()
 
     def _rules_key(self) -> str:
         """What a kept loop has built in of the generation_config."""

@@ -1,16 +1,18 @@
 """What a call of the engine needs at its peak, predicted before it runs: weights, caches, the prompt's pass, workspace.
 
-The prompt's pass is walked with tensors that have shapes and no data, and their bytes are counted as they come and go.
+The prompt's pass, and that of a frozen encoder before it, are walked with tensors that have shapes and no data; their
+bytes are counted as they come and go.
 """
 
+import copy
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -34,7 +36,7 @@ class Memory:
     state: int
     """Caches and all that is kept from token to token."""
     pass_: int
-    """Of the prompt's pass at its peak, beside the two."""
+    """Of the prompt's pass, or that of a frozen encoder before it, at its peak, beside the two."""
     workspace: int
     """Of libraries."""
 
@@ -61,6 +63,39 @@ class Call:
     embedded: bool = False
 
 
+@dataclass(frozen=True)
+class Front:
+    """What runs before a language model starts: a frozen encoder, a projector and a fusion, on a batch."""
+
+    module: nn.Module
+    method: str
+    """Of the module, called with the batch by keyword."""
+    batch: Mapping[str, Tensor]
+    """Each (rows, tokens, ...)."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return int(next(iter(self.batch.values())).shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Of a row, on all sides together: no fewer than the language model starts from."""
+        return sum(value.shape[1] for value in self.batch.values() if value.dim() == 2)
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What a `Front` needs, in bytes."""
+
+    peak: int
+    """At its peak."""
+    kept: int
+    """Of what it leaves behind."""
+    length: int
+    """Positions that the language model starts from."""
+
+
 class _FusedAttention(TorchFunctionMode):
     """Attention as devices run it, without a matrix of scores; tensors without data would be given the plain form."""
 
@@ -83,6 +118,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False if args[0].dtype == torch.bool else 0  # where a mask has no data, it is not all ones
         result = func(*args, **(kwargs or {}))
         known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_iter(result):
@@ -104,7 +141,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def weight_bytes(model: PreTrainedModel, decoder: Decoder) -> int:
+def weight_bytes(model: nn.Module, decoder: Decoder) -> int:
     """Bytes of the model's weights and of the copies that its decoder has."""
     linears = [linear for sublayer in decoder.sublayers for linear in (sublayer.into, sublayer.out)]
     linears += [decoder.head, *(cross.key_value for cross in decoder.crosses)]
@@ -150,16 +187,61 @@ def require(model: PreTrainedModel, decoder: Decoder, call: Call, available: int
         UserError: with the batch that would fit.
     """
     free = available_bytes(model.device) if available is None else available
-    if free is None or _rough_bound(model, decoder, call) < _SURE * free:
+    if free is not None and _rough_bound(model, decoder, call) >= _SURE * free:
+        _refuse_more(predict(model, decoder, call).added, free, call, model.device)
+
+
+def require_with(
+    front: Front,
+    call_of: Callable[[int], Call],
+    model: PreTrainedModel,
+    decoder: Decoder,
+    known: MutableMapping[Hashable, tuple[int, Call]],
+    available: int | None = None,
+) -> None:
+    """Refuse a call that cannot fit, before what comes in front of the language model has run.
+
+    Args:
+        front: what comes first.
+        call_of: the sizes of the call, from the positions that the language model starts from.
+        model: the language model.
+        decoder: of it.
+        known: what calls of the same sizes were found to need; this one is added.
+        available: bytes that are free; asked of the device if not given.
+
+    Raises:
+        UserError: with the batch that would fit.
+    """
+    free = available_bytes(model.device) if available is None else available
+    most = call_of(front.tokens)
+    if free is None or front_bound(front) + _rough_bound(model, decoder, most) < _SURE * free:
         return
-    added = predict(model, decoder, call).added
+    key = (most, *(value.shape for value in front.batch.values()))
+    if key not in known:
+        memory, call = predict_with(front, call_of, model, decoder)
+        known[key] = memory.added, call
+    _refuse_more(known[key][0], free, known[key][1], model.device)
+
+
+def predict_with(
+    front: Front, call_of: Callable[[int], Call], model: PreTrainedModel, decoder: Decoder
+) -> tuple[Memory, Call]:
+    """Predict the peak of a call and of what comes in front of it, whichever is higher; and the sizes of the call."""
+    walked = walk(front)
+    call = call_of(walked.length)
+    later = predict(model, decoder, call)
+    pass_ = max(walked.peak - later.state - later.workspace, walked.kept + later.pass_)
+    return replace(later, weights=weight_bytes(front.module, decoder), pass_=pass_), call
+
+
+def _refuse_more(added: int, free: int, call: Call, device: torch.device) -> None:
     if added <= free:
         return
     fits = int(call.batch * free / added)
     advice = f"a batch of {fits} would fit" if fits else "not even one row would fit: shorten the prompt or the output"
     raise UserError(
         f"a batch of {call.batch} with {call.length} prompt tokens and {call.capacity} positions needs "
-        f"{added / 2**30:.2f} GiB beside the weights; {free / 2**30:.2f} GiB are free on {model.device}; {advice}"
+        f"{added / 2**30:.2f} GiB beside the weights; {free / 2**30:.2f} GiB are free on {device}; {advice}"
     )
 
 
@@ -195,12 +277,11 @@ def _left_in_container(cgroup: Path) -> int | None:
     return int(limit.read_text()) - used + int(kinds["inactive_file"])  # files read once are given up first
 
 
+@torch.inference_mode(False)  # in which operations would be seen before they are taken apart
 @torch.no_grad()
 def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
     """Walk the prompt's pass on the meta device and count."""
-    module = model.get_encoder() if model.config.is_encoder_decoder else model
-    named = [*module.named_parameters(), *module.named_buffers()]
-    weights = {name: torch.empty_like(value, device="meta") for name, value in named}
+    module = twin(model.get_encoder() if model.config.is_encoder_decoder else model)
     dtype = decoder.embedding.dtype
     size = (call.batch, call.length)
     mask = torch.ones(size, dtype=torch.long, device="meta")
@@ -211,11 +292,43 @@ def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
         if not model.config.is_encoder_decoder:
             inputs = {"inputs_embeds" if call.embedded else "input_ids": prompt}
             inputs |= {"attention_mask": causal_mask(mask.bool(), dtype), "position_ids": mask.cumsum(dim=1)}
-            functional_call(module, weights, (), inputs | {"use_cache": True, "logits_to_keep": 1})
+            module(**inputs, use_cache=True, logits_to_keep=1)
         else:
             if not call.embedded:
-                inputs = {"input_ids": ids, "attention_mask": torch.zeros(call.batch, 1, *2 * size[1:], device="meta")}
-                prompt = functional_call(module, weights, (), inputs).last_hidden_state
+                seen = torch.zeros(call.batch, 1, *2 * size[1:], device="meta")
+                prompt = module(input_ids=ids, attention_mask=seen).last_hidden_state
             for cross in decoder.crosses:
                 torch.empty(*size, cross.key_value.weight.shape[0], dtype=dtype, device="meta")
     return live.peak
+
+
+def twin(module: nn.Module) -> Any:
+    """Copy a module with weights that have shapes and no data; other threads may go on using the original."""
+    tensors = [*module.parameters(), *module.buffers()]
+    copies: dict[int, Any] = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+    for parameter in module.parameters():
+        copies[id(parameter)] = nn.Parameter(copies[id(parameter)], requires_grad=False)
+    return copy.deepcopy(module, copies)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def walk(front: Front) -> Walked:
+    """Walk a front on the meta device and count."""
+    module = twin(front.module)  # may keep some of what it makes
+    batch = {name: torch.empty_like(value, device="meta") for name, value in front.batch.items()}
+    with LiveBytes() as live, _FusedAttention():
+        output = getattr(module, front.method)(**batch)
+    shapes = [value.shape for value in tree_iter(output) if isinstance(value, Tensor)]
+    return Walked(live.peak, live.now, int(shapes[0][1]))
+
+
+def front_bound(front: Front) -> int:
+    """More than a front can need."""
+    modules = list(front.module.modules())
+    tables = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
+    widest = max(size for p in front.module.parameters() if p.dim() == 2 for size in p.shape if size not in tables)
+    configs = [module.config for module in modules if hasattr(module, "config")]
+    heads = max((getattr(config, "num_attention_heads", 1) for config in configs), default=1)
+    layers = max((len(getattr(module, "depths", ())) for module in modules), default=0)
+    return 4 * front.rows * front.tokens * ((12 + 2 * layers) * widest + 6 * heads * front.tokens)

@@ -74,6 +74,15 @@ def test_fixed_length_is_fixed_and_the_callback_comes_once():
     assert calls == [1]
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_the_encoder_runs(monkeypatch):
+    system = make("t5")
+    needed = system.predicted_memory(PROMPTS * 50, 9).added
+    monkeypatch.setattr("llmslm.generation.memory.available_bytes", lambda device: needed // 2)
+    monkeypatch.setattr("llmslm.system.fast_products", None)  # within it the encoder runs
+    with pytest.raises(UserError, match=r"a batch of 200 with .* a batch of (99|100) would fit"):
+        system.generate(PROMPTS * 50, max_new_tokens=9)
+
+
 def test_likelihood_is_that_of_the_model():
     system = make("llama")
     rows = system.codec.encode(["ab"], ["xyz"])

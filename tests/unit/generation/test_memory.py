@@ -1,16 +1,26 @@
 """The peak of a call is predicted, refused where it cannot fit, and does not grow from prompt to prompt."""
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from llmslm.errors import UserError
 from llmslm.generation import memory
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.int8 import to_int8
-from llmslm.generation.memory import LiveBytes, predict, require
+from llmslm.generation.memory import Front, LiveBytes, front_bound, predict, predict_with, require, require_with
+from llmslm.models.alignment import EncoderTokenizer
+from llmslm.models.fusion import Prefix, Replace, ReplaceEncoder
+from llmslm.models.sides import complete_sides
+from tests import tiny as tiny_models
 from tests.unit.generation.families import BUILD, prompts, tiny
+from tests.unit.models.compositions import compose
+
+SIDES = ("input_ids", "attention_mask", "prompt_ids", "prompt_attention_mask")
 
 
 @pytest.mark.parametrize("family", BUILD)
@@ -50,6 +60,43 @@ def test_what_cannot_fit_is_refused_and_what_is_advised_fits(family: str) -> Non
     require(model, engine.decoder, engine.call_sizes(fits, 40, 20), free)
     with pytest.raises(UserError, match="not even one row would fit: shorten"):
         require(model, engine.decoder, call, 1000)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "slm", "parts"),
+    [
+        ("t5", "llama", {}),
+        ("llama", "t5", {"fusion": Prefix}),
+        ("bert", "gpt2", {"fusion": Prefix}),
+        ("gpt2", "bart", {"fusion": ReplaceEncoder}),
+        ("opt", "llama", {"fusion": Replace, "alignment": EncoderTokenizer}),
+    ],
+)
+def test_what_comes_before_the_slm_is_predicted_and_refused_first(
+    encoder: str, slm: str, parts: dict[str, Any], tmp_path: Path
+) -> None:
+    model = compose(encoder, slm, tmp_path, **parts)
+    engine, (ids, mask) = DecodeEngine(model.slm), repeated(tiny_models.prompts(), 8)
+    mine = complete_sides(model.config, model.prompt_layout, None, None, ids, mask)
+    front = Front(model, "slm_inputs", dict(zip(SIDES, mine, strict=True)))
+    call_of = partial(engine.call_sizes, len(ids), max_new_tokens=20, embedded=True)
+    predicted, call = predict_with(front, call_of, model.slm, engine.decoder)
+    with torch.no_grad(), LiveBytes() as live:
+        inputs = model.slm_inputs(**front.batch)
+        before = live.peak
+        engine.generate(**inputs, max_new_tokens=20, min_new_tokens=20)
+    assert call.length == next(iter(inputs["attention_mask"].shape[1:]))
+    assert predicted.added == pytest.approx(live.peak, rel=0.15)
+    assert before < front_bound(front)
+    known: dict[Any, Any] = {}
+    with pytest.raises(UserError, match=r"a batch of 24 with .* a batch of \d+ would fit"):
+        require_with(front, call_of, model.slm, engine.decoder, known, predicted.added // 2)
+    require_with(front, call_of, model.slm, engine.decoder, known, predicted.added)
+    assert len(known) == 1
+
+
+def repeated(tensors: tuple[torch.Tensor, ...], times: int) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.repeat(times, 1) for tensor in tensors)
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
