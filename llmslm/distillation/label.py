@@ -262,7 +262,7 @@ def _write_shard(
         pq.write_table(table, aside)
 
 
-def _gold_tokens(job: Job, columns: dict[str, list[str]]) -> list[int | None]:
+def _gold_tokens(job: Job, columns: dict[str, list[Any]]) -> list[int | None]:
     if columns["target"][0] is None:
         return [None] * len(columns["target"])
     return [len(row["target_ids"]) for row in job.system.codec.encode(columns["prompt"], columns["target"])]
