@@ -79,8 +79,10 @@ class EncodedPrefill:
             encoder = self.model.get_encoder()
             prompt = encoder(input_ids=prompt, attention_mask=attention_mask).last_hidden_state
         fill_cross_cache(self.decoder, state, prompt)
+        valid = attention_mask.bool()
         state.encoder_valid.fill_(False)
-        state.encoder_valid[:, : attention_mask.shape[1]].copy_(attention_mask.bool())
+        # A row that may see nothing sees all of its padding: else it would be NaN.
+        state.encoder_valid[:, : attention_mask.shape[1]].copy_(valid | ~valid.any(dim=1, keepdim=True))
         state.token.fill_(self.start)
         if state.seen is not None:
             state.seen[:, self.start] = True

@@ -124,6 +124,14 @@ def test_grouped_biased_and_scaled_variants_are_exact() -> None:
     assert torch.equal(engine.generate(**inputs, max_new_tokens=8), by_generate(model, inputs, max_new_tokens=8))
 
 
+def test_a_prompt_without_any_token_is_decoded_as_generate_does() -> None:
+    model = tiny("t5")
+    inputs = prompts(model, 3, 7)
+    inputs["attention_mask"][1] = 0
+    tokens = DecodeEngine(model).generate(**inputs, max_new_tokens=8, min_new_tokens=8)
+    assert torch.equal(tokens, by_generate(model, inputs, max_new_tokens=8, min_new_tokens=8))
+
+
 def test_a_state_is_used_again_without_traces_of_the_last_call() -> None:
     model = tiny("llama")
     engine = DecodeEngine(model)
