@@ -155,7 +155,7 @@ class Safeguard(Callback):
         """Decide with all ranks: is the step good, does somebody want to stop, is it time to save."""
         self._act(trainer)
         step = trainer.global_step + 1
-        due = time.monotonic() - self._saved_at > 60 * self.every_minutes and trainer.is_global_zero
+        due = trainer.is_global_zero and not self._save and time.monotonic() - self._saved_at > 60 * self.every_minutes
         bad = ~torch.stack([loss.float() for loss in self._losses]).isfinite().all() | ~_gradients_are_finite(optimizer)
         wishes = [torch.full_like(bad, wish, dtype=torch.float32) for wish in (self._asked, due)]
         flags = _maximum(torch.stack([bad.float(), *wishes]))
