@@ -14,7 +14,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ VARIANTS = {
     "quality": "labels of the LLM, add",
     "quality_gold": "gold targets",
     "quality_distilled": "labels and logits of the LLM",
+    "quality_more": "labels of further prompts, too",
     "quality_replace": "replace",
     "quality_cross": "cross-attention",
     "quality_layer_6": "states of layer 6",
@@ -97,7 +98,7 @@ def collect(runs: Path, records: Path) -> None:
         if name.endswith("/verified"):
             differences[name.split("/")[0]] = differing(found)
         if report := _read(runs / name / LABELS):
-            labels[name.split("/")[0]] = report["splits"]["train"]
+            labels[name] = report["splits"]["train"]
     kept = {name: {key: state[key] for key in ("command", "seconds", "commit")} for name, state in complete.items()}
     for file, new in ((STAGES, kept), (DIFFERENCES, differences), (LABELS, labels)):
         write_text(records / file, json.dumps(_read(records / file) | new, indent=2) + "\n")
@@ -271,13 +272,18 @@ def _task_parts(results: Results, task: str) -> list[str]:
 
 
 def _label_lines(results: Results, task: str) -> list[str]:
-    """Say how many of the LLM's labels failed the length gate."""
-    report = results.labels.get(task)
-    if report is None:
-        return []
+    """Say of each stage that labelled how many of the LLM's labels failed."""
+    return [_label_line(report) for name, report in sorted(results.labels.items()) if name.split("/")[0] == task]
+
+
+def _label_line(report: Mapping[str, Any]) -> str:
+    about, gate = "training prompts", "the length gate"
+    if report["gate"] is None:
+        about, gate = "further prompts, without gold targets", "to be a text that ended"
     reasons = ", ".join(f"{count} {reason}" for reason, count in report["failed"].items() if count)
-    failed = f"{100 * report['failed_share']:.1f} % failed the length gate" + (f" ({reasons})" if reasons else "")
-    return [f"Labels: {report['examples']} training prompts; {failed} and kept the gold target.\n"]
+    failed = f"{100 * report['failed_share']:.1f} % failed {gate}" + (f" ({reasons})" if reasons else "")
+    fate = "kept the gold target" if report["failed_became"] == "gold" else "were left out"
+    return f"Labels: {report['examples']} {about}; {failed} and {fate}.\n"
 
 
 def _shown(task: str) -> tuple[str, ...]:

@@ -118,13 +118,22 @@ def test_every_part_of_the_series_is_in_the_report(runs, root):
     state = json.loads((runs / "en_it/quality/stage.json").read_text())
     for place in ("en_it/quality_t5", "smollm2_docstrings/quality"):
         shutil.copytree(runs / "en_it/quality", runs / place)
-    labels = {"splits": {"train": {"examples": 40, "failed_share": 0.1, "failed": {"short": 4, "long": 0}}}}
-    (runs / "en_it/labels").mkdir()
-    (runs / "en_it/labels/labels.json").write_text(json.dumps(labels))
-    (runs / "en_it/labels/stage.json").write_text(json.dumps(state))
+    labels = {"examples": 40, "failed_share": 0.1, "failed": {"short": 4, "long": 0}, "gate": [0.5, 2.0]}
+    more = {"examples": 30, "failed_share": 0.0, "failed": {"unfinished": 0}, "gate": None}
+    for name, found in (
+        ("labels", labels | {"failed_became": "gold"}),
+        ("labels_more", more | {"failed_became": "dropped"}),
+    ):
+        (runs / "en_it" / name).mkdir()
+        (runs / "en_it" / name / "labels.json").write_text(json.dumps({"splits": {"train": found}}))
+        (runs / "en_it" / name / "stage.json").write_text(json.dumps(state))
     results.collect(runs, root / results.RECORDS)
     page = results.report(results.load(root / results.RECORDS), [])
     assert "Labels: 40 training prompts; 10.0 % failed the length gate (4 short) and kept the gold target." in page
+    assert (
+        "Labels: 30 further prompts, without gold targets; 0.0 % failed to be a text that ended and were left out."
+        in page
+    )
     assert "| T5 1.1 as the LLM | slm" in page
     assert "## SmolLM2-135M as the LLM: docstrings" in page
     shown = {name.split("/")[-1] for name in load_series("headline") if "/quality" in name}
