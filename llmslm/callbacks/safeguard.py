@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from llmslm.data.loader import batches_of_steps
 from llmslm.errors import UserError
@@ -65,6 +65,7 @@ class _Decision:
         known: recorded behind them; None where they were there at once.
         losses: of its micro-batches.
         batches: their ids.
+        made: when.
     """
 
     step: int
@@ -72,6 +73,7 @@ class _Decision:
     known: torch.cuda.Event | None
     losses: list[Tensor]
     batches: list[Any]
+    made: float
 
     def read(self) -> list[bool]:
         """Wait until the device has come there."""
@@ -105,12 +107,24 @@ class Safeguard(Callback):
         self.skipped = 0
         """Steps skipped since the beginning."""
         self._seed: int | None = None
+        self._saved_at = time.monotonic()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what another run left behind."""
         self._in_a_row = 0
         self._asked = self._stop = self._save = False
-        self._saved_at = time.monotonic()
         self._losses: list[Tensor] = []
         self._batches: list[Any] = []
         self._decision: _Decision | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew."""
+        self._begin()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep no batch of a run that is over."""
+        self._begin()
 
     # --- random numbers ---------------------------------------------------------------------------------------------
 
@@ -163,7 +177,7 @@ class Safeguard(Callback):
         host = flags.to("cpu", non_blocking=True)
         if known is not None:
             known.record()
-        self._decision = _Decision(step, host, known, self._losses, self._batches)
+        self._decision = _Decision(step, host, known, self._losses, self._batches, time.monotonic())
         self._losses, self._batches = [], []
         if _skips_by_itself(trainer, optimizer):
             optimizer.found_inf = flags[0]  # type: ignore[attr-defined]
@@ -230,7 +244,7 @@ class Safeguard(Callback):
             return False
         is_bad, stop, due = decision.read()
         self._stop = self._stop or stop
-        self._save = self._save or stop or due
+        self._save = self._save or stop or (due and decision.made > self._saved_at)  # else it was saved since
         self._in_a_row = self._in_a_row + 1 if is_bad else 0
         if is_bad:
             self.skipped += 1
@@ -254,10 +268,12 @@ class Safeguard(Callback):
 
 
 def _skips_by_itself(trainer: Trainer, optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernel leaves all as it is where found_inf is 1, and nothing else sets that."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and not getattr(
-        trainer.precision_plugin, "scaler", None
-    )
+    """Whether the optimizer's kernel leaves all as it is where found_inf is 1, and nothing else sets that.
+
+    Not so the fused SGD: a first step that it skips leaves its momentum as the memory happened to be.
+    """
+    is_fused = isinstance(optimizer, Adam | AdamW) and all(group["fused"] for group in optimizer.param_groups)
+    return is_fused and not getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _folder(trainer: Trainer) -> Path:

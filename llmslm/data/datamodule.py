@@ -221,6 +221,10 @@ class TextDataModule(L.LightningDataModule):
         rows = dataset if stored is None else RowsWithStored(dataset, stored)
         return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, **self._workers())
 
+    def teardown(self, stage: str) -> None:
+        """Give the GPU back what training kept there."""
+        self._states = None
+
     def rows(self, split: Split) -> Dataset:
         """Return a split's tokenised rows.
 
@@ -254,6 +258,7 @@ class TextDataModule(L.LightningDataModule):
         stored = self._stored_states("train")
         if stored is not None:
             device = self._module.device
+            self._states = None  # of the loader before: there is room for one
             self._states = stored.table(device) if stored.fits(device) else None
             rows = RowsWithStored(rows, stored if self._states is None else features.StateNumbers(stored))
         folder = self._module.logits

@@ -22,6 +22,7 @@ from llmslm.data.codec import Codec, pad
 from llmslm.data.shards import Shards, StoredRows, missing_shards, write_shards
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder, Layers
+from llmslm.models.source import system_of
 from llmslm.writing import write_text
 
 MANIFEST = "manifest.json"
@@ -256,7 +257,8 @@ def check(folder: Path, source: str, options: Mapping[str, Any], split: str, abo
         UserError: naming what differs.
     """
     manifest = read_manifest(folder)
-    if not Path(source).exists() or _weight_files(Path(source)):
+    place = Path(system_of(source))
+    if not place.exists() or _weight_files(place):
         _same(folder, "encoder (model.encoder.source)", manifest["encoder"]["source"], fingerprint_of(source))
     for name in _OPTIONS:
         _same(folder, f"{name} (model.encoder.{name})", manifest["encoder"][name], options[name])
@@ -274,7 +276,7 @@ def identity(rows: Dataset, codec: Codec, data: str) -> dict[str, Any]:
 
 def fingerprint_of(source: str) -> str:
     """Name a source: a hub name as it is, a local folder or file by the sizes and samples of its weights."""
-    path = Path(source)
+    path = Path(system_of(source))
     if not path.exists():
         return source
     digest = hashlib.blake2b(digest_size=16)

@@ -5,6 +5,7 @@ bytes are counted as they come and go.
 """
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from llmslm.errors import UserError
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import causal_mask
+from llmslm.generation.products import row_bucket
 from llmslm.generation.state import CacheShape
 
 _CUBLAS_WORKSPACE = 2 * 33 * 2**20  # of PyTorch's cuBLAS on Hopper: one of the stream, one of the captured graphs
@@ -80,8 +82,13 @@ class Front:
 
     @property
     def tokens(self) -> int:
-        """Of a row, on all sides together: no fewer than the language model starts from."""
+        """Of a row, on all sides together: no fewer than come of it where the projector keeps positions."""
         return sum(value.shape[1] for value in self.batch.values() if value.dim() == 2)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no row is padded; models then make no mask."""
+        return all(bool(value.all()) for name, value in self.batch.items() if "mask" in name)
 
 
 @dataclass(frozen=True)
@@ -109,17 +116,22 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered: `now` and at their `peak`."""
+    """Counts the bytes of tensors made while it is entered: `now` and at their `peak`.
 
-    def __init__(self) -> None:
+    Args:
+        answer: to whoever asks a tensor without data for its value, such as whether a mask is all ones.
+    """
+
+    def __init__(self, answer: bool = False) -> None:
         super().__init__()
+        self._answer = answer
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return False if args[0].dtype == torch.bool else 0  # where a mask has no data, it is not all ones
+            return self._answer
         result = func(*args, **(kwargs or {}))
         known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_iter(result):
@@ -206,21 +218,26 @@ def require_with(
         call_of: the sizes of the call, from the positions that the language model starts from.
         model: the language model.
         decoder: of it.
-        known: what calls of the same sizes were found to need; this one is added.
+        known: what calls of the same sizes were found to need, roughly or exactly; what is found here is added.
         available: bytes that are free; asked of the device if not given.
 
     Raises:
         UserError: with the batch that would fit.
     """
     free = available_bytes(model.device) if available is None else available
-    most = call_of(front.tokens)
-    if free is None or front_bound(front) + _rough_bound(model, decoder, most) < _SURE * free:
+    if free is None:
         return
+    most = call_of(front.tokens)
     key = (most, *(value.shape for value in front.batch.values()))
     if key not in known:
+        known[key] = front_bound(front) + _rough_bound(model, decoder, most), most
+    if known[key][0] < _SURE * free:
+        return
+    exact = (front.is_full, key)
+    if exact not in known:
         memory, call = predict_with(front, call_of, model, decoder)
-        known[key] = memory.added, call
-    _refuse_more(known[key][0], free, known[key][1], model.device)
+        known[exact] = memory.added, call
+    _refuse_more(known[exact][0], free, known[exact][1], model.device)
 
 
 def predict_with(
@@ -297,8 +314,12 @@ def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
             if not call.embedded:
                 seen = torch.zeros(call.batch, 1, *2 * size[1:], device="meta")
                 prompt = module(input_ids=ids, attention_mask=seen).last_hidden_state
+            rows = call.batch * call.length
+            if model.device.type == "cpu":  # where products take a padded copy
+                rows = row_bucket(rows)
+                prompt = torch.empty(rows, width, dtype=dtype, device="meta")
             for cross in decoder.crosses:
-                torch.empty(*size, cross.key_value.weight.shape[0], dtype=dtype, device="meta")
+                torch.empty(rows, cross.key_value.weight.shape[0], dtype=dtype, device="meta")
     return live.peak
 
 
@@ -317,14 +338,16 @@ def walk(front: Front) -> Walked:
     """Walk a front on the meta device and count."""
     module = twin(front.module)  # may keep some of what it makes
     batch = {name: torch.empty_like(value, device="meta") for name, value in front.batch.items()}
-    with LiveBytes() as live, _FusedAttention():
+    with LiveBytes(front.is_full) as live, _FusedAttention():
         output = getattr(module, front.method)(**batch)
     shapes = [value.shape for value in tree_iter(output) if isinstance(value, Tensor)]
     return Walked(live.peak, live.now, int(shapes[0][1]))
 
 
 def front_bound(front: Front) -> int:
-    """More than a front can need."""
+    """More than a front can need; beyond all bounds where its projector makes as many states as it likes."""
+    if not getattr(getattr(front.module, "projector", None), "keeps_positions", True):
+        return sys.maxsize
     modules = list(front.module.modules())
     tables = {module.num_embeddings for module in modules if isinstance(module, nn.Embedding)}
     widest = max(size for p in front.module.parameters() if p.dim() == 2 for size in p.shape if size not in tables)

@@ -43,14 +43,14 @@ def _suits(args: Any, kwargs: Any, *, rows: int, weight: int) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.flatten(0, -2)
-    count, missing = rows.shape[0], _bucket(rows.shape[0]) - rows.shape[0]
+    count, missing = rows.shape[0], row_bucket(rows.shape[0]) - rows.shape[0]
     padded = torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
     y: Tensor = torch.ops.mkldnn._linear_pointwise(padded, weight, bias, "none", [], "")
     return y[:count].view(*x.shape[:-1], -1)
 
 
-def _bucket(rows: int) -> int:
-    """Round a number of rows up by a quarter at most.
+def row_bucket(rows: int) -> int:
+    """Round a number of rows of a product up by a quarter at most.
 
     oneDNN makes and keeps code for each shape, some 100 kB of it: prompts of any length would fill hundreds of MiB.
     """

@@ -139,3 +139,4 @@ def fill_cross_cache(decoder: Decoder, state: DecodeState, hidden_states: Tensor
         both = product(hidden_states, cross.key_value)
         both = both.view(state.batch, length, 2, cross.heads, cross.head_dim).permute(2, 0, 3, 1, 4)
         state.cross[cross.layer, :, :, :, :length].copy_(both)
+        del both  # before the next one is made

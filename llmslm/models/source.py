@@ -12,6 +12,13 @@ SYSTEM_FOLDER = "system"
 """Where in a run's folder its trained system lies."""
 
 
+def system_of(source: str) -> str:
+    """Return the system of a run's folder; any other source as it is."""
+    path = Path(source)
+    is_run = not (path / CONFIG).exists() and (path / SYSTEM_FOLDER / CONFIG).is_file()
+    return str(path / SYSTEM_FOLDER) if is_run else source
+
+
 def pretrained(source: str) -> tuple[str, dict[str, str]]:
     """Return what transformers' `from_pretrained` takes for a source: the name or folder, and `gguf_file` if any.
 
@@ -24,8 +31,7 @@ def pretrained(source: str) -> tuple[str, dict[str, str]]:
     """
     path = Path(_packaged(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else source)
     if path.suffix != ".gguf":
-        is_run = not (path / CONFIG).exists() and (path / SYSTEM_FOLDER / CONFIG).is_file()
-        return str(path / SYSTEM_FOLDER) if is_run else source, {}
+        return system_of(source), {}
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(

@@ -120,7 +120,8 @@ def _advice(job: Job, world: World) -> str:
         "a larger shard_size": job.is_sharded and world.shard < world.gpus,
         "more GPUs": job.is_sharded and world.shard == world.gpus,
     }
-    return "try " + ", ".join(name for name, is_open in can.items() if is_open)
+    names = [name for name, is_open in can.items() if is_open]
+    return "try " + ", ".join(names or ["shorter data.max_prompt_tokens and data.max_target_tokens", "a smaller model"])
 
 
 def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[str, float]:
@@ -220,11 +221,20 @@ def _record(
 
 def _world(options: argparse.Namespace, trainer: Mapping[str, Any], job: Job) -> World:
     devices = trainer.get("devices", 1)
-    gpus = options.gpus or (devices if isinstance(devices, int) and devices > 0 else 1) * trainer.get("num_nodes", 1)
+    gpus = options.gpus or _count(devices) * trainer.get("num_nodes", 1)
     strategy = translated(trainer.get("strategy") or "auto", devices)
     given = None if isinstance(strategy, str) else (strategy.get("init_args") or {}).get("shard_size")
     device: Device = DEVICES[options.gpu]
     return World(device, gpus, options.gpus_per_node, (given or gpus) if job.is_sharded else 1)
+
+
+def _count(devices: Any) -> int:
+    """Count the devices of a node as the Trainer does; where it takes all that there are, one."""
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip(",").split(",")
+    if isinstance(devices, list):
+        return len(devices)
+    return max(int(devices), 1) if str(devices).isdigit() else 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmslm.errors import UserError
 from llmslm.fsdp1 import FSDP2, translated
 from llmslm.models.modeling import LlmToSlm
 from llmslm.parallel import EncoderPlace
@@ -45,6 +46,16 @@ class World:
             if is_inside
             else min(device.link_bytes_per_s, together * device.network_bytes_per_s)
         )
+
+
+def _is_mixed(precision: Any) -> bool:
+    """Read the Trainer's precision, its short names too."""
+    names = {"32": False, "32-true": False, "16": True, "16-mixed": True, "bf16": True, "bf16-mixed": True}
+    if str(precision) not in names:
+        raise UserError(
+            f"trainer.precision is {precision}; a plan knows {', '.join(names)}, whose master weights are float32"
+        )
+    return names[str(precision)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ class Job:
             rows=data.get("micro_batch_size", 32),
             prompt_tokens=prompt,
             target_tokens=target,
-            mixed=str(trainer.get("precision", "32-true")) in ("bf16-mixed", "16-mixed"),
+            mixed=_is_mixed(trainer.get("precision") or "32-true"),
             accumulate=trainer.get("accumulate_grad_batches", 1),
             is_sharded=name == FSDP2,
             encoder=sharding.get("encoder", "sharded"),

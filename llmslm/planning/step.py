@@ -13,6 +13,7 @@ from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.encoder import Encoder
 from llmslm.models.head import logits_at
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.source import pretrained
 from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
 from llmslm.parallel import checkpoint_activations
 from llmslm.planning.costs import Cost, Counter, Device
@@ -181,7 +182,8 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _config(job: Job, key: str) -> Any:
     options = job.model[key]
     if options.get("source"):
-        return AutoConfig.from_pretrained(options["source"], revision=options.get("revision"))
+        place, file = pretrained(options["source"])
+        return AutoConfig.from_pretrained(place, revision=options.get("revision"), **file)
     values = dict(options["config"])
     if job.vocab_size is not None:
         values.setdefault("vocab_size", job.vocab_size)

@@ -17,6 +17,7 @@ from llmslm.data.shards import Shards
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder
 from llmslm.system import System
+from tests import tiny
 from tests.unit import toy
 
 
@@ -178,3 +179,10 @@ def test_the_benchmark_compares_both_ways(recipe, monkeypatch):
     assert (found["examples"], len(found["losses"]["cached"])) == (28, 3)
     tokens = Path("states/train/00000.safetensors").stat().st_size
     assert 0 < found["bytes_per_example"] < tokens
+
+
+def test_the_folder_of_a_run_is_known_by_its_weights(tmp_path):
+    for name in ("a", "b"):
+        tiny.build("llama").save_pretrained(tmp_path / name / "system")
+    one, other = (features.fingerprint_of(str(tmp_path / name)) for name in ("a", "b"))
+    assert one == features.fingerprint_of(str(tmp_path / "a" / "system")) != other

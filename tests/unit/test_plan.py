@@ -12,6 +12,7 @@ from llmslm.planning.job import Job, World
 from llmslm.planning.predict import Sizes, check, predict
 from llmslm.planning.step import batch as full_batch
 from llmslm.planning.step import build, loss
+from tests import tiny
 from tests.unit import toy
 
 RECIPE = {
@@ -194,3 +195,23 @@ def test_compiled_blocks_keep_less_and_compute_it_again():
     )
     assert compiled["activations"] < 0.9 * eager["activations"]
     assert compiled["weights"] == eager["weights"]
+
+
+@pytest.mark.parametrize(("precision", "mixed"), [("bf16", True), (16, True), ("32", False), ("16-mixed", True)])
+def test_short_names_of_precisions_are_those_of_the_trainer(precision, mixed):
+    assert job(precision=precision).mixed == mixed
+    with pytest.raises(UserError, match=r"trainer.precision is bf16-true; a plan knows 32, "):
+        job(precision="bf16-true")
+
+
+@pytest.mark.parametrize(("devices", "gpus"), [(2, 2), ([0, 3], 2), ("4", 4), ("0,1,", 2), ("auto", 1), (-1, 1)])
+def test_devices_are_counted_as_the_trainer_does(workdir, capsys, devices, gpus):
+    recipe = toy.write_recipe(workdir, devices=devices)
+    main(["plan", "--config", recipe, "--json"])
+    assert json.loads(capsys.readouterr().out)["gpus"] == gpus
+
+
+def test_the_folder_of_a_run_is_planned_as_its_model(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path / "run" / "system")
+    model = RECIPE["model"] | {"encoder": {"source": str(tmp_path / "run")}}
+    assert build(Job.of(RECIPE | {"model": model})).encoder.hidden_size == 32

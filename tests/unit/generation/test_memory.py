@@ -15,6 +15,7 @@ from llmslm.generation.int8 import to_int8
 from llmslm.generation.memory import Front, LiveBytes, front_bound, predict, predict_with, require, require_with
 from llmslm.models.alignment import EncoderTokenizer
 from llmslm.models.fusion import Prefix, Replace, ReplaceEncoder
+from llmslm.models.projector import Resampler
 from llmslm.models.sides import complete_sides
 from tests import tiny as tiny_models
 from tests.unit.generation.families import BUILD, prompts, tiny
@@ -70,13 +71,16 @@ def test_what_cannot_fit_is_refused_and_what_is_advised_fits(family: str) -> Non
         ("bert", "gpt2", {"fusion": Prefix}),
         ("gpt2", "bart", {"fusion": ReplaceEncoder}),
         ("opt", "llama", {"fusion": Replace, "alignment": EncoderTokenizer}),
+        ("t5", "t5", {"fusion": Prefix, "projector": partial(Resampler, states=40)}),
     ],
 )
+@pytest.mark.parametrize("padded", [True, False])
 def test_what_comes_before_the_slm_is_predicted_and_refused_first(
-    encoder: str, slm: str, parts: dict[str, Any], tmp_path: Path
+    encoder: str, slm: str, parts: dict[str, Any], padded: bool, tmp_path: Path
 ) -> None:
     model = compose(encoder, slm, tmp_path, **parts)
     engine, (ids, mask) = DecodeEngine(model.slm), repeated(tiny_models.prompts(), 8)
+    mask = mask if padded else torch.ones_like(mask)
     mine = complete_sides(model.config, model.prompt_layout, None, None, ids, mask)
     front = Front(model, "slm_inputs", dict(zip(SIDES, mine, strict=True)))
     call_of = partial(engine.call_sizes, len(ids), max_new_tokens=20, embedded=True)
@@ -92,7 +96,7 @@ def test_what_comes_before_the_slm_is_predicted_and_refused_first(
     with pytest.raises(UserError, match=r"a batch of 24 with .* a batch of \d+ would fit"):
         require_with(front, call_of, model.slm, engine.decoder, known, predicted.added // 2)
     require_with(front, call_of, model.slm, engine.decoder, known, predicted.added)
-    assert len(known) == 1
+    assert len(known) == 2  # a bound and a prediction
 
 
 def repeated(tensors: tuple[torch.Tensor, ...], times: int) -> tuple[torch.Tensor, ...]:

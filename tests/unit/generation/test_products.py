@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmslm.generation.products import _bucket, fast_products
+from llmslm.generation.products import fast_products, row_bucket
 
 CPU = torch.device("cpu")
 
@@ -28,6 +28,8 @@ def test_gradients_are_left_alone() -> None:
 
 
 def test_lengths_share_few_shapes() -> None:
-    buckets = {_bucket(rows): rows for rows in range(8, 4097)}
+    buckets = {row_bucket(rows): rows for rows in range(8, 4097)}
     assert len(buckets) < 40, "oneDNN keeps code for each"
-    assert all(rows <= bucket <= max(8, 1.25 * rows + 8) for rows, bucket in ((n, _bucket(n)) for n in range(8, 4097)))
+    assert all(
+        rows <= bucket <= max(8, 1.25 * rows + 8) for rows, bucket in ((n, row_bucket(n)) for n in range(8, 4097))
+    )
