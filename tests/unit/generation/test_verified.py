@@ -253,7 +253,7 @@ def test_what_cannot_fit_is_refused_after_giving_up_what_is_kept(monkeypatch):
     verified.fixed = True
     sides = batch(verified.llm, 4)[1]
     verified.generate(**sides, max_new_tokens=2)
-    monkeypatch.setattr("llmslm.generation.memory._available", lambda device: 1000)
+    monkeypatch.setattr("llmslm.generation.memory.available_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="batch"):
         verified.generate(**sides, max_new_tokens=2)
     assert not verified._sides
