@@ -41,7 +41,8 @@ def test_all_systems_are_printed_recorded_and_plotted(
     found = {(ratio["new"], ratio["ratio"]) for ratio in record["ratios"]}
     assert {(4, "llm_to_slm_over_llm_engine"), (2, "llm_to_slm_over_llm_generate")} <= found
     peaks = [row["memory"]["added_ratio"] for row in record["rows"] if row["arm"] == "engine"]
-    assert peaks == pytest.approx([1] * 6, abs=0.25)  # of five tokens; tests/unit/generation/test_memory.py is exact
+    assert peaks[:2] + peaks[3:5] == pytest.approx([1] * 4, abs=0.15)
+    assert peaks[2::3] == pytest.approx([1] * 2, abs=0.25)  # llm_to_slm, five tokens: test_memory.py has longer prompts
     assert "new tokens" in plot.read_text()
     assert str(tmp_path) not in record["command"]
 
