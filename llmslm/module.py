@@ -18,7 +18,6 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import SacreBLEUScore
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from llmslm.callbacks.progress import TrainingProgress
 from llmslm.checkpoint import codec_for, find_system
 from llmslm.data.codec import Codec, TextFormat
 from llmslm.data.features import StoredEncoder
@@ -40,6 +39,7 @@ from llmslm.models.quantization import Quantization
 from llmslm.models.source import SYSTEM_FOLDER
 from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict
 from llmslm.parallel import Fsdp, gathered, token_share
+from llmslm.progress import TrainingProgress
 from llmslm.system import System
 from llmslm.target_logits import cross_entropy, target_logits
 

@@ -19,7 +19,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core import rank_zero
 
 from llmslm.callbacks.predictions import WritePredictions
-from llmslm.callbacks.progress import TrainingProgress
 from llmslm.callbacks.safeguard import Safeguard
 from llmslm.callbacks.save_system import SaveSystem
 from llmslm.callbacks.throughput import LogThroughput
@@ -30,6 +29,7 @@ from llmslm.errors import UserError
 from llmslm.fsdp1 import translated
 from llmslm.models.components import Component
 from llmslm.module import SystemModule
+from llmslm.progress import TrainingProgress
 from llmslm.recipe import recipe_names, resolve_recipes
 from llmslm.resume import CheckpointFiles, resolve
 

@@ -7,8 +7,7 @@ import pytest
 from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmslm import training
-from llmslm.callbacks import progress
+from llmslm import progress, training
 from tests.unit import toy
 
 FUSED = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.fused=true"]
