@@ -46,3 +46,15 @@ def test_sampling_repeats_with_its_seed() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_captures_of_many_sizes_leave_no_memory() -> None:
+    engine = DecodeEngine(tiny("llama").cuda(), keep=1)
+    held = []
+    for capacity in range(1, 13):
+        ids = torch.full((capacity, 5), 7, device="cuda")  # a batch of another size, so other graphs
+        engine.generate(input_ids=ids, max_new_tokens=3)
+        engine.forget()
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] - held[3] < 2**20
