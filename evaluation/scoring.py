@@ -41,6 +41,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise UserError(f"metric {metric!r} was given; expected {expected} (--metrics)")
         if model:
             _check_model(name, model)
+    _known()
 
 
 def _check_model(name: str, model: str) -> None:
@@ -69,6 +70,15 @@ def text_statistics(
         UserError: if a metric is unknown, its package or model is missing, or the counts differ.
     """
     check_metrics(metrics)
+    known = _known(prompts)
+    statistics = []
+    for name, _, model in (metric.partition("=") for metric in metrics):
+        statistics += known[name](predictions, references, **{"model": model} if model else {})
+    return statistics
+
+
+def _known(prompts: Sequence[str] = ()) -> dict[str, Callable[..., list[Statistics]]]:
+    """Load the text metrics, by name; each takes predictions and references."""
     from evaluation.metrics.bertscore import bertscore_statistics
     from evaluation.metrics.bleu import bleu_statistics
     from evaluation.metrics.chrf import chrf_statistics
@@ -78,7 +88,7 @@ def text_statistics(
     from evaluation.metrics.smoothed_bleu import smoothed_bleu_statistics
     from evaluation.metrics.ter import ter_statistics
 
-    known: dict[str, Callable[..., list[Statistics]]] = {
+    return {
         "bertscore": bertscore_statistics,
         "comet": partial(comet_statistics, sources=prompts),
         "bleu": bleu_statistics,
@@ -88,10 +98,6 @@ def text_statistics(
         "exact_match": exact_match_statistics,
         "smoothed_bleu": smoothed_bleu_statistics,
     }
-    statistics = []
-    for name, _, model in (metric.partition("=") for metric in metrics):
-        statistics += known[name](predictions, references, **{"model": model} if model else {})
-    return statistics
 
 
 def score(statistics: Sequence[Statistics], resamples: int = RESAMPLES, seed: int = SEED) -> Scored:

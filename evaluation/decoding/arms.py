@@ -51,6 +51,8 @@ class Arms:
             return f"{arm} decodes with the llm"
         if arm in ("assisted", "prompt_lookup") and self.batch.ids.shape[0] > 1:
             return "transformers takes one row at a time here"
+        if arm == "assisted" and not self._one_vocabulary():
+            return "the vocabularies of llm and slm differ, and random weights have no tokenizers to go between"
         if arm == "verified":
             return "drafts of random weights are kept by chance alone: see compare --peers verified"
         if arm == "ctranslate2":
@@ -58,6 +60,10 @@ class Arms:
         if arm == "static" and self.models.dtype == "int8":
             return "8-bit weights are not compiled by transformers"
         return None
+
+    def _one_vocabulary(self) -> bool:
+        llm, slm = (self.models.model(name).config.vocab_size for name in ("llm", "slm"))
+        return bool(llm == slm)
 
     def run(self, system: str, arm: str) -> Run:
         """A function that decodes exactly this many tokens."""

@@ -61,6 +61,18 @@ def test_drafts_of_others_are_timed_for_one_row(capsys: pytest.CaptureFixture[st
     assert [row["total_s"] is None for row in rows] == [False, False, True, True]
 
 
+def test_drafts_in_another_vocabulary_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = T5Config(**T5 | {"vocab_size": 500}, decoder_start_token_id=0)
+    monkeypatch.setitem(shapes.SHAPES, "t5-small", lambda: T5ForConditionalGeneration(other))
+    arms = ["--systems", "llm", "--llm", "gpt2", "--slm", "t5-small", "--arms", "assisted", "prompt_lookup"]
+    command.main([*arms, "--new", "2", *FAST])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["total_s"] is None for row in rows] == [True, False]
+    assert "vocabularies" in rows[0]["not_timed"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("shape", ["gpt2", "t5-small"])
 def test_ctranslate2_produces_as_many_tokens(dtype: str, shape: str) -> None:
