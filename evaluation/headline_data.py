@@ -1,17 +1,19 @@
 """The data of the headline experiment, as Parquet files: two tasks, and a mixture that the LLM is pretrained on.
 
     python -m evaluation.headline_data --out runs/headline/data
-    python -m evaluation.headline_data --out runs/headline/prompts --beyond runs/headline/data    # no apt, no network
+    python -m evaluation.headline_data --out runs/headline/prompts --beyond runs/headline/data
 
 Needs apt and the network, but no GPU: a machine without them trains from a copy of the folder. The mixture holds the
 training pairs of both tasks and those of further languages; what is held out of either task is in no part of it.
 Docstrings, for the second pair of models, are those of the packages that are installed here. The second command writes
-prompts without targets, for the LLM to translate: English texts of the summaries, in no split of the translation.
+prompts without targets, for the LLM to translate: English texts in no split of the translation, of the summaries and of
+other releases of Debian.
 """
 
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ FURTHER = ("da", "fr", "de", "sk", "pl", "cs", "es")
 TRANSLATION, SUMMARY, DOCSTRINGS, PRETRAIN = "en_it", "summary", "docstrings", "pretrain"
 HELD_OUT: Any = {"held_out_percent": 4}
 """Of the source packages, in validation and in test: over 2,000 test examples of either task."""
+FURTHER_RELEASES = ("trixie", "sid")
+"""Whose packages have further texts; sid's change from day to day."""
 MAX_CHARS = 750
 """Of a further prompt: the shortest of those that do not fit into the recipe's 256 tokens has 767."""
 
@@ -66,25 +70,34 @@ def mixture(translation: dict[Split, Rows], summary: dict[Split, Rows]) -> Rows:
     return [_tagged(tag, row) for _, tag, row in kept]
 
 
-def further_prompts(translation: dict[Split, Rows], summary: dict[Split, Rows]) -> Rows:
+def further_prompts(
+    translation: dict[Split, Rows], summary: dict[Split, Rows], others: Sequence[dict[str, str]] = ()
+) -> Rows:
     """Return the summaries' training texts, paragraph by paragraph, as prompts that the translation has not.
 
     What is held out of either task is none either, and no text is longer than the recipes read to the end.
+
+    Args:
+        translation: by split.
+        summary: by split.
+        others: training rows of further summaries.
     """
     known = {row["prompt"] for rows in translation.values() for row in rows}
     known |= {text for split in SPLITS[1:] for row in summary[split] for text in (row["prompt"], *_texts(row))}
-    found = dict.fromkeys(text for row in summary["train"] for text in _texts(row))
+    found = dict.fromkeys(text for row in (*summary["train"], *others) for text in _texts(row))
     kept = [text for text in found if text not in known and len(text) <= MAX_CHARS]
     return [{"id": hashlib.sha256(text.encode()).hexdigest()[:16], "prompt": text} for text in kept]
 
 
 def prepare_prompts(out: Path, data: Path) -> dict[str, int]:
     """Write train.parquet, the further prompts beyond a prepared folder; return its size."""
-    parts = [
+    translation, summary = (
         {split: pq.read_table(data / name / f"{split}.parquet").to_pylist() for split in SPLITS}
         for name in (TRANSLATION, SUMMARY)
-    ]
-    return {"train": write_rows(out / "train.parquet", further_prompts(*parts))}
+    )
+    others = [DebianSummary(release=release, **HELD_OUT) for release in FURTHER_RELEASES]
+    rows = further_prompts(translation, summary, [row for source in others for row in _rows(source, "train")])
+    return {"train": write_rows(out / "train.parquet", rows)}
 
 
 def _texts(row: dict[str, str]) -> list[str]:

@@ -21,6 +21,8 @@ from llmslm.errors import UserError
 
 HELD_OUT_PERCENT = 3
 _APT_HELPER = Path("/usr/lib/apt/apt-helper")
+_MIRROR = "http://deb.debian.org/debian"
+_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _VERSION = 2  # raise it when the extraction changes: cached data is then built again
 
 
@@ -37,8 +39,7 @@ class _Debian(BuiltSource):
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
         cache_dir: see `BuiltSource`.
-        release: Debian release, for example bookworm; None takes the running system's. Another's data must be in the
-            cache: built on such a system and copied, as for machines without apt.
+        release: Debian release, for example bookworm; None takes the running system's.
         held_out_percent: share of the source packages in validation, and in test, 1 to 25.
         max_train: at most so many examples of train, chosen by hash.
     """
@@ -85,13 +86,8 @@ class _Debian(BuiltSource):
 
     def build(self) -> dict[Split, list[Example]]:
         """Fetch the lists, make pairs, split them by source package; no text of train is in validation or test."""
-        if self.release != running_release():
-            raise UserError(
-                f"this machine runs {running_release()}, and {self.folder} is not there: build it on Debian "
-                f"{self.release} and copy it here, or leave out data.source.init_args.release"
-            )
         lists = self.cache_dir / f"debian-lists-{self.release}"
-        fetch_lists(lists, self.languages)
+        fetch_lists(lists, self.languages, None if self.release == running_release() else self.release)
         splits: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
         seen: set[str] = set()
         for source, prompt, target in self.pairs(lists):
@@ -114,7 +110,7 @@ class DebianTranslation(_Debian):
         max_chars: longer texts are left out, on either side: they are lists.
         max_eval: at most so many examples of validation and of test, chosen by hash.
         cache_dir: see `BuiltSource`.
-        release: Debian release, None takes the running system's; another's must be in the cache.
+        release: Debian release, None takes the running system's.
         held_out_percent: share of the source packages in validation, and in test.
         max_train: at most so many examples of train, chosen by hash.
     """
@@ -170,8 +166,13 @@ class DebianSummary(_Debian):
                 )
 
 
-def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
+def fetch_lists(folder: Path, languages: Iterable[str], release: str | None = None) -> None:
     """Let apt fetch package lists and translations into `folder`.
+
+    Args:
+        folder: for lists of one release.
+        languages: their codes.
+        release: another one than the running system's, from Debian's own mirrors; else apt's sources decide.
 
     Raises:
         UserError: if there is no apt on this machine, or the update fails.
@@ -181,11 +182,7 @@ def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
     if all(_files(folder, language) for language in languages) and _package_files(folder):
         return
     (folder / "partial").mkdir(parents=True, exist_ok=True)
-    wanted = sorted({"en", *languages} | set(_languages_there(folder)))
-    options = [f"Dir::State::Lists={folder}", "Acquire::Languages="]
-    options += [f"Acquire::Languages::={language}" for language in wanted]
-    options += [f"Dir::Cache::{name}=" for name in ("pkgcache", "srcpkgcache")]
-    command = ["apt-get", "update", "-q", *(f"-o{option}" for option in options)]
+    command = ["apt-get", "update", "-q", *(f"-o{option}" for option in _apt_options(folder, languages, release))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as apt:
         assert apt.stdout is not None
         output = list(tqdm(apt.stdout, "fetching Debian's package lists", unit=" lines"))
@@ -193,7 +190,8 @@ def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
         complaints = [line.strip() for line in output if line.startswith(("E:", "W:"))]
         raise UserError(
             f"apt-get update brought no package lists: {(complaints or ['no reason given'])[0]}; "
-            "the Debian sources need the network once, and Debian's repositories in apt's sources"
+            "the Debian sources need the network once, and "
+            + ("Debian's repositories in apt's sources" if release is None else f"{release} on {_MIRROR}, with {_KEYS}")
         )
     for language in languages:
         if not _files(folder, language):
@@ -201,6 +199,18 @@ def fetch_lists(folder: Path, languages: Iterable[str]) -> None:
                 f"Debian has no descriptions in {language!r} (data.source.init_args.target_language); "
                 "codes look like it, de, pt_BR"
             )
+
+
+def _apt_options(folder: Path, languages: Iterable[str], release: str | None) -> list[str]:
+    wanted = sorted({"en", *languages} | set(_languages_there(folder)))
+    options = [f"Dir::State::Lists={folder}", "Acquire::Languages="]
+    options += [f"Acquire::Languages::={language}" for language in wanted]
+    options += [f"Dir::Cache::{name}=" for name in ("pkgcache", "srcpkgcache")]
+    if release is not None:
+        sources = folder / "release.list"
+        sources.write_text(f"deb [signed-by={_KEYS}] {_MIRROR} {release} main\n", encoding="utf-8")
+        options += [f"Dir::Etc::SourceList={sources.resolve()}", "Dir::Etc::SourceParts=/dev/null"]
+    return options
 
 
 def read_descriptions(folder: Path, language: str) -> dict[str, _Description]:

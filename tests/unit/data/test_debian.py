@@ -117,9 +117,10 @@ def test_a_machine_without_network(tmp_path, apt_get):
     assert not list(tmp_path.glob("debian-summary*"))
 
 
-def test_another_release_comes_from_the_cache_alone(tmp_path):
-    source = debian.DebianSummary(cache_dir=str(tmp_path), release="sarge")
-    with pytest.raises(UserError, match=r"build it on Debian sarge .*data\.source\.init_args\.release"):
-        source.prepare()
-    source.folder.mkdir()
-    source.prepare()
+@needs_apt
+def test_another_release_is_asked_of_debian_itself(tmp_path, apt_get):
+    apt_get('for o; do case $o in -oDir::Etc::SourceList=*) cat "${o#*=}" >&2;; esac; done; echo "E: no sarge" >&2')
+    with pytest.raises(UserError, match=r"E: no sarge; .* sarge on http://deb\.debian\.org/debian, with /usr/share"):
+        debian.DebianSummary(cache_dir=str(tmp_path), release="sarge").prepare()
+    (sources,) = tmp_path.glob("debian-lists-sarge/*.list")
+    assert " http://deb.debian.org/debian sarge main\n" in sources.read_text()

@@ -26,7 +26,10 @@ def test_what_is_held_out_of_a_task_is_in_no_part_of_the_mixture(monkeypatch, tm
     assert pq.read_table(tmp_path / "folder" / "train.parquet").to_pylist() == found
 
 
-def test_further_prompts_are_new_and_held_out_of_neither_task(tmp_path):
+def test_further_prompts_are_new_and_held_out_of_neither_task(monkeypatch, tmp_path):
+    others = {"trixie": rows(("other\nheld", "new")), "sid": rows(("seen", "latest"))}
+    monkeypatch.setattr(headline_data, "DebianSummary", lambda release, **_: release)
+    monkeypatch.setattr(headline_data, "_rows", lambda source, split: others[source] if split == "train" else [])
     long, data = "long " * 200, tmp_path / "data"
     parts = {
         "en_it/train": rows(("known", "noto")),
@@ -40,5 +43,5 @@ def test_further_prompts_are_new_and_held_out_of_neither_task(tmp_path):
         headline_data.write_rows(data / f"{name}.parquet", part)
     headline_data.main([f"--out={tmp_path}", "--beyond", str(data)])
     found = pq.read_table(tmp_path / "train.parquet").to_pylist()
-    assert [row["prompt"] for row in found] == ["new", "also", "brief"]
-    assert len({row["id"] for row in found}) == 3
+    assert [row["prompt"] for row in found] == ["new", "also", "brief", "other", "latest"]
+    assert len({row["id"] for row in found}) == 5
