@@ -132,9 +132,10 @@ def write_shards(
                 progress.update(len(members))
                 continue
             stored: dict[str, Tensor] = {}
+            count = int(shards.lengths[members.start : members.stop].sum())
             for batch in _batches(members, sizes, batch_tokens):
                 for example, tensors in zip(batch, compute(batch), strict=True):
-                    _put(stored, tensors, shards.rows(example)[1], int(shards.lengths[members].sum()))
+                    _put(stored, tensors, shards.rows(example)[1], count)
                 progress.update(len(batch))
             with file_aside(path) as aside:
                 save_file(stored, aside)
