@@ -12,7 +12,7 @@ quickstart: $(INSTALLED)  ## train the three systems of the quickstart recipe, c
 	$(BIN)/llmslm-eval experiment --config quickstart
 
 headline-data: $(INSTALLED)  ## prepare the data of the headline experiment: needs apt and the network, no GPU
-	$(BIN)/llmslm-eval experiment --series headline --only data
+	$(BIN)/llmslm-eval experiment --series headline --only data prompts
 
 headline: $(INSTALLED)  ## the headline experiment on one GPU; what is complete is not run again
 	$(BIN)/llmslm-eval experiment --series headline

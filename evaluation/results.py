@@ -49,6 +49,8 @@ VARIANTS = {
     "quality_gold": "gold targets",
     "quality_distilled": "labels and logits of the LLM",
     "quality_more": "labels of further prompts, too",
+    "quality_spliced": "labels of further and of spliced prompts, too",
+    "quality_wide": "the same, SLM of 17M",
     "quality_replace": "replace",
     "quality_cross": "cross-attention",
     "quality_layer_6": "states of layer 6",

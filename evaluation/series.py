@@ -39,11 +39,13 @@ USAGE = 2
 """Status of a command that was given wrong arguments."""
 KINDS: Mapping[str, tuple[str, ...]] = {
     "data": ("evaluation.headline_data", "--out={folder}"),
+    "prompts": ("evaluation.headline_prompts", "--out={folder}"),
     "fit": (
         *("llmslm", "fit", "--trainer.default_root_dir={folder}", "--save_system.recipe={label}"),
         *("--ckpt_path=last", "--trainer.enable_progress_bar=false"),
     ),
     "label": ("llmslm", "label", "--out={folder}"),
+    "features": ("llmslm", "features", "--out={folder}"),
     "logits": ("llmslm", "logits", "--out={folder}"),
     "compare": ("evaluation", "compare", "--out={folder}"),
     "speed": ("evaluation", "compare", "--out={folder}"),

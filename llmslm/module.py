@@ -65,7 +65,7 @@ class EncoderOptions:
     quantization: Quantization | None = None
     """Quantise the weights at load: 8bit (needs torchao or bitsandbytes) or 4bit (bitsandbytes or torchao)."""
     features: str | None = None
-    """Folder of `llmslm features`: train from stored states, without the LLM (and without val/bleu)."""
+    """Folder of `llmslm features`: train from stored states, without the LLM."""
 
 
 def default_optimizer(parameters: Iterable[Any]) -> Optimizer:
@@ -130,7 +130,7 @@ class SystemModule(L.LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.features = Path(encoder.features) if encoder.features and system == "llm_to_slm" else None
-        self.bleu_examples = 0 if self.features else bleu_examples
+        self.bleu_examples = bleu_examples
         self.label_smoothing = label_smoothing
         self.dropout = dropout
         self.distillation = distillation

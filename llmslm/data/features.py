@@ -8,7 +8,7 @@ follow from the data and `shard_bytes` in the manifest.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from llmslm.data.codec import Codec, pad
 from llmslm.data.shards import Shards, StoredRows, missing_shards, write_shards
 from llmslm.errors import UserError
-from llmslm.models.encoder import Encoder, Layers
+from llmslm.models.encoder import Encoder, Layers, pad_right
 from llmslm.models.source import system_of
 from llmslm.writing import write_text
 
@@ -54,6 +54,7 @@ class StoredEncoder(Encoder):
         self.folder = folder
         self.layer, self.quantization = encoder["layer"], encoder["quantization"]
         self._config = AutoConfig.for_model(**encoder["config"])
+        self._known: dict[tuple[int, ...], Tensor] = {}
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -75,15 +76,38 @@ class StoredEncoder(Encoder):
         """The content hash of the encoder that wrote the states."""
         return str(self.manifest["encoder"]["hash"])
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+    def learn(self, prompts: Iterable[Sequence[int]], states: Iterable[Tensor]) -> None:
+        """Take the states (prompt_len, width) of prompts, by their tokens; what is learned can be read."""
+        self._known.update(zip(map(tuple, prompts), states, strict=True))
+
+    def forward(
+        self, prompt_ids: Tensor, prompt_attention_mask: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Give the states of prompts that were learned; see `Encoder.forward`.
+
+        Raises:
+            UserError: for any other prompt: there are no weights.
+        """
+        prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
+        lengths = mask.sum(dim=1).tolist()
+        found = [self._known.get(tuple(row[:length])) for row, length in zip(prompt_ids.tolist(), lengths, strict=True)]
+        hidden = torch.zeros(*prompt_ids.shape, self.width, dtype=torch.bfloat16, device=prompt_ids.device)
+        for row, states in zip(hidden, found, strict=True):
+            if states is None:
+                raise self._unreadable()
+            row[: len(states)] = states
+        return hidden, mask
+
+    def embed_tokens(self, *_: Any) -> Tensor:
         """Refuse: there are no weights.
 
         Raises:
             UserError: always.
         """
-        raise UserError(f"the states in {self.folder} stand for the encoder, which cannot read other prompts")
+        raise self._unreadable()
 
-    embed_tokens = forward  # type: ignore[assignment]
+    def _unreadable(self) -> UserError:
+        return UserError(f"the states in {self.folder} stand for the encoder, which cannot read other prompts")
 
 
 class StoredStates(StoredRows):

@@ -8,6 +8,7 @@ import yaml
 
 from evaluation.cli import _parser
 from evaluation.series import choose, load_series
+from llmslm.recipe import read_recipe
 from llmslm.training import run
 
 STAGES = load_series("headline")
@@ -22,6 +23,9 @@ OTHERS = (
     "t5_add_labels",
     "slm_more",
     "add_more",
+    "add_spliced",
+    "slm_wide",
+    "add_wide",
 )
 PARSED = [
     "pretrain/t5",
@@ -86,3 +90,11 @@ def test_further_labels_are_learned_beside_the_first():
         files = yaml.safe_load(arguments[arguments.index("--data.source.init_args.train") + 1])
         assert files == [f"{STAGES[f'en_it/{need}'].folder}/train.parquet" for need in ("labels", "labels_more")]
         assert STAGES[f"en_it/{name}"].needs == ("en_it/labels", "en_it/labels_more")
+
+
+def test_stored_states_are_those_of_the_prompts_that_are_learned_from():
+    features, fit = (STAGES[f"en_it/{name}"].arguments for name in ("features", "add_spliced"))
+    assert {*features} < {*fit}
+    assert fit[-2:] == ("--model.encoder.features", str(STAGES["en_it/features"].folder))
+    needs = {f"{STAGES[need].folder}/train.parquet" for need in STAGES["en_it/features"].needs}
+    assert needs == set(read_recipe(["headline/spliced"], [])["data"]["source"]["init_args"]["train"])

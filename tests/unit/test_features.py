@@ -54,7 +54,7 @@ def losses(recipe, name, *args):
     fit(recipe, "llm_to_slm", *logger, *args)
     with next(Path(name).rglob("metrics.csv")).open() as file:
         rows = list(csv.DictReader(file))
-    return [float(row[key]) for row in rows for key in ("train/loss", "val/loss") if row.get(key)]
+    return [float(row[key]) for row in rows for key in ("train/loss", "val/loss", "val/bleu") if row.get(key)]
 
 
 @pytest.mark.parametrize("packing", [[], ["--data.pack_tokens=48"]])
@@ -73,6 +73,19 @@ def test_training_from_the_cache_has_the_losses_of_training_on_the_fly(recipe, p
         assert losses(recipe, "resident", "--model.encoder.features=states", *packing) == cached
     assert cached == pytest.approx(expected, rel=1e-3)
     assert System.load("runs/toy/llm_to_slm").generate(["say alpha 0"], max_new_tokens=3)
+
+
+def test_what_stands_for_the_encoder_reads_the_prompts_that_it_learned(written):
+    encoder = features.StoredEncoder(written / "states")
+    states = [torch.rand(length, encoder.width).bfloat16() for length in (3, 1)]
+    encoder.learn([[4, 5, 6], [7]], states)
+    ids = torch.tensor([[0, 0, 7], [4, 5, 6]])
+    hidden, mask = encoder(ids, (ids > 0).long())
+    assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert torch.equal(hidden[1], states[0])
+    assert torch.equal(hidden[0, :1], states[1])
+    with pytest.raises(UserError, match="cannot read other prompts"):
+        encoder(ids[:, :2], torch.ones(2, 2, dtype=torch.long))
 
 
 def test_a_stopped_call_goes_on_where_it_was(recipe, monkeypatch):

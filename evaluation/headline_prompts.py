@@ -1,0 +1,105 @@
+"""Prompts without targets for the headline experiment: the LLM writes labels for texts that it was not trained on.
+
+    python -m evaluation.headline_prompts --data runs/headline/data --out runs/headline/prompts
+
+Writes en_it.parquet (texts of this release of Debian and others, in no split of the translation), spliced.parquet
+(texts that nobody wrote: each the beginning of one and the end of another) and summary.parquet (descriptions of other
+releases). What is held out of either task is in none of them. Needs apt and the network.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Container, Iterable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+
+import pyarrow.parquet as pq
+
+from evaluation.headline_data import HELD_OUT, SUMMARY, TRANSLATION, Rows, rows_of, write_rows
+from llmslm.data.sources import DebianSummary
+from llmslm.data.sources.base import SPLITS, Split
+
+RELEASES = ("trixie", "sid")
+"""Whose packages have further texts; sid's change from day to day."""
+MAX_CHARS = 750
+"""Of a text to translate: the shortest of those that do not fit into the recipe's 256 tokens has 767."""
+SPLICED = 150_000
+JOINTS = ("for", "of", "to", "with", "from", "in", "by", "on", "using", "that", "which", "and")
+"""Words at which texts are joined."""
+
+
+def prepare(out: Path, data: Path) -> dict[str, int]:
+    """Write the prompts beyond a prepared folder; return their numbers by file."""
+    translation, summary = (
+        {split: pq.read_table(data / name / f"{split}.parquet").to_pylist() for split in SPLITS}
+        for name in (TRANSLATION, SUMMARY)
+    )
+    sources = [DebianSummary(release=release, **HELD_OUT) for release in RELEASES]
+    others = [row for source in sources for row in rows_of(source, "train")]
+    known = {row["prompt"] for rows in translation.values() for row in rows} | _held_out(summary)
+    found = dict.fromkeys(text for row in (*summary["train"], *others) for text in _texts(row))
+    new = [text for text in found if text not in known and len(text) <= MAX_CHARS]
+    spliced = splices([row["prompt"] for row in translation["train"]] + new, SPLICED)
+    described = {row["prompt"] for row in summary["train"]} | _held_out(summary)
+    prompts: Mapping[str, Iterable[str]] = {
+        TRANSLATION: new,
+        "spliced": _without(spliced, known),
+        SUMMARY: _without(dict.fromkeys(row["prompt"] for row in others), described),
+    }
+    return {name: write_rows(out / f"{name}.parquet", _as_rows(texts)) for name, texts in prompts.items()}
+
+
+def splices(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
+    """Return texts that begin as one of `texts` and end as another, joined at a preposition that both have.
+
+    Args:
+        texts: what is joined; each begins as many, wherever it can be cut.
+        count: how many at most.
+        seed: of the choice.
+    """
+    words = [text.split() for text in texts]
+    cuts = [[at for at, word in enumerate(row) if word in JOINTS and 0 < at < len(row) - 1] for row in words]
+    ends: dict[str, list[tuple[int, int]]] = {joint: [] for joint in JOINTS}
+    for number, places in enumerate(cuts):
+        for at in places:
+            ends[words[number][at]].append((number, at))
+    random = Random(seed)
+    made: dict[str, None] = {}
+    for number in random.choices([number for number, places in enumerate(cuts) if places], k=2 * count):
+        at = random.choice(cuts[number])
+        other, behind = random.choice(ends[words[number][at]])
+        text = " ".join(words[number][:at] + words[other][behind:])
+        if other != number and len(text) <= MAX_CHARS:
+            made[text] = None
+    return list(made)[:count]
+
+
+def _held_out(summary: Mapping[Split, Rows]) -> set[str]:
+    """Validation's and test's texts of the summaries, whole and by paragraph."""
+    return {text for split in SPLITS[1:] for row in summary[split] for text in (row["prompt"], *_texts(row))}
+
+
+def _texts(row: Mapping[str, str]) -> list[str]:
+    return [text for text in (*row["prompt"].split("\n"), row["target"]) if text]
+
+
+def _without(texts: Iterable[str], known: Container[str]) -> list[str]:
+    return [text for text in texts if text not in known]
+
+
+def _as_rows(texts: Iterable[str]) -> Rows:
+    return [{"id": hashlib.sha256(text.encode()).hexdigest()[:16], "prompt": text} for text in texts]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Write them from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/headline/prompts"), metavar="DIR")
+    parser.add_argument("--data", type=Path, default=Path("runs/headline/data"), metavar="DIR")
+    options = parser.parse_args(args)
+    print(json.dumps(prepare(options.out, options.data), indent=2))
+
+
+if __name__ == "__main__":
+    main()

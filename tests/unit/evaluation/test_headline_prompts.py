@@ -1,0 +1,50 @@
+"""The prompts that the LLM labels, beside those that it was trained on."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from evaluation import headline_data, headline_prompts
+
+
+def rows(*pairs):
+    return [{"id": prompt, "prompt": prompt, "target": target} for prompt, target in pairs]
+
+
+@pytest.fixture
+def prompts(monkeypatch, tmp_path):
+    """Texts by file, made of a few packages."""
+    others = {"trixie": rows(("other for all\nheld", "new"), ("out\nof it", "x")), "sid": rows(("seen", "latest"))}
+    monkeypatch.setattr(headline_prompts, "DebianSummary", lambda release, **_: release)
+    monkeypatch.setattr(headline_prompts, "rows_of", lambda source, split: others[source] if split == "train" else [])
+    parts = {
+        "en_it/train": rows(("known", "noto"), ("one for none", "uno per nessuno")),
+        "en_it/validation": rows(("seen", "visto")),
+        "en_it/test": rows(("one for all", "uno per tutti")),
+        "summary/train": rows(("new\nknown\none for all\n" + "long " * 200, "held"), ("also\nnew\nout", "brief")),
+        "summary/validation": rows(("held out", "held")),
+        "summary/test": rows(("out\nof it", "test")),
+    }
+    for name, part in parts.items():
+        headline_data.write_rows(tmp_path / "data" / f"{name}.parquet", part)
+    headline_prompts.main([f"--out={tmp_path}", "--data", str(tmp_path / "data")])
+    files = {path.stem: pq.read_table(path).to_pylist() for path in tmp_path.glob("*.parquet")}
+    assert all(len({row["id"] for row in part}) == len(part) for part in files.values())
+    return {name: [row["prompt"] for row in part] for name, part in files.items()}
+
+
+def test_they_are_new_and_held_out_of_neither_task(prompts):
+    assert prompts["en_it"] == ["new", "also", "brief", "other for all", "x", "latest"]
+    assert prompts["summary"] == ["other for all\nheld", "seen"]
+
+
+def test_what_splicing_gives_is_not_held_out_either(prompts):
+    assert prompts["spliced"] == ["other for none"]  # and "one for all", which is in the translation's test split
+
+
+def test_splices_begin_as_one_text_and_end_as_another():
+    texts = ["a library for reading maps", "tools for games", "one of them", "all for one, one of all", "nothing here"]
+    many = headline_prompts.splices(texts, 60)
+    assert {"a library for games", "tools for reading maps"} <= set(many)
+    assert not set(many) & set(texts)
+    assert headline_prompts.splices(texts, 6) == headline_prompts.splices(texts, 6)
+    assert len(headline_prompts.splices(texts, 2)) == 2
