@@ -27,8 +27,8 @@ from llmslm.predict_file import Progress, Prompt, Throughput, predict_batch, pre
 from llmslm.system import Generation
 from llmslm.writing import file_aside, write_text
 
-VERSION = 1
-SHARD_EXAMPLES = 512  # what a kill loses at most, and the window that is sorted by length
+VERSION = 2
+SHARD_EXAMPLES = 4096  # what a kill loses at most, and the window that is sorted by length
 REPORT = "labels.json"
 RECIPE = "recipe.yaml"
 FAILURES = ("unfinished", "short", "long", "empty")
@@ -165,7 +165,7 @@ def write_labels(out: Path, split: Split, shards: list[Path], gate: Gate, failed
     counts: Counter[str] = Counter()
     path = out / f"{split}.parquet"
     with file_aside(path) as aside:
-        with pq.ParquetWriter(aside, _COLUMNS) as file:
+        with pq.ParquetWriter(aside, _COLUMNS, compression="zstd") as file:
             for shard in shards:
                 rows = [_judged(row, gate) for row in pq.read_table(shard).to_pylist()]
                 for row in rows:
