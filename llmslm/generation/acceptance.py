@@ -1,11 +1,14 @@
 """What a verified block keeps of its draft: by equality (greedy) or by the rejection rule of speculative sampling."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SHORTEST, LONGEST = 4, 16
+GRAPHED = (3, 7, 15)
+"""Sizes of the blocks that are captured: the pass that verifies one has a token more."""
 _MEMORY = 0.8  # weight of the past at each block
 
 
@@ -71,10 +74,11 @@ class BlockLength:
 
     Args:
         cost: of drafting one token, in passes of the verifier.
+        sizes: to choose from.
     """
 
-    def __init__(self, cost: float) -> None:
-        self.cost = cost
+    def __init__(self, cost: float, sizes: Sequence[int] = range(SHORTEST, LONGEST + 1)) -> None:
+        self.cost, self.sizes = cost, sizes
         self._kept, self._judged = 3.0, 4.0
 
     @property
@@ -85,7 +89,7 @@ class BlockLength:
         def output_for_cost(size: int) -> float:
             return (1 - odds ** (size + 1)) / (1 + self.cost * size)
 
-        return max(range(SHORTEST, LONGEST + 1), key=output_for_cost)
+        return max(self.sizes, key=output_for_cost)
 
     def learn(self, kept: int, refused: int) -> None:
         """Take in a block: drafted tokens that were kept, and those that ended the block of their row."""

@@ -33,7 +33,7 @@ class BlockStep(TorchStep):
 
         Args:
             tokens: ids.
-            positions: consecutive along a row; a token may be given twice, in the same slot.
+            positions: consecutive along a row.
             length: slots that are looked at, more than the largest position.
         """
         self.tokens, self.positions = tokens, positions

@@ -14,43 +14,48 @@ class Choice:
 
     Args:
         llm: whose output is wanted.
-        prompt_ids: (batch, prompt_len), as the LLM reads them; for a repetition penalty.
-        mask: (batch, prompt_len), 1 = a real token.
+        batch: rows.
         min_new: number of tokens before which no row ends.
         max_new: number of tokens after which a row ends in any case.
-        sampling: how tokens are drawn; the most probable ones are taken if not given.
+        sampling: how tokens are drawn, but for its seed; the most probable ones are taken if not given.
     """
 
     def __init__(
-        self,
-        llm: PreTrainedModel,
-        prompt_ids: Tensor,
-        mask: Tensor,
-        *,
-        min_new: int,
-        max_new: int,
-        sampling: Sampling | None,
+        self, llm: PreTrainedModel, batch: int, *, min_new: int, max_new: int, sampling: Sampling | None
     ) -> None:
-        encoder_decoder = bool(llm.config.is_encoder_decoder)
+        device = llm.device
         self.vocabulary = int(llm.get_output_embeddings().weight.shape[0])
+        self.start_token = (start_token(llm) or 0) if llm.config.is_encoder_decoder else None
         self.rules = TokenRules(
             llm.generation_config,
             vocabulary=self.vocabulary,
-            encoder_decoder=encoder_decoder,
-            device=prompt_ids.device,
+            encoder_decoder=self.start_token is not None,
+            device=device,
         )
         self.min_new, self.max_new, self.sampling = min_new, max_new, sampling
         self.mode = self.rules.mode(sampling)
-        self.generator = torch.Generator(device=prompt_ids.device)
+        self.generator = torch.Generator(device=device)
         self.penalty = self.rules.repetition_penalty if sampling is None else sampling.repetition_penalty
         self.seen: Tensor | None = None
-        if sampling is not None:
-            self.generator.manual_seed(sampling.seed)
         if self.penalty != 1.0:
-            self.seen = torch.zeros(len(mask), self.vocabulary, device=mask.device, dtype=torch.bool)
-            first = torch.full_like(prompt_ids[:, :1], start_token(llm) or 0) if encoder_decoder else prompt_ids
-            kept = torch.ones_like(first) if encoder_decoder else mask
-            self.seen |= _marked(first, kept, self.vocabulary)
+            self.seen = torch.zeros(batch, self.vocabulary, device=device, dtype=torch.bool)
+        forced = ((self.rules.forced_bos, 0), (self.rules.forced_eos, max_new - 1))
+        tokens = torch.arange(self.vocabulary, device=device)
+        self._forced = [((tokens == token).float().log(), at) for token, at in forced if token is not None]
+
+    def start(self, prompt_ids: Tensor, mask: Tensor, seed: int) -> None:
+        """Forget the last call.
+
+        Args:
+            prompt_ids: (batch, prompt_len), as the LLM reads them; for a repetition penalty.
+            mask: (batch, prompt_len), 1 = a real token.
+            seed: of what is drawn.
+        """
+        self.generator.manual_seed(seed)
+        if self.seen is not None:
+            if self.start_token is not None:
+                prompt_ids, mask = torch.full_like(prompt_ids[:, :1], self.start_token), torch.ones_like(mask[:, :1])
+            self.seen.copy_(_marked(prompt_ids, mask, self.vocabulary))
 
     def propose(self, logits: Tensor, step: Tensor, drafted: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choose the draft's next tokens (batch,) from its logits (batch, vocabulary), and the odds they had.
@@ -97,10 +102,8 @@ class Choice:
         seen = None if seen is None else seen.flatten(0, 1)
         flat = logits.flatten(0, 1).float()
         scores = self.rules.processed(flat, rows, self.min_new, seen=seen, penalty=self.penalty)
-        for token, at in ((self.rules.forced_bos, 0), (self.rules.forced_eos, self.max_new - 1)):
-            if token is not None:
-                only = F.one_hot(torch.tensor(token, device=rows.device), self.vocabulary).float().log()
-                scores = torch.where((rows == at)[:, None], only, scores)
+        for only, at in self._forced:
+            scores = torch.where((rows == at)[:, None], only, scores)
         return scores.view(logits.shape)
 
     def _probabilities(self, scores: Tensor) -> Tensor:

@@ -1,9 +1,17 @@
 """Which decode step serves a device."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmslm.generation.block import BlockStep
 from llmslm.generation.native import NativeStep, can_run
 from llmslm.generation.plan import Decoder
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import TorchStep
+
+if TYPE_CHECKING:
+    from llmslm.generation.fused_block import FusedBlockStep
 
 
 def step_for(decoder: Decoder, state: DecodeState) -> TorchStep:
@@ -15,3 +23,12 @@ def step_for(decoder: Decoder, state: DecodeState) -> TorchStep:
     from llmslm.generation.fused import FusedStep  # Triton exists beside CUDA builds of torch alone
 
     return FusedStep(decoder, state)
+
+
+def block_step_for(decoder: Decoder, state: DecodeState) -> BlockStep | FusedBlockStep:
+    """The same for blocks of tokens."""
+    if state.device.type != "cuda":
+        return BlockStep(decoder, state)
+    from llmslm.generation.fused_block import FusedBlockStep
+
+    return FusedBlockStep(decoder, state)

@@ -72,12 +72,15 @@ class FusedStep(TorchStep):
 
     def embedded(self) -> Tensor:
         """See `TorchStep.embedded`."""
-        decoder, state = self.decoder, self.state
+        return self._embedded(self.state.token, self.state.position)
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        decoder = self.decoder
         width = decoder.embedding.shape[1]
-        x = decoder.embedding.new_empty(state.batch, width)
-        kernels.embed_kernel[(state.batch, triton.cdiv(width, 1024))](
-            state.token,
-            state.position,
+        x = decoder.embedding.new_empty(tokens.numel(), width)
+        kernels.embed_kernel[(tokens.numel(), triton.cdiv(width, 1024))](
+            tokens,
+            positions,
             decoder.embedding,
             decoder.embedding if decoder.positions is None else decoder.positions,
             x,
@@ -85,7 +88,7 @@ class FusedStep(TorchStep):
             decoder.position_offset,
             width,
             BLOCK=1024,
-            POSITIONS=decoder.positions is not None,
+            POSITIONS=0 if decoder.positions is None else decoder.positions.shape[0],
             num_warps=4,
             **self.options,
         )
@@ -178,10 +181,10 @@ class FusedStep(TorchStep):
 
     def cross_attended(self, q: Tensor, inner: CrossAttention) -> Tensor:
         """See `TorchStep.cross_attended`."""
-        state = self.state
+        state, rows = self.state, q.shape[0]
         keys, values = state.cross[inner.layer]
         y = torch.empty_like(q)
-        kernels.cross_attention_kernel[(state.batch, inner.heads)](
+        kernels.cross_attention_kernel[(rows, inner.heads)](
             q,
             y,
             keys,
@@ -189,10 +192,11 @@ class FusedStep(TorchStep):
             state.encoder_valid.view(torch.int8),
             state.encoder_capacity,
             inner.scale,
+            NEW=rows // state.batch,
             HEADS=inner.heads,
             D=inner.head_dim,
             WIDTH=triton.next_power_of_2(inner.head_dim),
-            **_attention_tile(state.batch * inner.heads, inner.head_dim),
+            **_attention_tile(rows * inner.heads, inner.head_dim),
             **self.options,
         )
         return y
@@ -200,40 +204,50 @@ class FusedStep(TorchStep):
     def take_largest(self, logits: Tensor, rules: TokenRules) -> None:
         """See `TorchStep.take_largest`."""
         state, eos = self.state, rules.eos
-        vocabulary = logits.shape[1]
-        chunks = triton.cdiv(vocabulary, _CHUNK)
-        value = torch.empty(state.batch, chunks, device=logits.device)
-        index = torch.empty(state.batch, chunks, device=logits.device, dtype=torch.int32)
-        ends = eos if eos.numel() else state.token
-        kernels.largest_kernel[(state.batch, chunks)](
-            logits,
-            value,
-            index,
-            ends,
-            state.step,
-            state.min_new,
-            vocabulary,
-            BLOCK=_CHUNK,
-            ENDS=eos.numel(),
-            num_warps=4,
-            **self.options,
-        )
+        value, index = self.largest(logits, rules, state.step)
         kernels.advance_kernel[(state.batch,)](
             value,
             index,
-            ends,
+            eos if eos.numel() else state.token,
             state.token,
             state.finished.view(torch.int8),
             state.out,
             state.step,
             state.slot,
             state.position,
-            chunks,
+            value.shape[1],
             state.capacity,
-            vocabulary,
+            logits.shape[1],
             rules.pad,
-            BLOCK=triton.next_power_of_2(chunks),
+            BLOCK=triton.next_power_of_2(value.shape[1]),
             ENDS=eos.numel(),
             num_warps=4,
             **self.options,
         )
+
+    def largest(self, logits: Tensor, rules: TokenRules, step: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the largest of each chunk of logits (rows, vocabulary), and its token: (rows, chunks) each.
+
+        Args:
+            logits: contiguous.
+            rules: whose ends do not count before the state's min_new tokens.
+            step: (rows,) tokens before the one that is chosen.
+        """
+        (rows, vocabulary), eos = logits.shape, rules.eos
+        chunks = triton.cdiv(vocabulary, _CHUNK)
+        value = torch.empty(rows, chunks, device=logits.device)
+        index = torch.empty(rows, chunks, device=logits.device, dtype=torch.int32)
+        kernels.largest_kernel[(rows, chunks)](
+            logits,
+            value,
+            index,
+            eos if eos.numel() else step,
+            step,
+            self.state.min_new,
+            vocabulary,
+            BLOCK=_CHUNK,
+            ENDS=eos.numel(),
+            num_warps=4,
+            **self.options,
+        )
+        return value, index

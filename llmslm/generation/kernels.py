@@ -286,14 +286,16 @@ def cross_attention_kernel(
     valid_ptr,
     capacity,
     scale,
+    NEW: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_L: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Attention of one token over the encoder's states, whose keys and values are given."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """Attention of one of a row's NEW tokens over the encoder's states, whose keys and values are given."""
+    place, head = tl.program_id(0), tl.program_id(1)
+    row = place // NEW
     d, n = tl.arange(0, WIDTH), tl.arange(0, BLOCK_L)
     base = (row * HEADS + head).to(tl.int64) * capacity * D
     at = base + n[:, None] * D + d[None, :]
@@ -304,7 +306,7 @@ def cross_attention_kernel(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    q = tl.load(q_ptr + (row * HEADS + head) * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
+    q = tl.load(q_ptr + (place * HEADS + head) * D + d, mask=d < D, other=0.0).to(tl.float32) * scale
     largest = tl.sum(q, axis=0) * 0.0 - 1.0e30
     total = largest * 0.0
     y = tl.zeros([WIDTH], tl.float32)
@@ -322,7 +324,7 @@ def cross_attention_kernel(
         keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
         values = tl.load(values_ptr + at, mask=inside, other=0.0)
         kept = tl.load(valid_ptr + row * capacity + here, mask=here < capacity, other=0)
-    tl.store(y_ptr + (row * HEADS + head) * D + d, y / total, mask=d < D)
+    tl.store(y_ptr + (place * HEADS + head) * D + d, y / total, mask=d < D)
 
 
 @triton.jit
@@ -339,7 +341,10 @@ def embed_kernel(
     POSITIONS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Give x (batch, K): the embedding of each row's last token, and of its position if those are learned."""
+    """Give x (batch, K): the embedding of each row's last token, and of its position if POSITIONS of them are learned.
+
+    Positions beyond the table belong to tokens behind an end, whose logits nobody reads.
+    """
     row = tl.program_id(0)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if EARLY:
@@ -348,7 +353,7 @@ def embed_kernel(
     token = tl.load(token_ptr + row)
     x = tl.load(embedding + token * K + k, mask=k < K, other=0.0).to(tl.float32) * scale
     if POSITIONS:
-        position = tl.load(position_ptr + row) + offset
+        position = tl.minimum(tl.load(position_ptr + row) + offset, POSITIONS - 1)
         x += tl.load(positions + position * K + k, mask=k < K, other=0.0).to(tl.float32)
     tl.store(x_ptr + row * K + k, x, mask=k < K)
 

@@ -75,11 +75,12 @@ def test_greedy_tokens_are_the_llms(family, slm_family, rows, perfect):
 def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
     verified = engine(family, slm_family)
     verified.fixed = True
-    for rows, length in ((1, 40), (4, 40), (4, 33)):
+    for rows, length in ((1, 30), (4, 30), (4, 25)):
         inputs, sides = batch(verified.llm, rows, length)
         expected = by_generate(verified.llm, inputs, max_new_tokens=30)
         assert torch.equal(verified.generate(**sides, max_new_tokens=30).tokens, expected)
-    assert len(verified._sides) == 4, "the caches of a call are used again by the next of its size"
+    assert len(verified._loops) == 2, "the caches of a call are used again by the next of its size"
+    assert len(verified._lengths) == 2, "prompts come in a few lengths"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +257,7 @@ def test_what_cannot_fit_is_refused_after_giving_up_what_is_kept(monkeypatch):
     monkeypatch.setattr("llmslm.generation.memory.available_bytes", lambda device: 1000)
     with pytest.raises(UserError, match="batch"):
         verified.generate(**sides, max_new_tokens=2)
-    assert not verified._sides
+    assert not verified._loops
 
 
 def test_blocks_grow_with_what_is_kept():

@@ -1,0 +1,110 @@
+"""One block of verified decoding, all on the device: draft, verify in one pass, keep what holds, read on."""
+
+import torch
+from torch import Tensor
+
+from llmslm.generation.acceptance import LONGEST, Verdict
+from llmslm.generation.choice import Choice
+from llmslm.generation.side import Side
+
+
+class VerifiedBlock:
+    """The tokens of a batch, and the work that adds to them. On CUDA nothing of it depends on the host.
+
+    Token 0 of each row is its start, the new ones count from 1. Rows that have ended stay as they are.
+
+    Args:
+        llm: verifies.
+        draft: proposes.
+        choice: of tokens.
+    """
+
+    def __init__(self, llm: Side, draft: Side, choice: Choice) -> None:
+        self.llm, self.draft, self.choice = llm, draft, choice
+        self.batch, self.device = llm.state.batch, llm.base.device
+        size = (self.batch, places(choice.max_new))
+        self.tokens = torch.zeros(size, dtype=torch.long, device=self.device)
+        self.produced = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        self.open = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+        self.report = torch.zeros(4, self.batch, dtype=torch.long, device=self.device)
+        """Of the last block: tokens so far, whether the row goes on, drafted tokens that were right, tokens taken."""
+        for side in (llm, draft):
+            side.state.min_new.fill_(choice.min_new)
+
+    def start(self) -> None:
+        """Forget the last call's tokens; the sides have their prompts."""
+        self.produced.zero_()
+        self.open.fill_(True)
+
+    def read_start(self) -> None:
+        """Let a draft that has an id for its first token read that: its prompt's pass gave no logits."""
+        if self.draft.first_index == 0:
+            index = self.produced[:, None]
+            self.draft.next_logits.copy_(self.draft.read(self.tokens[:, :1], index, 0)[:, 0])
+
+    def run(self, size: int, largest: int | None = None) -> None:
+        """Give each open row one to size + 1 new tokens.
+
+        Args:
+            size: number of tokens to draft.
+            largest: number of tokens that any row will have at most before the last one, where the host knows it.
+        """
+        odds = self._propose(size, largest)
+        index = self.produced[:, None] + torch.arange(size + 1, device=self.device)
+        block = self.tokens.gather(1, index)
+        logits = self.llm.read(block, index, largest)
+        verdict = self.choice.judge(logits, index, block[:, 1:], odds)
+        self._keep(verdict, index + 1)
+        self._read_on(size, None if largest is None else largest + 1)
+
+    def _propose(self, size: int, largest: int | None) -> Tensor | None:
+        """Write drafted tokens behind those of each row; the odds (batch, size, vocabulary) that they had if drawn."""
+        begin, logits = self.produced[:, None], self.draft.next_logits
+        odds: list[Tensor] = []
+        for drafted in range(size):
+            if drafted:
+                index = begin + drafted
+                logits = self.draft.read(self.tokens.gather(1, index), index, largest)[:, -1]
+            so_far = self.tokens.gather(1, begin + 1 + torch.arange(drafted, device=self.device))
+            token, chances = self.choice.propose(logits, self.produced + drafted, so_far)
+            self.tokens.scatter_(1, begin + drafted + 1, token[:, None])
+            if chances is not None:
+                odds.append(chances)
+        return torch.cat(odds, dim=1) if odds else None
+
+    def _keep(self, verdict: Verdict, index: Tensor) -> None:
+        """Take what was accepted, the LLM's next token, and no more than a row may have."""
+        max_new, eos = self.choice.max_new, self.choice.rules.eos
+        after = self.produced + verdict.accepted + 1
+        self.tokens.scatter_(1, after[:, None], verdict.next_token[:, None])
+        block = self.tokens.gather(1, index)
+        ends = (block[..., None] == eos).any(dim=-1) & (index <= after[:, None])
+        count = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, verdict.accepted + 1)
+        count = torch.minimum(count, max_new - self.produced) * self.open
+        self.choice.note(block, index <= (self.produced + count)[:, None])
+        self.produced += count
+        self.open &= ~ends.any(dim=1) & (self.produced < max_new)
+        torch.stack([self.produced, self.open.long(), verdict.accepted, count], out=self.report)
+
+    def _read_on(self, size: int, largest: int | None) -> None:
+        """Let the draft read the last token of each row, and the one before it, which it drafted last if all was kept.
+
+        Where one row's tokens 0 have no id, it reads the last token and the one behind it, which comes later again.
+        """
+        new = 2
+        if self.device.type == "cpu":  # where looking is free
+            if not self.open.any():
+                return
+            new = 1 + bool((self.report[2] == size).any())
+        first = (self.produced - new + 1).clamp(min=self.draft.first_index)
+        index = first[:, None] + torch.arange(new, device=self.device)
+        logits = self.draft.read(self.tokens.gather(1, index), index, largest)
+        if new == 1:
+            self.draft.next_logits.copy_(logits[:, 0])
+        else:
+            torch.where((self.produced > first)[:, None], logits[:, 1], logits[:, 0], out=self.draft.next_logits)
+
+
+def places(max_new: int) -> int:
+    """Tokens of a row at most, with its start and what blocks past its end write: also their positions."""
+    return max_new + LONGEST + 2

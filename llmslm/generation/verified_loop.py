@@ -1,0 +1,201 @@
+"""From block to block of verified decoding: on the CPU the host looks at each, on CUDA it launches graphs ahead."""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmslm.generation.acceptance import GRAPHED, LONGEST, SHORTEST, Acceptance, BlockLength
+from llmslm.generation.choice import Choice
+from llmslm.generation.graphs import Captured
+from llmslm.generation.side import Side
+from llmslm.generation.verified_block import VerifiedBlock
+from llmslm.generation.verified_prompt import PromptReader
+
+_AHEAD = 1  # blocks that the host launches before it must know what an earlier one gave
+_ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product whose weights are read once (measured)
+
+
+@dataclass(frozen=True)
+class VerifiedTokens:
+    """What a call gives.
+
+    tokens: (batch, new_len) new tokens; rows that end early are filled with the pad token.
+    acceptance: how much of the drafts was kept.
+    """
+
+    tokens: Tensor
+    acceptance: Acceptance
+
+
+def cost_of_drafting(llm: Side, draft: Side) -> float:
+    """Cost of one more token in each block, in passes of the LLM: reading the draft's weights, and a longer pass."""
+    cost = draft.decoder.decoding_bytes() / llm.decoder.decoding_bytes()
+    if llm.base.device.type == "cpu":
+        rows = llm.base.shape[0]
+        return cost + _ROW_ON_CPU * rows / (1 + _ROW_ON_CPU * (rows - 1))
+    # Small models are bound by the number of kernels, which are as many a sublayer.
+    return max(cost, len(draft.decoder.sublayers) / len(llm.decoder.sublayers))
+
+
+def block_for(llm: Side, draft: Side, choice: Choice) -> VerifiedBlock:
+    """The fused block on CUDA, where its choice is the plain one."""
+    if llm.base.device.type != "cuda" or choice.mode != "plain":
+        return VerifiedBlock(llm, draft, choice)
+    from llmslm.generation.fused_block import FusedVerifiedBlock
+
+    return FusedVerifiedBlock(llm, draft, choice)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a block will have given once `event` has come; the tokens of all rows so far, if they are wanted."""
+
+    size: int
+    rows: Tensor
+    tokens: Tensor | None
+    event: torch.cuda.Event | None
+
+
+class VerifiedLoop:
+    """Decodes batches of one size by one choice, in buffers that are used again.
+
+    Args:
+        llm: verifies.
+        draft: proposes.
+        choice: of tokens.
+        fixed: whether blocks have few sizes and the host knows late what they gave, as CUDA graphs want it.
+    """
+
+    def __init__(self, llm: Side, draft: Side, choice: Choice, *, fixed: bool) -> None:
+        self.llm, self.draft, self.choice, self.fixed = llm, draft, choice, fixed
+        self.block = block_for(llm, draft, choice)
+        self.cost = cost_of_drafting(llm, draft)
+        self.sizes: Sequence[int] = GRAPHED if fixed else range(SHORTEST, LONGEST + 1)
+        self._graphs: dict[int, Captured] = {}
+        self._prompts: dict[tuple[str, ...], Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.block.device.type == "cuda" else None
+        self._first = Captured(self.block.read_start, self.block.device, pool=self._pool)
+        if fixed:
+            self._capture()
+
+    def _capture(self) -> None:
+        for size in self.sizes:
+            block, drawn = functools.partial(self.block.run, size), (self.choice.generator,)
+            self._graphs[size] = Captured(block, self.block.device, pool=self._pool, generators=drawn)
+            if self._pool is not None:  # now, since a first run disturbs the buffers
+                self._graphs[size].prepare()
+
+    def read_prompt(self, reader: PromptReader, prompt: dict[str, Tensor]) -> None:
+        """Read prompts by a graph, for which they have the lengths of earlier ones; see `PromptReader.read`."""
+        names = tuple(prompt)
+        if names not in self._prompts:
+
+            def read(*values: Tensor) -> None:
+                reader.begin(reader.read(**dict(zip(names, values, strict=True))), self.llm, self.draft)
+
+            self._prompts[names] = Captured(read, self.block.device, pool=self._pool)
+        self._prompts[names](*prompt.values())
+
+    def run(
+        self, on_first_token: Callable[[], None] | None, on_tokens: Callable[[Tensor], None] | None
+    ) -> VerifiedTokens:
+        """Decode from where the sides stand; arguments as for `VerifiedEngine.generate`."""
+        self.block.start()
+        self._first()
+        call = _Call(self, on_first_token, on_tokens)
+        while any(call.open):
+            size = call.size
+            if self.fixed:
+                self._graphs[size]()
+            else:
+                self.block.run(size, max(call.counts) + size)
+            call.pending.append(self._report(size, with_tokens=on_tokens is not None))
+            call.look(_AHEAD if self.fixed else 0)
+        width = max(call.counts)
+        tokens = padded(self.block.tokens[:, 1 : width + 1], self.block.produced, self.choice.rules.pad)
+        return VerifiedTokens(tokens, call.acceptance)
+
+    def _report(self, size: int, *, with_tokens: bool) -> _Report:
+        """Ask for what the block that was launched last will have given."""
+        rows, tokens = self.block.report, self.block.tokens if with_tokens else None
+        if self.block.device.type != "cuda":
+            return _Report(size, rows.clone(), None if tokens is None else tokens.clone(), None)
+        event = torch.cuda.Event()
+        copies = [None if value is None else _pinned(value) for value in (rows, tokens)]
+        event.record()
+        assert copies[0] is not None
+        return _Report(size, copies[0], copies[1], event)
+
+
+def _pinned(value: Tensor) -> Tensor:
+    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return copy.copy_(value, non_blocking=True)
+
+
+def padded(tokens: Tensor, produced: Tensor, pad: int, start: int = 0) -> Tensor:
+    """New tokens (batch, n) from number `start` on, filled with the pad token behind those of each row."""
+    index = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+    return tokens.masked_fill(index >= produced[:, None], pad)
+
+
+class _Call:
+    """What the host knows of a running call.
+
+    Args:
+        loop: that runs.
+        on_first_token: see `VerifiedEngine.generate`.
+        on_tokens: see `VerifiedEngine.generate`.
+    """
+
+    def __init__(
+        self,
+        loop: VerifiedLoop,
+        on_first_token: Callable[[], None] | None,
+        on_tokens: Callable[[Tensor], None] | None,
+    ) -> None:
+        self.choice, self.sizes, self.fixed = loop.choice, loop.sizes, loop.fixed
+        self.on_first_token, self.on_tokens = on_first_token, on_tokens
+        self.length, self.acceptance = BlockLength(loop.cost, loop.sizes), Acceptance()
+        batch = loop.block.batch
+        self.counts, self.open, self.handed_out = [0] * batch, [True] * batch, 0
+        self.pending: deque[_Report] = deque()
+
+    @property
+    def size(self) -> int:
+        """Of the next block: no more than the row that has come least far still needs."""
+        fewest = min(count for count, is_open in zip(self.counts, self.open, strict=True) if is_open)
+        left = self.choice.max_new - fewest - 1
+        if self.fixed:
+            left = min((size for size in self.sizes if size >= left), default=left)
+        return min(self.length.current, left)
+
+    def look(self, ahead: int) -> None:
+        """Take in what was asked for, all but the last `ahead` reports, until every row has ended."""
+        while self.pending and any(self.open) and (self.on_first_token is not None or len(self.pending) > ahead):
+            report = self.pending.popleft()
+            if report.event is not None:
+                report.event.synchronize()
+            if self.on_first_token is not None:
+                self.on_first_token()
+                self.on_first_token = None
+            self._take(report)
+
+    def _take(self, report: _Report) -> None:
+        counts, still_open, accepted, taken = report.rows.tolist()
+        rows = [(a, t) for a, t in zip(accepted, taken, strict=True) if t]  # a row that was open took one or more
+        kept = sum(min(a, t) for a, t in rows)
+        refused = sum(a < report.size and a < t for a, t in rows)
+        self.length.learn(kept, refused)
+        self.acceptance.add(Acceptance(1, len(rows), report.size * len(rows), kept))
+        self.counts, self.open = counts, [bool(value) for value in still_open]
+        if self.on_tokens is not None and report.tokens is not None:
+            going = [count for count, is_open in zip(counts, self.open, strict=True) if is_open]
+            known = min(going) if going else max(counts)
+            if known > self.handed_out:
+                new = report.tokens[:, self.handed_out + 1 : known + 1]
+                self.on_tokens(padded(new, report.rows[0], self.choice.rules.pad, self.handed_out))
+            self.handed_out = max(known, self.handed_out)

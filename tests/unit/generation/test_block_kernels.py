@@ -1,0 +1,166 @@
+"""The kernels of blocks against plain torch, and verified decoding by them; see test_kernels.py for how they run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+pytest.importorskip("triton", reason="needs Triton (pip install triton)")
+
+from llmslm.generation import verified_loop
+from llmslm.generation.block import BlockStep
+from llmslm.generation.choice import Choice
+from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.families import read
+from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
+from llmslm.generation.plan import CrossAttention, Linear, Norm
+from llmslm.generation.side import Side
+from llmslm.generation.verified_block import VerifiedBlock, places
+from tests.unit.generation.families import by_generate, tiny
+from tests.unit.generation.test_kernels import (  # noqa: F401
+    ATTENTIONS,
+    COMPILED,
+    DEVICE,
+    DTYPES,
+    _few_programs,
+    close,
+    drawn,
+    made_decoder,
+    made_state,
+)
+from tests.unit.generation.test_verified import batch, engine
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize(("starts", "new"), [([0], 1), ([16, 0, 33], 3), ([17], 8)])
+def test_attention_of_blocks(kind: str, dtype: torch.dtype, starts: list[int], new: int) -> None:
+    inner, capacity, rows = ATTENTIONS[kind], 47, len(starts)
+    if kind.startswith("normed"):
+        inner = replace(
+            inner,
+            q_norm=Norm(drawn(inner.head_dim, dtype=dtype), None, 1e-6, False),
+            k_norm=Norm(drawn(inner.head_dim, dtype=dtype), None, 1e-6, False),
+        )
+    angles = drawn(40, inner.head_dim // 2).repeat(1, 2)  # fewer than positions: the last serves those behind it
+    decoder = made_decoder(
+        embedding=drawn(5, 4, dtype=dtype), cos=angles.cos(), sin=angles.sin(), distance_bias=drawn(inner.heads, 9)
+    )
+    state = made_state(rows, capacity, dtype=dtype, kv_heads=inner.kv_heads, head_dim=inner.head_dim)
+    state.cache.copy_(torch.randn_like(state.cache))
+    before = state.cache.clone()
+    tokens = torch.zeros(rows, new, dtype=torch.long, device=DEVICE)
+    positions = torch.tensor(starts, device=DEVICE)[:, None] + torch.arange(new, device=DEVICE)
+    ours, plain = FusedBlockStep(decoder, state, early=COMPILED), BlockStep(decoder, state)
+    qkv = drawn(rows * new, (inner.heads + 2 * inner.kv_heads) * inner.head_dim, dtype=dtype)
+    results = []
+    for step in (ours, plain):
+        state.cache.copy_(before)
+        step.logits = lambda length: torch.zeros(rows * new, device=DEVICE)  # type: ignore[method-assign]
+        step.read(tokens, positions, capacity)  # sets the mask alone
+        results.append((step.attended(qkv, inner, capacity), state.cache.clone()))
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_blocks_over_the_encoders_states(dtype: torch.dtype) -> None:
+    inner, rows, new, length = CrossAttention(0, 3, 12, 0.3, Linear(drawn(1, 1))), 3, 4, 17
+    state = made_state(rows, length, dtype=dtype, kv_heads=3, head_dim=12, cross_heads=3)
+    state.cross.copy_(torch.randn_like(state.cross))
+    state.encoder_valid.copy_(torch.arange(length, device=DEVICE) < torch.tensor([[17], [1], [16]], device=DEVICE))
+    ours, plain = FusedBlockStep(made_decoder(), state, early=COMPILED), BlockStep(made_decoder(), state)
+    ours.tokens = plain.tokens = torch.zeros(rows, new, dtype=torch.long, device=DEVICE)
+    q = drawn(rows * new, 36, dtype=dtype)
+    close(ours.cross_attended(q, inner), plain.cross_attended(q, inner))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "opt-post-norm", "t5-gated", "bart"])
+def test_a_whole_block_is_that_of_plain_torch(family: str) -> None:
+    """Rows at different places, one with positions that the model has no embeddings for."""
+    with torch.no_grad():
+        decoder = read(tiny(family).to(DEVICE), 40)
+        if decoder.positions is not None:
+            decoder = replace(decoder, positions=decoder.positions[:40])
+        logits = []
+        for kind in (FusedBlockStep, BlockStep):
+            torch.manual_seed(1)
+            side = Side(decoder, 2, 48, 5 if decoder.crosses else 0)
+            side.state.cache.copy_(torch.randn_like(side.state.cache))
+            side.state.cross.copy_(torch.randn_like(side.state.cross))
+            tokens = torch.tensor([[7, 8, 60], [9, 10, 11]], device=DEVICE)
+            positions = torch.tensor([[3, 4, 5], [38, 39, 40]], device=DEVICE)
+            step = BlockStep(decoder, side.state)
+            if kind is FusedBlockStep:
+                step = FusedBlockStep(decoder, side.state, early=COMPILED)
+            logits.append(step.read(tokens, positions, 48))
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4 * float(logits[1].abs().max()))
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA devices do, on the CPU: graphs are their functions."""
+
+    def fused_blocks(llm: Side, draft: Side, choice: Choice) -> VerifiedBlock:
+        return FusedVerifiedBlock(llm, draft, choice) if choice.mode == "plain" else VerifiedBlock(llm, draft, choice)
+
+    monkeypatch.setattr(
+        "llmslm.generation.side.block_step_for",
+        lambda decoder, state: FusedBlockStep(decoder, state, early=COMPILED),
+    )
+    monkeypatch.setattr(verified_loop, "block_for", fused_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILED, reason="test_verified_cuda.py has it with its graphs")
+@pytest.mark.parametrize(("family", "slm_family"), [("llama", "gpt2"), ("t5", "llama"), ("gpt2", "t5")])
+def test_verified_tokens_by_kernels_are_the_llms(family: str, slm_family: str, by_kernels: None) -> None:
+    verified = engine(family, slm_family, perfect=family == "gpt2")
+    verified.fixed = True
+    inputs, sides = batch(verified.llm, 2)
+    common = by_generate(verified.llm, inputs, max_new_tokens=8)[1, 4].item()
+    verified.llm.generation_config.eos_token_id = [1, common]
+    for limits in ({"max_new_tokens": 8}, {"max_new_tokens": 5, "min_new_tokens": 4}):
+        parts: list[torch.Tensor] = []
+        result = verified.generate(**sides, **limits, on_tokens=parts.append)
+        assert torch.equal(result.tokens, by_generate(verified.llm, inputs, **limits))
+        assert torch.equal(torch.cat(parts, dim=1), result.tokens)
+        assert family != "gpt2" or result.acceptance.accepted > 0
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_what_is_kept_is_what_plain_torch_keeps(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random drafts against random logits: ends, rows that have ended, rows near their last token."""
+    llm, rows = tiny("gpt2").to(DEVICE), 8
+    llm.generation_config = GenerationConfig(eos_token_id=[1, 4], pad_token_id=0)
+    choice = Choice(llm, rows, min_new=2, max_new=9, sampling=None)
+    decoder = DecodeEngine(llm).decoder
+    assert decoder is not None
+    state = []
+    for kind in (FusedVerifiedBlock, VerifiedBlock):
+        torch.manual_seed(size)
+        sides = [Side(decoder, rows, places(9) + 4, 0) for _ in range(2)]
+        for side in sides:
+            side.block_step = FusedBlockStep(decoder, side.state, early=COMPILED)
+        block = kind(*sides, choice)
+        truth = torch.randint(0, 6, (rows, size + 1), device=DEVICE)
+        logits = torch.nn.functional.one_hot(truth, 61).float()
+        drafted = torch.where(torch.rand(rows, size, device=DEVICE) < 0.7, truth[:, :-1], 9)
+        block.produced.copy_(torch.tensor([0, 1, 2, 3, 5, 6, 8, 9]))
+        block.open[[2, 7]] = False
+        block.tokens.scatter_(1, block.produced[:, None] + 1 + torch.arange(size, device=DEVICE), drafted)
+        if kind is FusedVerifiedBlock:
+            monkeypatch.setattr(sides[0].block_step, "read", lambda *_, logits=logits: logits)
+            block._verify(size)
+        else:
+            index = block.produced[:, None] + torch.arange(size + 1, device=DEVICE)
+            block._keep(choice.judge(logits, index, drafted, None), index + 1)
+        state.append((block.report, block.produced, block.open, block.tokens))
+    (report, produced, still_open, tokens), plain = state
+    assert torch.equal(report, plain[0])
+    assert torch.equal(produced, plain[1])
+    assert torch.equal(still_open, plain[2])
+    kept = torch.arange(tokens.shape[1], device=DEVICE) <= produced[:, None]
+    assert torch.equal(tokens[kept], plain[3][kept])
+    assert report[2].unique().numel() > 2, "the case is void if all is refused or accepted"
