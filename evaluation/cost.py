@@ -129,7 +129,7 @@ def token_floor_s(system: EvaluatedSystem, batches: Sequence[Sequence[str]], max
     decoded = decoded_by_engine(system)
     if decoded is None:
         return None
-    lengths = [int(decoded.prefill(batch)["attention_mask"].shape[1]) for batch in batches]
+    lengths = [int(decoded.prefill(batch)["attention_mask"].sum(dim=1).max()) for batch in batches]
     bandwidth = _bandwidth(decoded.device)
     return fmean(floor_s(decoded.engine, len(batches[0]), length, max_new_tokens, bandwidth) for length in lengths)
 

@@ -18,6 +18,7 @@ from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.int8 import to_int8, weights
 from llmslm.generation.memory import Front, Memory, predict, predict_with
 from llmslm.generation.products import fast_products
+from llmslm.generation.prompt_pass import PromptPass
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.streaming import FirstToken, TextStream
 from llmslm.models.modeling import LlmToSlm
@@ -121,6 +122,10 @@ class System:
         """Decodes the language model; made at first use."""
         return DecodeEngine(self.language_model)
 
+    @functools.cached_property
+    def _prompt_pass(self) -> PromptPass:
+        return PromptPass(self.model)
+
     @torch.inference_mode()
     def generate(
         self,
@@ -211,9 +216,12 @@ class System:
         if not isinstance(self.model, LlmToSlm):
             return batch
         if max_new_tokens is not None:
+            batch = self._prompt_pass.padded(batch)
             self.engine.require_room(self._front(batch), max_new_tokens)
         with fast_products(self.device):
-            inputs: dict[str, Any] = self.model.slm_inputs(**batch)
+            inputs: dict[str, Any] = (
+                self.model.slm_inputs(**batch) if max_new_tokens is None else self._prompt_pass(batch)
+            )
         return inputs
 
     def predicted_memory(self, prompts: Sequence[str], max_new_tokens: int) -> Memory | None:

@@ -108,7 +108,7 @@ def _gemma_norm(module: Any) -> Norm:
     return Norm(module.weight.detach() + 1, None, module.eps, False)
 
 
-def _window(config: Any) -> int | None:
+def sliding_window(config: Any) -> int | None:
     """How many tokens the layers with the least sight look back, themselves included; None if all see all."""
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
@@ -153,7 +153,7 @@ def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _r
         cos=cos[0].float().contiguous(),
         sin=sin[0].float().contiguous(),
         max_positions=max_positions,
-        window=_window(config),
+        window=sliding_window(config),
     )
 
 

@@ -26,6 +26,7 @@ from llmslm.models.encoder import Encoder, without_load_report
 from llmslm.models.fusion import Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
+from llmslm.models.packing import document_mask
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
@@ -289,13 +290,14 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_attention_mask: Tensor,
         hidden_states: Tensor | None = None,
         prompt_spans: Tensor | None = None,
+        prompt_documents: Tensor | None = None,
     ) -> dict[str, Any]:
         """Return what the bare slm takes for its prefill: inputs_embeds or encoder_outputs, and attention_mask.
 
-        Arguments as in `embed_prompt`.
+        Arguments as in `embed_prompt`. Where prompt_documents are given, no operation waits for a value.
         """
         prompt = self.embed_prompt(
-            input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states, prompt_spans
+            input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states, prompt_spans, prompt_documents
         )
         embeds, mask = prompt.inputs_embeds, prompt.attention_mask
         if not self.config.is_encoder_decoder:
@@ -304,7 +306,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             # Without gaps and from position 0, as an encoder with any kind of positions was trained to read.
             order = mask.argsort(dim=1, descending=True, stable=True)
             embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
-            embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+            seen = mask if prompt_documents is None else document_mask(mask - 1, mask - 1)
+            embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=seen).last_hidden_state
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=embeds), "attention_mask": mask}
 
     def forward(

@@ -1,0 +1,134 @@
+"""What a composition does before its slm decodes; small batches on CUDA are launched as one graph.
+
+The frozen encoder, the projector and the fusion are hundreds of small kernels: launched one by one they can take longer
+than the slm takes for its answer.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmslm.generation.families import UnreadableModelError, sliding_window
+from llmslm.generation.graphs import Captured
+from llmslm.generation.state import prompt_bucket
+from llmslm.models.modeling import LlmToSlm
+
+_MOST_TOKENS = 8192  # of a batch, on both sides together; above it the device computes longer than the host launches
+_READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+
+
+class PromptPass:
+    """Encodes, projects and fuses: `LlmToSlm.slm_inputs`, whatever runs it.
+
+    A graph is trusted once its result was held against the model's own on a first batch.
+
+    Args:
+        model: the composition, in eval mode on its device.
+    """
+
+    def __init__(self, model: LlmToSlm) -> None:
+        self.model = model
+        pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._graphs = Captured(self._of_padded, model.device, pool=pool)
+        self._trusted: bool | None = None
+        self._window = _sight(model)
+
+    def padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Pad a batch to one of a few sizes if it is to run as a graph, else leave it as it is."""
+        if not self._pays(batch):
+            return batch
+        left = not self.model.config.is_encoder_decoder
+        padded = {}
+        for name, value in batch.items():
+            missing = self._length(name, value.shape[1]) - value.shape[1]
+            sides = (missing, 0) if left and name in ("input_ids", "attention_mask") else (0, missing)
+            padded[name] = F.pad(value, sides if value.dim() == 2 else (0, 0, *sides))
+        return padded
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Return what the bare slm takes for its prefill; valid until the next call.
+
+        Args:
+            batch: of the codec, `padded`.
+        """
+        if not self._pays(batch):
+            return self.model.slm_inputs(**batch)
+        if self._trusted is None:
+            self._trusted = self.agrees(batch)
+        if not self._trusted:
+            return self.model.slm_inputs(**batch)
+        try:
+            result: dict[str, Any] = self._graphs(*(batch[name] for name in sorted(batch)))
+        except RuntimeError as error:  # some operation of this encoder cannot be captured
+            warnings.warn(f"the encoder runs without a CUDA graph, which is slower: {error}", stacklevel=2)
+            self._trusted = False
+            return self.model.slm_inputs(**batch)
+        return result
+
+    @torch.inference_mode()
+    def agrees(self, batch: dict[str, Tensor]) -> bool:
+        """Say whether a graph can run this, and gives what the model does."""
+        with _HostReads() as reads:
+            ours = self._of_padded(*(batch[name] for name in sorted(batch)))
+        own = self.model.slm_inputs(**batch)
+        states, expected = (_attended(result) for result in (ours, own))
+        if reads.found or states.shape != expected.shape:
+            return False
+        error = (states - expected).norm() / expected.norm().clamp(min=1e-9)
+        return bool(error <= _TOLERANCE.get(self.model.dtype, 0.05))
+
+    def _pays(self, batch: dict[str, Tensor]) -> bool:
+        model = self.model
+        if model.device.type != "cuda" or model.config.encoder_quantization or model.fusion.step_parameters():
+            return False
+        if self._window is not None and max(value.shape[1] for value in batch.values()) > self._window:
+            return False
+        return sum(batch[name].numel() for name in ("input_ids", "prompt_ids")) <= _MOST_TOKENS
+
+    def _length(self, name: str, length: int) -> int:
+        """Pad to a bucket, but no further than there are positions."""
+        encoder, slm = self.model.encoder, self.model.slm.config
+        if name.startswith("prompt_") and name != "prompt_spans":
+            limit = None if encoder is None else encoder.max_positions
+        else:
+            limit = getattr(slm, "max_position_embeddings", None)
+        bucket = prompt_bucket(length) if length > 1 else length  # one start token is always one
+        return bucket if limit is None else max(length, min(bucket, limit))
+
+    def _of_padded(self, *values: Tensor) -> dict[str, Any]:
+        names = ["attention_mask", "input_ids", "prompt_attention_mask", "prompt_ids", "prompt_spans"]
+        batch = dict(zip(names, values, strict=False))
+        return self.model.slm_inputs(**batch, prompt_documents=batch["prompt_attention_mask"] - 1)
+
+
+def _sight(model: LlmToSlm) -> int | None:
+    """How many tokens all layers of the encoder look back, in which the one mask for all layers is right."""
+    try:
+        return None if model.encoder is None else sliding_window(model.encoder.config)
+    except UnreadableModelError:
+        return 0
+
+
+class _HostReads(TorchDispatchMode):
+    """Finds out whether the host asks tensors for their values, which a graph cannot do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        self.found |= func.overloadpacket.__name__ in _READS
+        return func(*args, **(kwargs or {}))
+
+
+def _attended(result: dict[str, Any]) -> Tensor:
+    """Return (attended positions of all rows, width) of what the slm reads, in order."""
+    states: Tensor = result["inputs_embeds"] if "inputs_embeds" in result else result["encoder_outputs"][0]
+    return states[result["attention_mask"].bool()].double()

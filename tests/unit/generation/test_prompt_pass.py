@@ -1,0 +1,91 @@
+"""The pass before an slm decodes, as a graph runs it: padded, without waiting for a value, and still the model's own."""
+
+import pytest
+import torch
+
+from llmslm.generation.prompt_pass import PromptPass
+from llmslm.models.alignment import EncoderTokenizer
+from llmslm.models.fusion import Add, Prefix, PrefixOnly, ReplaceEncoder
+from llmslm.models.projector import Resampler
+from tests import tiny
+from tests.unit.models.compositions import compose, left
+from tests.unit.test_system import PROMPTS, make
+
+ON_CUDA = [False, pytest.param(True, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+@pytest.fixture(autouse=True)
+def graphs_pay(monkeypatch):
+    """Without CUDA what a graph would run is called."""
+    monkeypatch.setattr(PromptPass, "_pays", lambda *_: True)
+
+
+def batch_of(model, rows=3, device="cpu"):
+    ids, mask = tiny.prompts(rows)
+    own = (ids, mask) if model.config.is_encoder_decoder else (left(ids, mask), left(mask, mask))
+    if model.prompt_layout == "start":
+        own = (torch.ones(rows, 1, dtype=torch.long),) * 2
+    batch = {"input_ids": own[0], "attention_mask": own[1], "prompt_ids": ids, "prompt_attention_mask": mask}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def attended(result):
+    states = result["inputs_embeds"] if "inputs_embeds" in result else result["encoder_outputs"][0]
+    return states[result["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("on_cuda", ON_CUDA)
+@pytest.mark.parametrize("slm", ["llama", "t5", "bart"])
+@pytest.mark.parametrize("encoder", ["t5", "bart", "llama", "gpt2", "qwen2", "bert", "opt"])
+def test_it_gives_what_the_model_does(encoder, slm, on_cuda, tmp_path):
+    device = "cuda" if on_cuda else "cpu"
+    model = compose(encoder, slm, tmp_path).to(device)
+    run = PromptPass(model)
+    for rows in (3, 1, 3):
+        batch = batch_of(model, rows, device)
+        padded = run.padded(batch)
+        assert run.agrees(padded)
+        torch.testing.assert_close(attended(run(padded)), attended(model.slm_inputs(**batch)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("slm", "parts"),
+    [
+        ("llama", {"fusion": Prefix}),
+        ("llama", {"fusion": PrefixOnly, "projector": Resampler}),
+        ("t5", {"fusion": ReplaceEncoder}),
+        ("llama", {"fusion": Add, "alignment": EncoderTokenizer}),
+    ],
+)
+def test_all_that_ends_with_the_prompt_can(slm, parts, tmp_path):
+    model = compose("llama", slm, tmp_path, **parts)
+    run = PromptPass(model)
+    batch = batch_of(model)
+    torch.testing.assert_close(
+        attended(run(run.padded(batch))), attended(model.slm_inputs(**batch)), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("encoder", ["gemma2", "modernbert", "roberta"])
+def test_an_encoder_that_one_mask_for_all_layers_does_not_suit_runs_as_it_is(encoder, tmp_path):
+    model = compose(encoder, "llama", tmp_path)
+    run, batch = PromptPass(model), batch_of(model)
+    padded = run.padded(batch)
+    assert not run.agrees(padded)
+    torch.testing.assert_close(attended(run(padded)), attended(model.slm_inputs(**batch)), atol=1e-4, rtol=1e-4)
+
+
+def test_what_waits_for_a_value_is_not_captured(tmp_path):
+    model = compose("llama", "llama", tmp_path)
+    run, batch = PromptPass(model), batch_of(model)
+    assert run.agrees(batch)
+    model.projector.register_forward_pre_hook(lambda _module, inputs: inputs if inputs[0].sum() else None)
+    assert not run.agrees(batch)
+
+
+@pytest.mark.parametrize("slm", ["llama", "t5"])
+def test_a_system_predicts_the_same(slm, monkeypatch):
+    system = make(slm, encoder_family="llama")
+    found = [g.text for g in system.generate(PROMPTS, max_new_tokens=8)]
+    monkeypatch.setattr(PromptPass, "_pays", lambda *_: False)
+    assert [g.text for g in system.generate(PROMPTS, max_new_tokens=8)] == found
