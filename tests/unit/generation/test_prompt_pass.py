@@ -1,4 +1,4 @@
-"""The pass before an slm decodes, as a graph runs it: padded, without waiting for a value, and still the model's own."""
+"""The pass before an slm decodes, as a graph runs it: padded, never waiting for a value, and still the model's own."""
 
 import pytest
 import torch
