@@ -98,7 +98,6 @@ class VerifiedEngine:
             keywords |= {"on_first_token": on_first_token, "on_tokens": on_tokens}
             tokens = self._llm_alone(prompt_ids, prompt_mask, max_new_tokens=max_new_tokens, **keywords)
             return VerifiedTokens(tokens, Acceptance())
-        self._require_memory(prompt_ids.shape[0], prompt_ids.shape[1], max_new_tokens, slm_side, sampling)
         min_new = min_new_tokens or self._alone.configured_minimum(start)
         prompt = {"prompt_ids": prompt_ids, "prompt_attention_mask": prompt_mask, **slm_side}
         with fast_products(self.llm.device):
@@ -125,15 +124,14 @@ class VerifiedEngine:
                 return f"the {name} has no single decoder_start_token_id of its vocabulary"
         return self._alone.reason_for_generate(positions)
 
-    def _require_memory(
-        self, batch: int, length: int, max_new: int, slm_side: dict[str, Tensor], sampling: Sampling | None
-    ) -> None:
+    def _require_memory(self, prompt: dict[str, Tensor], max_new: int, sampling: Sampling | None) -> None:
         """Refuse what cannot fit, after giving up what is kept for other sizes."""
+        batch, length = prompt["prompt_ids"].shape
         decoder, slm = self._alone.decoder, self._slm.decoder
         assert decoder is not None
         assert slm is not None
         call = self._alone.call_sizes(batch, length, places(max_new))
-        own = slm_side["input_ids"].shape[1]
+        own = prompt["input_ids"].shape[1]
         draft = self._slm.call_sizes(batch, length + own, places(max_new), embedded=True)
         kept = memory.state_bytes(slm.shape, draft, slm.embedding.element_size()) + memory.step_bytes(slm, draft)
         kept += LONGEST * memory.step_bytes(decoder, call)
@@ -166,10 +164,12 @@ class VerifiedEngine:
         prompt = self._padded(prompt) if self.fixed else prompt
         shapes = tuple((name, value.shape) for name, value in prompt.items())
         settings = (prompt["prompt_ids"].shape[0], min_new, max_new, sampling)
-        if shapes in self._lengths:
-            loop = self._loop(self._lengths[shapes], *settings)
+        lengths = self._lengths.get(shapes)
+        if lengths is not None and self._key(lengths, *settings) in self._loops:
+            loop = self._loop(lengths, *settings)
             loop.read_prompt(self._reader, prompt)
             return loop
+        self._require_memory(prompt, max_new, sampling)
         read = self._reader.read(**prompt)
         loop = self._loop(read.lengths, *settings)
         self._reader.begin(read, loop.llm, loop.draft)
@@ -195,10 +195,7 @@ class VerifiedEngine:
         self, lengths: tuple[int, int], batch: int, min_new: int, max_new: int, sampling: Sampling | None
     ) -> VerifiedLoop:
         """Buffers for one call; where graphs hold on to them, those of an earlier call of the size are used again."""
-        drawn = None if sampling is None else replace(sampling, seed=0)
-        sizes = [self._capacities(e, n, max_new) for e, n in zip(self.engines, lengths, strict=True)]
-        key = (batch, *sizes, min_new, max_new, drawn, self.llm.generation_config.repetition_penalty)
-        key = (*key, self._alone._rules_key())
+        key, drawn = self._key(lengths, batch, min_new, max_new, sampling), _without_seed(sampling)
         if key in self._loops:
             self._loops.move_to_end(key)
             return self._loops[key]
@@ -206,13 +203,23 @@ class VerifiedEngine:
         decoder, slm = self._alone.decoder, self._slm.decoder
         assert decoder is not None
         assert slm is not None
-        llm, draft = Side(decoder, batch, *sizes[0]), Side(slm, batch, *sizes[1], first_index=self._first_index)
+        llm = Side(decoder, batch, *self._capacities(self._alone, lengths[0], max_new))
+        capacities = self._capacities(self._slm, lengths[1], max_new)
+        draft = Side(slm, batch, *capacities, first_index=self._first_index)
         loop = VerifiedLoop(llm, draft, choice, fixed=self.fixed)
         if self.fixed:
             while len(self._loops) >= _KEEP:
                 self._loops.popitem(last=False)
             self._loops[key] = loop
         return loop
+
+    def _key(
+        self, lengths: tuple[int, int], batch: int, min_new: int, max_new: int, sampling: Sampling | None
+    ) -> tuple[Any, ...]:
+        """What a kept loop has built in."""
+        sizes = [self._capacities(e, n, max_new) for e, n in zip(self.engines, lengths, strict=True)]
+        rules = self._alone._rules_key(), self.llm.generation_config.repetition_penalty
+        return batch, *sizes, min_new, max_new, _without_seed(sampling), *rules
 
     @property
     def _first_index(self) -> int:
@@ -224,3 +231,7 @@ class VerifiedEngine:
         encoder_decoder = engine.model.config.is_encoder_decoder
         own, encoded = (places(max_new), length) if encoder_decoder else (length + places(max_new), 0)
         return (capacity_bucket(own), prompt_bucket(encoded)) if self.fixed else (own, encoded)
+
+
+def _without_seed(sampling: Sampling | None) -> Sampling | None:
+    return None if sampling is None else replace(sampling, seed=0)

@@ -255,8 +255,9 @@ def test_what_cannot_fit_is_refused_after_giving_up_what_is_kept(monkeypatch):
     sides = batch(verified.llm, 4)[1]
     verified.generate(**sides, max_new_tokens=2)
     monkeypatch.setattr("llmslm.generation.memory.available_bytes", lambda device: 1000)
+    verified.generate(**sides, max_new_tokens=2)  # its buffers are there
     with pytest.raises(UserError, match="batch"):
-        verified.generate(**sides, max_new_tokens=2)
+        verified.generate(**sides, max_new_tokens=30)
     assert not verified._loops
 
 
