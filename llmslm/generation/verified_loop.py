@@ -1,9 +1,11 @@
 """From block to block of verified decoding: on the CPU the host looks at each, on CUDA it launches graphs ahead."""
 
 import functools
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from llmslm.generation.verified_block import VerifiedBlock
 from llmslm.generation.verified_prompt import PromptReader
 
 _AHEAD = 1  # blocks that the host launches before it must know what an earlier one gave
+_MOST_TOKENS = 8192  # of prompts; above it the device computes longer than the host launches
 _ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product whose weights are read once (measured)
 
 
@@ -77,7 +80,8 @@ class VerifiedLoop:
         self.sizes: Sequence[int] = GRAPHED if fixed else range(SHORTEST, LONGEST + 1)
         self._graphs: dict[int, Captured] = {}
         self._prompts: dict[tuple[str, ...], Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.block.device.type == "cuda" else None
+        self._captures_prompts = True
+        self._pool = _new_pool(self.block.device)
         self._first = Captured(self.block.read_start, self.block.device, pool=self._pool)
         if fixed:
             self._capture()
@@ -90,15 +94,25 @@ class VerifiedLoop:
                 self._graphs[size].prepare()
 
     def read_prompt(self, reader: PromptReader, prompt: dict[str, Tensor]) -> None:
-        """Read prompts by a graph, for which they have the lengths of earlier ones; see `PromptReader.read`."""
-        names = tuple(prompt)
+        """Read prompts, by a graph if that pays and their models can be captured; see `PromptReader.read`."""
+        if self._captures_prompts and prompt["prompt_ids"].numel() <= _MOST_TOKENS:
+            try:
+                self._prompt_graph(reader, tuple(prompt))(*prompt.values())
+                return
+            except RuntimeError as error:  # some operation of these models asks for the host
+                warnings.warn(f"the prompt is read without a CUDA graph, which is slower: {error}", stacklevel=2)
+                self._captures_prompts = False
+        reader.begin(reader.read(**prompt), self.llm, self.draft)
+
+    def _prompt_graph(self, reader: PromptReader, names: tuple[str, ...]) -> Captured:
         if names not in self._prompts:
 
             def read(*values: Tensor) -> None:
                 reader.begin(reader.read(**dict(zip(names, values, strict=True))), self.llm, self.draft)
 
-            self._prompts[names] = Captured(read, self.block.device, pool=self._pool)
-        self._prompts[names](*prompt.values())
+            # A pool of their own: a capture that fails may leave it unusable.
+            self._prompts[names] = Captured(read, self.block.device, pool=_new_pool(self.block.device))
+        return self._prompts[names]
 
     def run(
         self, on_first_token: Callable[[], None] | None, on_tokens: Callable[[Tensor], None] | None
@@ -129,6 +143,10 @@ class VerifiedLoop:
         event.record()
         assert copies[0] is not None
         return _Report(size, copies[0], copies[1], event)
+
+
+def _new_pool(device: torch.device) -> Any:
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 def _pinned(value: Tensor) -> Tensor:

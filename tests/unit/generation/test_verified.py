@@ -10,6 +10,7 @@ from llmslm.generation.acceptance import LONGEST, SHORTEST, BlockLength
 from llmslm.generation.choice import Choice
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.verified import VerifiedEngine
+from llmslm.generation.verified_prompt import PromptReader
 from llmslm.models.alignment import SameTokenizer
 from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Add, Prefix, ReplaceEncoder
@@ -81,6 +82,26 @@ def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
         assert torch.equal(verified.generate(**sides, max_new_tokens=30).tokens, expected)
     assert len(verified._loops) == 2, "the caches of a call are used again by the next of its size"
     assert len(verified._lengths) == 2, "prompts come in a few lengths"
+
+
+def test_prompts_that_no_graph_can_read_are_read_without(monkeypatch):
+    verified = engine("llama", "t5")
+    verified.fixed = True
+    inputs, sides = batch(verified.llm, 3)
+    read, calls = PromptReader.read, []
+
+    def asks_the_host(self, **prompt):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return read(self, **prompt)
+
+    monkeypatch.setattr(PromptReader, "read", asks_the_host)
+    expected = by_generate(verified.llm, inputs, max_new_tokens=8)
+    assert torch.equal(verified.generate(**sides, max_new_tokens=8).tokens, expected)
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        assert torch.equal(verified.generate(**sides, max_new_tokens=8).tokens, expected)
+    assert torch.equal(verified.generate(**sides, max_new_tokens=8).tokens, expected)
 
 
 @pytest.mark.parametrize(
