@@ -256,13 +256,14 @@ class SystemModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Compile what the recipe wants compiled, and see to it that packed examples cannot mix."""
         self._tell_parameters()
-        if self.compile_blocks:
-            compile_blocks(self._built)
-            # The number of targets varies. Eager, it is most of a small slm's step: five passes over float32 logits.
-            self._cross_entropy = torch.compile(cross_entropy, dynamic=True)
-        if self.trainer.datamodule.packs:  # type: ignore[attr-defined]
+        packs: bool = self.trainer.datamodule.packs  # type: ignore[attr-defined]
+        if packs:
             stored = StoredEncoder(self.features).width if self.features else None
             check_packing(self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
+        if self.compile_blocks:
+            compile_blocks(self._built, fixed_shapes=packs)
+            # The number of targets varies. Eager, it is most of a small slm's step: five passes over float32 logits.
+            self._cross_entropy = torch.compile(cross_entropy, dynamic=True)
 
     def _tell_parameters(self) -> None:
         counts = count_parameters(self._built)

@@ -17,13 +17,18 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
-def compile_blocks(model: nn.Module) -> int:
+def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
     """Compile each block in place and return their number.
 
     Blocks of one class share one compilation, so this takes as long for 8 layers as for 80. Shapes that vary from step
-    to step are compiled a second time as dynamic; packed rows have one shape.
+    to step are compiled a second time as dynamic.
+
+    Args:
+        model: whose blocks are compiled.
+        fixed_shapes: whether each block sees one shape alone, as with packed rows; an encoder-decoder's two sides, which
+            share a class, are then not taken for one whose shapes vary.
     """
     found = blocks(model)
     for block in found:
-        block.compile()
+        block.compile(dynamic=False if fixed_shapes else None)
     return len(found)

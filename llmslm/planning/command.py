@@ -135,7 +135,7 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
     trained = [p for p in model.parameters() if p.requires_grad]
     entropy = cross_entropy
     if job.compiled:
-        compile_blocks(model)
+        compile_blocks(model, fixed_shapes=True)
         entropy = torch.compile(cross_entropy)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=job.fused_optimizer)
     tensors = batch(model, job, device)

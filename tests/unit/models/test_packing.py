@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 
 from llmslm.data.codec import IGNORED, Codec, PackedShape, TextFormat, target_positions
 from llmslm.errors import UserError
-from llmslm.models.blocks import blocks
+from llmslm.models.blocks import blocks, compile_blocks
 from llmslm.models.fusion import Add, Replace
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource
@@ -118,3 +119,12 @@ def test_packed_batches_of_t5_are_compiled_once():
         summed_loss(model, batch).backward()
     assert compiled.frame_count == 4  # first and further blocks, of encoder and decoder
     torch.compiler.reset()
+
+
+def test_compiled_blocks_are_not_compiled_for_the_few_tokens_of_the_check():
+    model = tiny.build("llama")
+    compile_blocks(model, fixed_shapes=True)
+    torch._dynamo.reset()
+    counters.clear()
+    check_packing(model)
+    assert not counters["stats"]["unique_graphs"]
