@@ -25,8 +25,8 @@ def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
 
     Args:
         model: whose blocks are compiled.
-        fixed_shapes: whether each block sees one shape alone, as with packed rows; an encoder-decoder's two sides, which
-            share a class, are then not taken for one whose shapes vary.
+        fixed_shapes: whether each block sees one shape alone, as with packed rows; an encoder-decoder's two sides,
+            which share a class, are then not taken for one whose shapes vary.
     """
     found = blocks(model)
     for block in found:
