@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmslm.generation.families import UnreadableModelError, sliding_window
 from llmslm.generation.graphs import Captured
-from llmslm.generation.state import prompt_bucket
+from llmslm.generation.state import padded_batch, prompt_bucket
 from llmslm.models.modeling import LlmToSlm
 
 _MOST_TOKENS = 8192  # of a batch, on both sides together; above it the device computes longer than the host launches
@@ -42,13 +41,7 @@ class PromptPass:
         """Pad a batch to one of a few sizes if it is to run as a graph, else leave it as it is."""
         if not self._pays(batch):
             return batch
-        left = not self.model.config.is_encoder_decoder
-        padded = {}
-        for name, value in batch.items():
-            missing = self._length(name, value.shape[1]) - value.shape[1]
-            sides = (missing, 0) if left and name in ("input_ids", "attention_mask") else (0, missing)
-            padded[name] = F.pad(value, sides if value.dim() == 2 else (0, 0, *sides))
-        return padded
+        return padded_batch(batch, self._length, left=not self.model.config.is_encoder_decoder)
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from llmslm.generation.sampling import Sampling
@@ -32,6 +34,22 @@ def prompt_bucket(length: int) -> int:
     """Length that a prompt is padded to on an accelerator, so that few graphs serve all lengths."""
     width = 32 if length <= 256 else 128
     return -(-length // width) * width
+
+
+def padded_batch(batch: dict[str, Tensor], length: Callable[[str, int], int], *, left: bool) -> dict[str, Tensor]:
+    """Pad the prompts of a composition's batch, (rows, tokens, ...) each.
+
+    Args:
+        batch: of the codec, by name.
+        length: what a tensor's name and tokens are padded to.
+        left: whether the slm's own side is padded on the left, as decoder-only models want it.
+    """
+    padded = {}
+    for name, value in batch.items():
+        missing = length(name, value.shape[1]) - value.shape[1]
+        sides = (missing, 0) if left and name in ("input_ids", "attention_mask") else (0, missing)
+        padded[name] = F.pad(value, (0, 0, *sides) if value.dim() == 3 else sides)
+    return padded
 
 
 def capacity_bucket(length: int) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llmslm.errors import UserError
@@ -23,7 +22,7 @@ from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import Sampling, start_token
 from llmslm.generation.side import Side
-from llmslm.generation.state import capacity_bucket, prompt_bucket
+from llmslm.generation.state import capacity_bucket, padded_batch, prompt_bucket
 from llmslm.generation.verified_block import places
 from llmslm.generation.verified_loop import VerifiedLoop, VerifiedTokens
 from llmslm.generation.verified_prompt import PromptReader
@@ -184,12 +183,7 @@ class VerifiedEngine:
         if any(limit is not None and 2 * max(lengths) > limit for limit in limits):  # both may stand side by side
             return prompt
         left = not self.draft.slm.config.is_encoder_decoder
-        given = {}
-        for name, value in prompt.items():
-            more = prompt_bucket(value.shape[1]) - value.shape[1]
-            sides = (more, 0) if left and name in ("input_ids", "attention_mask") else (0, more)
-            given[name] = F.pad(value, (0, 0, *sides) if value.dim() == 3 else sides)
-        return given
+        return padded_batch(prompt, lambda _, length: prompt_bucket(length), left=left)
 
     def _loop(
         self, lengths: tuple[int, int], batch: int, min_new: int, max_new: int, sampling: Sampling | None
