@@ -22,6 +22,7 @@ from llmslm.planning.costs import DEVICES, Device
 from llmslm.planning.job import Job, World
 from llmslm.planning.predict import check, predict
 from llmslm.planning.step import batch, build, loss
+from llmslm.provenance import provenance
 from llmslm.recipe import read_recipe
 from llmslm.target_logits import cross_entropy
 
@@ -216,7 +217,7 @@ def _record(
         else None,
         "step": prediction["seconds"]["step"] / measured["step_s"],
     }
-    return record | {"measured": dict(measured), "predicted_over_measured": ratios}
+    return record | {"measured": dict(measured), "predicted_over_measured": ratios, "provenance": provenance()}
 
 
 def _world(options: argparse.Namespace, trainer: Mapping[str, Any], job: Job) -> World:

@@ -108,6 +108,7 @@ def test_the_command(workdir, capsys):
     main(["plan", "--config", recipe, "--model.system=slm", "--measure"])
     record = json.loads(capsys.readouterr().out)
     assert record["measured"]["step_s"] > 0
+    assert record["provenance"]["hardware"]["cpu"]
     assert record["predicted_over_measured"]["step"] > 0
 
 
