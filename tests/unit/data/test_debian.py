@@ -124,3 +124,10 @@ def test_another_release_is_asked_of_debian_itself(tmp_path, apt_get):
         debian.DebianSummary(cache_dir=str(tmp_path), release="sarge").prepare()
     (sources,) = tmp_path.glob("debian-lists-sarge/*.list")
     assert " http://deb.debian.org/debian sarge main\n" in sources.read_text()
+
+
+def test_what_is_in_the_cache_of_another_release_needs_no_apt(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    source = debian.DebianSummary(cache_dir=str(tmp_path), release="sarge")
+    source.folder.mkdir()
+    source.prepare()

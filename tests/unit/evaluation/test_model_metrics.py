@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from evaluation import metrics
+from evaluation import metrics, scoring
 from evaluation.compare import Settings, compare
 from evaluation.metrics.bertscore import Bertscore, bertscore_statistics
 from evaluation.metrics.comet import Comet, comet_statistics
@@ -123,3 +123,12 @@ def test_comet_mistakes(comet, tmp_path):
         comet_statistics(["a"], ["a"], ["a", "b"], comet)
     with pytest.raises(UserError, match="there is no COMET checkpoint"):
         check_metrics([f"comet={tmp_path}"])
+
+
+def test_a_package_that_cannot_be_loaded_is_found_before_anything_is_predicted(monkeypatch):
+    def load(*_):
+        raise ImportError("cannot import name 'tokenizers' from 'rouge_score'")
+
+    monkeypatch.setattr(scoring, "_known", load)
+    with pytest.raises(ImportError, match="rouge_score"):
+        check_metrics(["bleu"])
