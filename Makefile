@@ -29,7 +29,7 @@ check: $(INSTALLED)  ## format, lint and types
 	$(BIN)/mypy
 
 format: $(INSTALLED)  ## rewrite the files in the project's format
-	$(BIN)/ruff check --fix .
+	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 install: $(INSTALLED)  ## create the environment

@@ -44,7 +44,7 @@ def prepare(out: Path, data: Path) -> dict[str, int]:
     described = {row["prompt"] for row in summary["train"]} | _held_out(summary)
     prompts: Mapping[str, Iterable[str]] = {
         TRANSLATION: new,
-        "spliced": _without(spliced, known),
+        "spliced": _without(spliced, known | set(new)),
         SUMMARY: _without(dict.fromkeys(row["prompt"] for row in others), described),
     }
     return {name: write_rows(out / f"{name}.parquet", _as_rows(texts)) for name, texts in prompts.items()}

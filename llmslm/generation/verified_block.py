@@ -36,11 +36,14 @@ class VerifiedBlock:
         self.produced.zero_()
         self.open.fill_(True)
 
+    @property
+    def begins_with_start(self) -> bool:
+        """Whether the draft has yet to read an id for its first token: its prompt's pass gave no logits."""
+        return self.draft.first_index == 0
+
     def read_start(self) -> None:
-        """Let a draft that has an id for its first token read that: its prompt's pass gave no logits."""
-        if self.draft.first_index == 0:
-            index = self.produced[:, None]
-            self.draft.next_logits.copy_(self.draft.read(self.tokens[:, :1], index, 0)[:, 0])
+        """Let the draft read that id."""
+        self.draft.next_logits.copy_(self.draft.read(self.tokens[:, :1], self.produced[:, None], 0)[:, 0])
 
     def run(self, size: int, largest: int | None = None) -> None:
         """Give each open row one to size + 1 new tokens.

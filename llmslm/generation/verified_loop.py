@@ -82,7 +82,7 @@ class VerifiedLoop:
         self._prompts: dict[tuple[str, ...], Captured] = {}
         self._captures_prompts = True
         self._pool = _new_pool(self.block.device)
-        self._first = Captured(self.block.read_start, self.block.device, pool=self._pool)
+        self._read_start = Captured(self.block.read_start, self.block.device, pool=self._pool)
         if fixed:
             self._capture()
 
@@ -119,7 +119,8 @@ class VerifiedLoop:
     ) -> VerifiedTokens:
         """Decode from where the sides stand; arguments as for `VerifiedEngine.generate`."""
         self.block.start()
-        self._first()
+        if self.block.begins_with_start:
+            self._read_start()
         call = _Call(self, on_first_token, on_tokens)
         while any(call.open):
             size = call.size

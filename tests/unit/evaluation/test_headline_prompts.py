@@ -13,7 +13,10 @@ def rows(*pairs):
 @pytest.fixture
 def prompts(monkeypatch, tmp_path):
     """Texts by file, made of a few packages."""
-    others = {"trixie": rows(("other for all\nheld", "new"), ("out\nof it", "x")), "sid": rows(("seen", "latest"))}
+    others = {
+        "trixie": rows(("other for all\nheld", "new"), ("out\nof it", "x")),
+        "sid": rows(("seen", "one for others")),
+    }
     monkeypatch.setattr(headline_prompts, "DebianSummary", lambda release, **_: release)
     monkeypatch.setattr(headline_prompts, "rows_of", lambda source, split: others[source] if split == "train" else [])
     parts = {
@@ -33,12 +36,18 @@ def prompts(monkeypatch, tmp_path):
 
 
 def test_they_are_new_and_held_out_of_neither_task(prompts):
-    assert prompts["en_it"] == ["new", "also", "brief", "other for all", "x", "latest"]
+    assert prompts["en_it"] == ["new", "also", "brief", "other for all", "x", "one for others"]
     assert prompts["summary"] == ["other for all\nheld", "seen"]
 
 
 def test_what_splicing_gives_is_not_held_out_either(prompts):
-    assert prompts["spliced"] == ["other for none"]  # and "one for all", which is in the translation's test split
+    # Not "one for all", which is in the translation's test split.
+    assert set(prompts["spliced"]) == {"other for none", "other for others"}
+
+
+def test_no_text_is_in_two_files_that_are_trained_on_together(prompts):
+    assert "one for others" in prompts["en_it"]  # and can be spliced of two others
+    assert not set(prompts["spliced"]) & set(prompts["en_it"])
 
 
 def test_splices_begin_as_one_text_and_end_as_another():
