@@ -345,13 +345,15 @@ class DecodeEngine:
         """
         from llmslm.generation.self_check import relative_difference
 
-        difference = relative_difference(self.model, decoder, start_token(self.model) or 0)
         rounded = decoder.head.row_scale is not None
         tolerance = _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
-        if not difference <= tolerance:
-            raise UnreadableModelError(
-                f"the lean step's logits differ from the model's own by {difference:.3g} of their spread"
-            )
+        start = start_token(self.model) or 0
+        for batch in (2, 4) if self.device.type == "cuda" else (2,):  # other kernels serve few rows there than several
+            difference = relative_difference(self.model, decoder, start, batch)
+            if not difference <= tolerance:
+                raise UnreadableModelError(
+                    f"the lean step's logits differ from the model's own by {difference:.3g} of their spread"
+                )
 
 
 def _as_encoder_output(states: Tensor) -> Any:

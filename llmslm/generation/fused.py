@@ -7,13 +7,13 @@ import torch
 import triton
 from torch import Tensor
 
-from llmslm.generation import kernels
+from llmslm.generation import fused_rows, kernels
 from llmslm.generation.plan import CrossAttention, Decoder, Linear, Norm, SelfAttention
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import TorchStep, normalised
 
-WIDEST_BATCH = 8  # above it the matrix units of cuBLAS pay
+WIDEST_BATCH = 8  # above it products are left to `fused_rows`, or to cuBLAS
 _CHUNK = 1024  # of the vocabulary, for the argmax
 _WIDEST = 8192  # input width up to which a program holds the whole input
 
@@ -102,6 +102,8 @@ class FusedStep(TorchStep):
         residual: Tensor | None = None,
     ) -> Tensor:
         """See `TorchStep.linear`."""
+        if fused_rows.suits(x, linear, norm):
+            return fused_rows.rows_product(x, linear, norm, residual, self.options)
         long = x.shape[1] > _WIDEST and (norm is not None or linear.activation is not None or linear.gated)
         if x.shape[0] > WIDEST_BATCH or long:
             return super().linear(x, linear, norm, residual)

@@ -11,18 +11,18 @@ from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
 from llmslm.generation.state import DecodeState
 
-_BATCH, _PROMPT, _STEPS = 2, 5, 3
+_PROMPT, _STEPS = 5, 3
 
 
-def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int) -> float:
+def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, batch: int = 2) -> float:
     """Norm of the difference of logits over a few steps on random tokens, in units of the norm of their spread."""
     generator = torch.Generator().manual_seed(0)
-    shape = (_BATCH, _PROMPT + _STEPS)
+    shape = (batch, _PROMPT + _STEPS)
     ids = torch.randint(0, decoder.shape.vocabulary, shape, generator=generator).to(model.device)
     encoder_decoder = model.config.is_encoder_decoder
     state = DecodeState(
         decoder.shape,
-        batch=_BATCH,
+        batch=batch,
         capacity=16,
         encoder_capacity=_PROMPT if encoder_decoder else 0,
         mode="plain",

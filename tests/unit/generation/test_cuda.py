@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from llmslm.generation.engine import DecodeEngine
-from llmslm.generation.sampling import Sampling
+from llmslm.generation.families import read
+from llmslm.generation.sampling import Sampling, start_token
+from llmslm.generation.self_check import relative_difference
 from tests.unit.generation.families import BUILD, by_generate, prompts, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -20,6 +22,16 @@ def test_greedy_tokens_are_those_of_generate(family: str) -> None:
         for setting in ({}, {"min_new_tokens": 6}):
             expected = by_generate(model, inputs, max_new_tokens=24, **setting)
             assert torch.equal(engine.generate(**inputs, max_new_tokens=24, **setting), expected)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_steps_of_several_rows_in_bfloat16_are_the_models(family: str) -> None:
+    """Products by the matrix units, which float32 does not use."""
+    model = tiny(family).cuda().bfloat16()
+    assert DecodeEngine(model, verify=True).reason is None
+    decoder = read(model, 128)
+    for batch in (3, 8, 16):
+        assert relative_difference(model, decoder, start_token(model) or 0, batch) < 0.05
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

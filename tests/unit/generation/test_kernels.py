@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 COMPILED = torch.cuda.is_available()
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
-from llmslm.generation import fused, self_check
+from llmslm.generation import fused, fused_rows, self_check
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read
 from llmslm.generation.fused import FusedStep, Tile
@@ -31,7 +31,8 @@ from tests.unit.generation.families import BUILD, by_generate, prompts, tiny
 
 DEVICE = torch.device("cuda" if COMPILED else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+HALF = torch.bfloat16 if COMPILED else torch.float16  # the interpreter takes bfloat16 for integers in tl.dot
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,43 @@ def test_products_whose_input_takes_several_passes(
         close(ours.linear(x, linear, None, added), plain.linear(x, linear, None, added))
     gated = Linear(drawn(42, columns, dtype=dtype) / columns**0.5, None, "silu", True)
     close(ours.linear(x, gated), plain.linear(x, gated))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 100)])
+def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
+    """The units take inputs that are rounded once normed, as the models' own layers do."""
+    x, before = drawn(batch, columns, dtype=HALF), NORMS[norm](columns, HALF)
+    for gated, biased, residual in (
+        (False, False, None),
+        (True, True, None),
+        (False, True, drawn(batch, rows, dtype=HALF)),
+    ):
+        height = rows * (2 if gated else 1)
+        bias = drawn(height, dtype=HALF) if biased else None
+        linear = Linear(drawn(height, columns, dtype=HALF) / columns**0.5, bias, activation, gated)
+        assert fused_rows.suits(x, linear, before)
+        ours, plain = steps(made_decoder(), made_state(batch, 4))
+        close(ours.linear(x, linear, before, residual), plain.linear(x, linear, before, residual))
+
+
+@pytest.mark.parametrize(("batch", "columns"), [(3, 40), (5, 33), (9, 17)])
+def test_products_by_the_matrix_units_in_several_passes(
+    batch: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if COMPILED:
+        columns += 2048
+    else:
+        monkeypatch.setattr(fused_rows, "_WIDEST", 16)
+        monkeypatch.setattr(fused_rows, "row_tile", lambda outputs, inputs: fused_rows.RowTile(1, 16, 2))
+    x, residual = drawn(batch, columns, dtype=HALF), drawn(batch, 21, dtype=HALF)
+    ours, plain = steps(made_decoder(), made_state(batch, 4))
+    for bias, added in ((None, None), (drawn(21, dtype=HALF), residual)):
+        linear = Linear(drawn(21, columns, dtype=HALF) / columns**0.5, bias)
+        assert fused_rows.suits(x, linear, None)
+        close(ours.linear(x, linear, None, added), plain.linear(x, linear, None, added))
+    assert not fused_rows.suits(x, linear, NORMS["rms"](columns, HALF))
 
 
 ATTENTIONS = {

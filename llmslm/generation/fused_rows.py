@@ -1,0 +1,97 @@
+"""Products of several rows by the kernels of `row_kernels.py`: which of them they serve, and by which tiles."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from llmslm.generation import kernels, row_kernels
+from llmslm.generation.plan import Linear, Norm
+
+FEWEST_ROWS, MOST_ROWS = 3, 16  # fewer rows are bound by their weights' bytes, more are a matter for cuBLAS
+_WIDEST = 2048  # input width up to which a program holds the whole input
+_PASS = 1024  # of an input that is wider
+_BLOCK_N = 16  # outputs of a program at a time: what one instruction of the matrix units gives
+_PROGRAMS = 132 * 2  # that a GPU has room for; more tiles take turns
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """How programs cover a matrix: inputs at a time in slices, one a warp; and the number of programs."""
+
+    slices: int
+    width: int
+    programs: int
+
+
+def row_tile(outputs: int, inputs: int) -> RowTile:
+    """Choose the tile for a matrix (outputs, inputs); read off what the compiler makes of it, not measured yet."""
+    wide = max(triton.next_power_of_2(inputs), 64)
+    passes = wide > _WIDEST
+    wide = _PASS if passes else wide
+    slices = 8 if wide >= 1024 else 4
+    tiles = triton.cdiv(outputs, _BLOCK_N)
+    return RowTile(slices, wide // slices, tiles if passes else min(tiles, _PROGRAMS))
+
+
+def suits(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
+    """Say whether a product is theirs. In float32 the units would round; a wide input may have nothing but a bias."""
+    halves = x.dtype == linear.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    bare = norm is None and linear.activation is None and not linear.gated
+    return halves and FEWEST_ROWS <= x.shape[0] <= MOST_ROWS and (x.shape[1] <= _WIDEST or bare)
+
+
+def rows_product(
+    x: Tensor, linear: Linear, norm: Norm | None, residual: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """activation(linear(norm(x))) + residual, for x (rows, inputs) that suits.
+
+    Args:
+        x: contiguous.
+        linear: see `Linear`.
+        norm: of x, before.
+        residual: (rows, outputs), added.
+        options: of a launch.
+    """
+    batch, inputs = x.shape
+    outputs = linear.weight.shape[0] // (2 if linear.gated else 1)
+    tile, weight = row_tile(outputs, inputs), linear.weight
+    bias, added = weight if linear.bias is None else linear.bias, x if residual is None else residual
+    y = x.new_empty(batch, outputs)
+    common: dict[str, Any] = {
+        "ROWS": 8 if batch <= 8 else 16,
+        "BLOCK_N": _BLOCK_N,
+        "SLICES": tile.slices,
+        "WIDTH": tile.width,
+        "BIAS": linear.bias is not None,
+        "RESIDUAL": residual is not None,
+        "num_warps": tile.slices,
+        **options,
+    }
+    if tile.slices * tile.width < inputs:
+        row_kernels.long_rows_linear_kernel[(tile.programs,)](
+            x, weight, y, bias, added, outputs, inputs, batch, **common
+        )
+        return y
+    row_kernels.rows_linear_kernel[(tile.programs,)](
+        x,
+        weight,
+        y,
+        weight if norm is None else norm.weight,
+        weight if norm is None or norm.bias is None else norm.bias,
+        bias,
+        added,
+        outputs,
+        inputs,
+        0.0 if norm is None else norm.eps,
+        1.0 if norm is None else norm.scale,
+        batch,
+        NORM=0 if norm is None else 1 + norm.centred,
+        NORM_BIAS=norm is not None and norm.bias is not None,
+        ACTIVATION=kernels.ACTIVATIONS[linear.activation],
+        GATED=linear.gated,
+        **common,
+    )
+    return y
