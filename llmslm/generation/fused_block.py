@@ -104,6 +104,9 @@ class FusedVerifiedBlock(VerifiedBlock):
                 logits = self.draft.block_step.read(last.tokens, last.positions, 0)[:, 0]
             self._take(logits, last)
         self._verify(size)
+
+    def read_on(self, size: int | None = None, largest: int | None = None) -> None:
+        """See `VerifiedBlock.read_on`."""
         read = self._placed(self.draft, 2, back=1, first_index=self.draft.first_index)
         logits = self.draft.block_step.read(read.tokens, read.positions, 0)
         is_second = self.produced > read.steps[:, 0]

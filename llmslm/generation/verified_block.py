@@ -1,4 +1,4 @@
-"""One block of verified decoding, all on the device: draft, verify in one pass, keep what holds, read on."""
+"""One block of verified decoding, all on the device: draft, verify in one pass, keep what holds; then read on."""
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class VerifiedBlock:
         self.draft.next_logits.copy_(self.draft.read(self.tokens[:, :1], self.produced[:, None], 0)[:, 0])
 
     def run(self, size: int, largest: int | None = None) -> None:
-        """Give each open row one to size + 1 new tokens.
+        """Give each open row one to size + 1 new tokens; `read_on` must follow before the next block.
 
         Args:
             size: number of tokens to draft.
@@ -58,7 +58,6 @@ class VerifiedBlock:
         logits = self.llm.read(block, index, largest)
         verdict = self.choice.judge(logits, index, block[:, 1:], odds)
         self._keep(verdict, index + 1)
-        self._read_on(size, None if largest is None else largest + 1)
 
     def _propose(self, size: int, largest: int | None) -> Tensor | None:
         """Write drafted tokens behind those of each row; the odds (batch, size, vocabulary) that they had if drawn."""
@@ -89,16 +88,16 @@ class VerifiedBlock:
         self.open &= ~ends.any(dim=1) & (self.produced < max_new)
         torch.stack([self.produced, self.open.long(), verdict.accepted, count], out=self.report)
 
-    def _read_on(self, size: int, largest: int | None) -> None:
+    def read_on(self, size: int | None = None, largest: int | None = None) -> None:
         """Let the draft read the last token of each row, and the one before it, which it drafted last if all was kept.
 
         Where one row's tokens 0 have no id, it reads the last token and the one behind it, which comes later again.
+
+        Args:
+            size: number of tokens that were drafted, where the host may look at what became of them.
+            largest: as for `run`.
         """
-        new = 2
-        if self.device.type == "cpu":  # where looking is free
-            if not self.open.any():
-                return
-            new = 1 + bool((self.report[2] == size).any())
+        new = 2 if size is None else 1 + bool((self.report[2] == size).any())
         first = (self.produced - new + 1).clamp(min=self.draft.first_index)
         index = first[:, None] + torch.arange(new, device=self.device)
         logits = self.draft.read(self.tokens.gather(1, index), index, largest)

@@ -1,8 +1,7 @@
-"""From block to block of verified decoding: on the CPU the host looks at each, on CUDA it launches graphs ahead."""
+"""From block to block of verified decoding: the host looks at each; on CUDA both parts of one are graphs."""
 
 import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,6 @@ from llmslm.generation.side import Side
 from llmslm.generation.verified_block import VerifiedBlock
 from llmslm.generation.verified_prompt import PromptReader
 
-_AHEAD = 1  # blocks that the host launches before it must know what an earlier one gave
 _MOST_TOKENS = 8192  # of prompts; above it the device computes longer than the host launches
 _ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product whose weights are read once (measured)
 
@@ -70,7 +68,7 @@ class VerifiedLoop:
         llm: verifies.
         draft: proposes.
         choice: of tokens.
-        fixed: whether blocks have few sizes and the host knows late what they gave, as CUDA graphs want it.
+        fixed: whether blocks have few sizes and do not depend on the host, as CUDA graphs want it.
     """
 
     def __init__(self, llm: Side, draft: Side, choice: Choice, *, fixed: bool) -> None:
@@ -83,6 +81,7 @@ class VerifiedLoop:
         self._captures_prompts = True
         self._pool = _new_pool(self.block.device)
         self._read_start = Captured(self.block.read_start, self.block.device, pool=self._pool)
+        self._read_on = Captured(self.block.read_on, self.block.device, pool=self._pool)
         if fixed:
             self._capture()
 
@@ -90,8 +89,9 @@ class VerifiedLoop:
         for size in self.sizes:
             block, drawn = functools.partial(self.block.run, size), (self.choice.generator,)
             self._graphs[size] = Captured(block, self.block.device, pool=self._pool, generators=drawn)
-            if self._pool is not None:  # now, since a first run disturbs the buffers
-                self._graphs[size].prepare()
+        if self._pool is not None:  # now, since a first run disturbs the buffers
+            for graph in (*self._graphs.values(), self._read_on):
+                graph.prepare()
 
     def read_prompt(self, reader: PromptReader, prompt: dict[str, Tensor]) -> None:
         """Read prompts, by a graph if that pays and their models can be captured; see `PromptReader.read`."""
@@ -123,19 +123,33 @@ class VerifiedLoop:
             self._read_start()
         call = _Call(self, on_first_token, on_tokens)
         while any(call.open):
-            size = call.size
             if self.fixed:
-                self._graphs[size]()
+                self._launch(call, with_tokens=on_tokens is not None)
             else:
-                self.block.run(size, max(call.counts) + size)
-            call.pending.append(self._report(size, with_tokens=on_tokens is not None))
-            call.look(_AHEAD if self.fixed else 0)
+                self._step(call, with_tokens=on_tokens is not None)
         width = max(call.counts)
         tokens = padded(self.block.tokens[:, 1 : width + 1], self.block.produced, self.choice.rules.pad)
         return VerifiedTokens(tokens, call.acceptance)
 
+    def _launch(self, call: "_Call", *, with_tokens: bool) -> None:
+        """Run a block by graphs: the draft reads on before the host knows the end, so that the device never waits."""
+        size = call.size
+        self._graphs[size]()
+        report = self._report(size, with_tokens=with_tokens)
+        self._read_on()
+        call.look(report)
+
+    def _step(self, call: "_Call", *, with_tokens: bool) -> None:
+        """Run a block where looking is free: only as far as needed."""
+        size = call.size
+        largest = max(call.counts) + size
+        self.block.run(size, largest)
+        call.look(self._report(size, with_tokens=with_tokens))
+        if any(call.open):
+            self.block.read_on(size, largest + 1)
+
     def _report(self, size: int, *, with_tokens: bool) -> _Report:
-        """Ask for what the block that was launched last will have given."""
+        """Ask for what the block that was launched last will have given, without waiting for what is launched later."""
         rows, tokens = self.block.report, self.block.tokens if with_tokens else None
         if self.block.device.type != "cuda":
             return _Report(size, rows.clone(), None if tokens is None else tokens.clone(), None)
@@ -181,7 +195,6 @@ class _Call:
         self.length, self.acceptance = BlockLength(loop.cost, loop.sizes), Acceptance()
         batch = loop.block.batch
         self.counts, self.open, self.handed_out = [0] * batch, [True] * batch, 0
-        self.pending: deque[_Report] = deque()
 
     @property
     def size(self) -> int:
@@ -192,16 +205,14 @@ class _Call:
             left = min((size for size in self.sizes if size >= left), default=left)
         return min(self.length.current, left)
 
-    def look(self, ahead: int) -> None:
-        """Take in what was asked for, all but the last `ahead` reports, until every row has ended."""
-        while self.pending and any(self.open) and (self.on_first_token is not None or len(self.pending) > ahead):
-            report = self.pending.popleft()
-            if report.event is not None:
-                report.event.synchronize()
-            if self.on_first_token is not None:
-                self.on_first_token()
-                self.on_first_token = None
-            self._take(report)
+    def look(self, report: _Report) -> None:
+        """Take in what a block gave."""
+        if report.event is not None:
+            report.event.synchronize()
+        if self.on_first_token is not None:
+            self.on_first_token()
+            self.on_first_token = None
+        self._take(report)
 
     def _take(self, report: _Report) -> None:
         counts, still_open, accepted, taken = report.rows.tolist()
