@@ -67,7 +67,7 @@ class PromptPass:
     @torch.inference_mode()
     def agrees(self, batch: dict[str, Tensor]) -> bool:
         """Say whether a graph can run this, and gives what the model does."""
-        with _HostReads() as reads:
+        with HostReads() as reads:
             ours = self._of_padded(*(batch[name] for name in sorted(batch)))
         own = self.model.slm_inputs(**batch)
         states, expected = (_attended(result) for result in (ours, own))
@@ -108,7 +108,7 @@ def _sight(model: LlmToSlm) -> int | None:
         return 0
 
 
-class _HostReads(TorchDispatchMode):
+class HostReads(TorchDispatchMode):
     """Finds out whether the host asks tensors for their values, which a graph cannot do."""
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """The prompt's passes of verified decoding: the LLM's, which feeds the projector too, and the slm's."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 from llmslm.generation.sampling import start_token
 from llmslm.generation.side import Side
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.packing import document_mask, document_positions
 from llmslm.models.shared_encoder import Reading, SharedEncoder
 
 
@@ -36,6 +38,7 @@ class PromptReader:
 
     def __init__(self, llm: PreTrainedModel, encoder: SharedEncoder, draft: LlmToSlm) -> None:
         self.llm, self.encoder, self.draft = llm, encoder, draft
+        self._takes_positions = "position_ids" in inspect.signature(draft.slm.base_model.forward).parameters
 
     def read(self, prompt_ids: Tensor, prompt_attention_mask: Tensor, **slm_side: Tensor) -> ReadPrompt:
         """Pass right-padded prompts through the LLM, the projector and the fusion.
@@ -50,6 +53,7 @@ class PromptReader:
             prompt_ids=prompt_ids,
             prompt_attention_mask=reading.mask,
             hidden_states=reading.hidden_states,
+            prompt_documents=reading.mask - 1,
             **slm_side,
         )
         return ReadPrompt(prompt_ids, reading, inputs)
@@ -71,7 +75,10 @@ class PromptReader:
         order = mask.argsort(dim=1, descending=True, stable=True)  # rows without gaps, from position 0
         embeds, mask = inputs["inputs_embeds"], mask.gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand_as(embeds))
-        output = slm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=True)
+        documents = mask - 1  # as for `SharedEncoder.read`
+        positions = {"position_ids": document_positions(documents)} if self._takes_positions else {}
+        seen = document_mask(documents, documents, causal=True)
+        output = slm.base_model(inputs_embeds=embeds, attention_mask=seen, use_cache=True, **positions)
         side.take_prompt(output.past_key_values, mask)
         last = output.last_hidden_state[torch.arange(len(mask), device=mask.device), side.base]
         side.next_logits.copy_(slm.get_output_embeddings()(last))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmslm.models.encoder import Encoder, Layers, layer_list, pad_right
+from llmslm.models.packing import document_mask, document_positions
 
 
 class Reading(NamedTuple):
@@ -54,12 +55,21 @@ class SharedEncoder(Encoder):
 
     @torch.no_grad()
     def read(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Reading:
-        """Pass once over prompts (batch, prompt_len), padded on either side."""
+        """Pass once over prompts (batch, prompt_len), padded on either side.
+
+        The model is given its mask in full: of one of two dimensions transformers asks whether it is all ones, except
+        while a CUDA graph is captured, which would then hold other kernels than those that ran before.
+        """
         prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
-        kwargs = {"use_cache": self.keeps_cache} if self._takes_use_cache else {}
+        documents = mask - 1
+        kwargs: dict[str, Any] = {"attention_mask": document_mask(documents, documents, causal=self._is_causal)}
+        if self._takes_positions:
+            kwargs["position_ids"] = document_positions(documents)
+        if self._takes_use_cache:
+            kwargs["use_cache"] = self.keeps_cache
         handles = self._set_hooks()  # for this pass alone: the LLM is used by others too
         try:
-            output = self.model(input_ids=prompt_ids, attention_mask=mask, **kwargs)
+            output = self.model(input_ids=prompt_ids, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()

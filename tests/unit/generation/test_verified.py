@@ -8,6 +8,7 @@ import torch
 from llmslm.errors import UserError
 from llmslm.generation.acceptance import LONGEST, SHORTEST, BlockLength
 from llmslm.generation.choice import Choice
+from llmslm.generation.prompt_pass import HostReads
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.verified import VerifiedEngine
 from llmslm.generation.verified_prompt import PromptReader
@@ -82,6 +83,24 @@ def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
         assert torch.equal(verified.generate(**sides, max_new_tokens=30).tokens, expected)
     assert len(verified._loops) == 2, "the caches of a call are used again by the next of its size"
     assert len(verified._lengths) == 2, "prompts come in a few lengths"
+
+
+@pairs
+@pytest.mark.parametrize("sampling", [None, Sampling(top_k=9, top_p=0.9)])
+def test_nothing_that_a_graph_holds_asks_for_a_value(family, slm_family, sampling):
+    """A prompt's pass, a block, and what the draft reads behind it."""
+    verified = engine(family, slm_family)
+    verified.fixed = True
+    config = verified.llm.generation_config
+    config.suppress_tokens, config.repetition_penalty, config.eos_token_id = [7], 1.3, [EOS, 5]
+    sides = batch(verified.llm, 3)[1]
+    verified.generate(**sides, max_new_tokens=4, sampling=sampling)
+    loop = next(iter(verified._loops.values()))
+    with torch.no_grad(), HostReads() as reads:
+        verified._reader.begin(verified._reader.read(**verified._padded(sides)), loop.llm, loop.draft)
+        loop.block.run(3)
+        loop.block.read_on()
+    assert not reads.found
 
 
 def test_prompts_that_no_graph_can_read_are_read_without(monkeypatch):
