@@ -1,5 +1,6 @@
 """CUDA graphs: work that is launched once by the host and replayed as a whole."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -67,9 +68,22 @@ class Captured:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = self.function(*buffers)
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                output = self.function(*buffers)
+        except BaseException:
+            _undo(stream, self.pool)
+            raise
         return graph, buffers, output
+
+
+def _undo(stream: torch.cuda.Stream, pool: Any) -> None:
+    """What torch leaves as it was during a capture that fails: current stream and, before 2.12, pool."""
+    torch.cuda.set_stream(stream)
+    if pool is not None:
+        with contextlib.suppress(RuntimeError):  # no pool is in use
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
 
 
 @functools.cache

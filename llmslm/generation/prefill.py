@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from llmslm.generation.plan import Decoder
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import fill_cross_cache
+from llmslm.models.packing import additive_mask, document_mask
 
 
 def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,8 +18,7 @@ def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
     length = valid.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool, device=valid.device).tril()
     seen = seen & valid[:, None, :] | torch.eye(length, dtype=torch.bool, device=valid.device)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=valid.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    return additive_mask(seen, dtype)[:, None]
 
 
 class CausalPrefill:
@@ -76,8 +76,11 @@ class EncodedPrefill:
         """Read ids (batch, length) or the encoder's states (batch, length, width); the mask's 1 means attend."""
         state = self.state
         if prompt.dim() == 2:
-            encoder = self.model.get_encoder()
-            prompt = encoder(input_ids=prompt, attention_mask=attention_mask).last_hidden_state
+            encoder, seen = self.model.get_encoder(), attention_mask
+            if state.device.type == "cuda":  # else a prompt without padding warms up other kernels than are captured
+                documents = attention_mask.long() - 1
+                seen = additive_mask(document_mask(documents, documents), self.decoder.embedding.dtype)
+            prompt = encoder(input_ids=prompt, attention_mask=seen).last_hidden_state
         fill_cross_cache(self.decoder, state, prompt)
         valid = attention_mask.bool()
         state.encoder_valid.fill_(False)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmslm.generation.prefill import causal_mask
 from llmslm.generation.sampling import start_token
 from llmslm.generation.side import Side
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.packing import document_mask, document_positions
+from llmslm.models.packing import document_positions
 from llmslm.models.shared_encoder import Reading, SharedEncoder
 
 
@@ -75,9 +76,8 @@ class PromptReader:
         order = mask.argsort(dim=1, descending=True, stable=True)  # rows without gaps, from position 0
         embeds, mask = inputs["inputs_embeds"], mask.gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand_as(embeds))
-        documents = mask - 1  # as for `SharedEncoder.read`
-        positions = {"position_ids": document_positions(documents)} if self._takes_positions else {}
-        seen = document_mask(documents, documents, causal=True)
+        positions = {"position_ids": document_positions(mask - 1)} if self._takes_positions else {}
+        seen = causal_mask(mask.bool(), slm.dtype)  # in full, as for `SharedEncoder.read`
         output = slm.base_model(inputs_embeds=embeds, attention_mask=seen, use_cache=True, **positions)
         side.take_prompt(output.past_key_values, mask)
         last = output.last_hidden_state[torch.arange(len(mask), device=mask.device), side.base]

@@ -31,6 +31,11 @@ def document_mask(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Ten
     return (mask | (queries == -1).unsqueeze(-1)).unsqueeze(1)
 
 
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that is added to scores: 0 where `seen`, else the lowest value; eager attention takes no other."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def document_positions(documents: Tensor) -> Tensor:
     """Count from 0 in each document, and in the padding, of (batch, len); the same shape."""
     column = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)

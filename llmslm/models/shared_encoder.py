@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmslm.models.encoder import Encoder, Layers, layer_list, pad_right
-from llmslm.models.packing import document_mask, document_positions
+from llmslm.models.packing import additive_mask, document_mask, document_positions
 
 
 class Reading(NamedTuple):
@@ -62,7 +62,8 @@ class SharedEncoder(Encoder):
         """
         prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
         documents = mask - 1
-        kwargs: dict[str, Any] = {"attention_mask": document_mask(documents, documents, causal=self._is_causal)}
+        seen = document_mask(documents, documents, causal=self._is_causal)
+        kwargs: dict[str, Any] = {"attention_mask": additive_mask(seen, self.model.dtype)}
         if self._takes_positions:
             kwargs["position_ids"] = document_positions(documents)
         if self._takes_use_cache:

@@ -1,10 +1,13 @@
 """The same tokens through kernels and graphs; needs a CUDA device."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read
+from llmslm.generation.graphs import Captured
 from llmslm.generation.sampling import Sampling, start_token
 from llmslm.generation.self_check import relative_difference
 from tests.unit.generation.families import BUILD, by_generate, prompts, tiny
@@ -70,3 +73,16 @@ def test_captures_of_many_sizes_leave_no_memory() -> None:
         torch.cuda.synchronize()
         held.append(torch.cuda.memory_allocated())
     assert held[-1] - held[3] < 2**20
+
+
+def test_a_capture_that_fails_leaves_the_others_alone() -> None:
+    device, ones, before = torch.device("cuda", 0), torch.ones(4, device="cuda"), torch.cuda.current_stream()
+
+    def captured(function: Callable[[torch.Tensor], torch.Tensor]) -> Captured:
+        return Captured(function, device, pool=torch.cuda.graph_pool_handle())
+
+    with pytest.raises(RuntimeError):
+        captured(lambda x: x * x.sum().item())(ones)
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    assert torch.equal(captured(lambda x: 2 * x)(ones), 2 * ones)

@@ -85,6 +85,18 @@ def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
     assert len(verified._lengths) == 2, "prompts come in a few lengths"
 
 
+@pytest.mark.parametrize(("family", "slm_family"), [("llama", "gpt2"), ("t5", "llama")])
+def test_attention_may_be_eager(family, slm_family):
+    """Which adds its masks to its scores, whatever their type is."""
+    verified, eager = engine(family, slm_family), engine(family, slm_family)
+    for model in (eager.llm, eager.draft.slm):
+        model.set_attn_implementation("eager")
+    inputs, sides = batch(verified.llm, 4)
+    expected, result = (system.generate(**sides, max_new_tokens=12) for system in (verified, eager))
+    assert torch.equal(result.tokens, by_generate(verified.llm, inputs, max_new_tokens=12))
+    assert result.acceptance == expected.acceptance
+
+
 @pairs
 @pytest.mark.parametrize("sampling", [None, Sampling(top_k=9, top_p=0.9)])
 def test_nothing_that_a_graph_holds_asks_for_a_value(family, slm_family, sampling):
