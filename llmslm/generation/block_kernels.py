@@ -155,10 +155,14 @@ def place_kernel(
     places,
     vocabulary,
     NEW: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Give the ids, positions and indices of a row's NEW tokens from `back` before its last one, or its first, on."""
     block_place = tl.program_id(0)
     row, place = block_place // NEW, block_place % NEW
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     index = tl.maximum(tl.load(produced_ptr + row) - back, first_index) + place
     token = tl.load(tokens_ptr + row * places + index)
     token = tl.where(index == 0, tl.load(start_ptr + row), token)
@@ -194,10 +198,14 @@ def draft_kernel(
     vocabulary,
     known,
     CHUNKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Write the draft's most probable token behind the last one of a row, as the one that is read next."""
     row = tl.program_id(0)
     one = row + tl.arange(0, 1)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.sum(_best(value_ptr, index_ptr, one, one >= 0, chunks, vocabulary, CHUNKS), axis=0)
     index = tl.load(step_ptr + row) + 1
     tl.store(tokens_ptr + row * places + index, token)
@@ -224,6 +232,7 @@ def keep_kernel(
     PLACES: tl.constexpr,
     CHUNKS: tl.constexpr,
     ENDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Keep a row's draft up to where it differs from the largest logits, the token there, and no more than it may have.
 
@@ -232,6 +241,9 @@ def keep_kernel(
     row = tl.program_id(0)
     p = tl.arange(0, PLACES)
     inside = p <= SIZE
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     choice = _best(value_ptr, index_ptr, row * (SIZE + 1) + p, inside, chunks, vocabulary, CHUNKS)
     before = tl.load(produced_ptr + row)
     was_open = tl.load(open_ptr + row) != 0

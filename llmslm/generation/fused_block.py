@@ -130,6 +130,7 @@ class FusedVerifiedBlock(VerifiedBlock):
             side.decoder.embedding.shape[0],
             NEW=new,
             num_warps=1,
+            **self._step(side).options,
         )
         return given
 
@@ -150,6 +151,7 @@ class FusedVerifiedBlock(VerifiedBlock):
             self.draft.decoder.embedding.shape[0],
             CHUNKS=triton.next_power_of_2(value.shape[1]),
             num_warps=1,
+            **self._step(self.draft).options,
         )
 
     def _verify(self, size: int) -> None:
@@ -175,6 +177,7 @@ class FusedVerifiedBlock(VerifiedBlock):
             CHUNKS=triton.next_power_of_2(value.shape[1]),
             ENDS=eos.numel(),
             num_warps=4,
+            **self._step(self.llm).options,
         )
 
     @staticmethod
