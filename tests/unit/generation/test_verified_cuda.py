@@ -3,8 +3,14 @@
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch")
+
+from llmslm.generation.block import BlockStep
+from llmslm.generation.families import read
+from llmslm.generation.fused_block import FusedBlockStep
 from llmslm.generation.sampling import Sampling
-from tests.unit.generation.families import by_generate
+from llmslm.generation.side import Side
+from tests.unit.generation.families import by_generate, tiny
 from tests.unit.generation.test_verified import batch, engine, pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -35,6 +41,36 @@ def test_rows_end_and_tokens_are_handed_out_by_graphs_kept_from_earlier_calls(fa
         assert torch.equal(result.tokens, expected)
         assert torch.equal(torch.cat(parts, dim=1), expected.cpu())
     assert len(verified._loops) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5-gated", "bart"])
+@pytest.mark.parametrize("new", [4, 8, 16])
+def test_blocks_in_bfloat16_are_those_of_plain_torch(family, new):
+    """Their products are those of the matrix units, or for the widest cuBLAS's."""
+    decoder = read(tiny(family).cuda().bfloat16(), 64)
+    tokens = torch.randint(3, 60, (2, new), device="cuda")
+    positions = torch.tensor([[3], [11]], device="cuda") + torch.arange(new, device="cuda")
+    logits = []
+    with torch.no_grad():
+        for kind in (FusedBlockStep, BlockStep):
+            torch.manual_seed(1)
+            side = Side(decoder, 2, 48, 5 if decoder.crosses else 0)
+            side.state.cache.copy_(torch.randn_like(side.state.cache))
+            side.state.cross.copy_(torch.randn_like(side.state.cross))
+            logits.append(kind(decoder, side.state).read(tokens, positions, 48).double())
+    assert (logits[0] - logits[1]).norm() < 0.03 * logits[1].norm()
+
+
+def test_no_block_is_launched_behind_the_end():
+    """The draft alone reads on; a block in vain would take as long as all of a short answer's."""
+    verified = engine("llama", "gpt2", device="cuda")
+    sides = {k: v.cuda() for k, v in batch(verified.llm, 1)[1].items()}
+    verified.generate(**sides, max_new_tokens=9)
+    loop = next(iter(verified._loops.values()))
+    launched = []
+    for size, graph in loop._graphs.items():
+        loop._graphs[size] = lambda graph=graph, size=size: launched.append(size) or graph()
+    assert verified.generate(**sides, max_new_tokens=9).acceptance.passes == len(launched)
 
 
 def test_settings_of_the_llms_generation_config_are_honoured():
