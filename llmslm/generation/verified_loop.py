@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +74,8 @@ class VerifiedLoop:
     def __init__(self, llm: Side, draft: Side, choice: Choice, *, fixed: bool) -> None:
         self.llm, self.draft, self.choice, self.fixed = llm, draft, choice, fixed
         self.block = block_for(llm, draft, choice)
-        self.cost = cost_of_drafting(llm, draft)
-        self.sizes: Sequence[int] = GRAPHED if fixed else range(SHORTEST, LONGEST + 1)
+        cost, sizes = cost_of_drafting(llm, draft), GRAPHED if fixed else range(SHORTEST, LONGEST + 1)
+        self.times = {size: 1 + cost * size for size in sizes}
         self._graphs: dict[int, Captured] = {}
         self._prompts: dict[tuple[str, ...], Captured] = {}
         self._captures_prompts = True
@@ -86,12 +86,14 @@ class VerifiedLoop:
             self._capture()
 
     def _capture(self) -> None:
-        for size in self.sizes:
+        for size in self.times:
             block, drawn = functools.partial(self.block.run, size), (self.choice.generator,)
             self._graphs[size] = Captured(block, self.block.device, pool=self._pool, generators=drawn)
         if self._pool is not None:  # now, since a first run disturbs the buffers
             for graph in (*self._graphs.values(), self._read_on):
                 graph.prepare()
+            if self.choice.mode != "sampled":  # what is drawn is to depend on its seed, and not on a clock
+                self.times = {size: _milliseconds(graph, self._read_on) for size, graph in self._graphs.items()}
 
     def read_prompt(self, reader: PromptReader, prompt: dict[str, Tensor]) -> None:
         """Read prompts, by a graph if that pays and their models can be captured; see `PromptReader.read`."""
@@ -164,6 +166,20 @@ def _new_pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
+def _milliseconds(*graphs: Captured) -> float:
+    """What graphs take one after the other, by the device's clock: the least of a few rounds."""
+    rounds = []
+    for _ in range(5):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for graph in graphs:
+            graph()
+        end.record()
+        end.synchronize()
+        rounds.append(begin.elapsed_time(end))
+    return min(rounds)
+
+
 def _pinned(value: Tensor) -> Tensor:
     copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
     return copy.copy_(value, non_blocking=True)
@@ -190,9 +206,9 @@ class _Call:
         on_first_token: Callable[[], None] | None,
         on_tokens: Callable[[Tensor], None] | None,
     ) -> None:
-        self.choice, self.sizes, self.fixed = loop.choice, loop.sizes, loop.fixed
+        self.choice, self.sizes, self.fixed = loop.choice, tuple(loop.times), loop.fixed
         self.on_first_token, self.on_tokens = on_first_token, on_tokens
-        self.length, self.acceptance = BlockLength(loop.cost, loop.sizes), Acceptance()
+        self.length, self.acceptance = BlockLength(loop.times), Acceptance()
         batch = loop.block.batch
         self.counts, self.open, self.handed_out = [0] * batch, [True] * batch, 0
 

@@ -314,7 +314,7 @@ def test_what_cannot_fit_is_refused_after_giving_up_what_is_kept(monkeypatch):
 
 
 def test_blocks_grow_with_what_is_kept():
-    length = BlockLength(cost=0.05)
+    length = BlockLength({size: 1 + 0.05 * size for size in range(SHORTEST, LONGEST + 1)})
     start = length.current
     for _ in range(20):
         length.learn(kept=length.current, refused=0)
@@ -322,4 +322,5 @@ def test_blocks_grow_with_what_is_kept():
     for _ in range(20):
         length.learn(kept=0, refused=1)
     assert length.current == SHORTEST
-    assert BlockLength(cost=1.0).current == SHORTEST
+    assert BlockLength({size: 1.0 + size for size in (2, 4)}).current == 2
+    assert BlockLength({4: 1.0, 7: 1.1, 12: 3.0}).current == 7, "times that are measured may leap"
