@@ -10,7 +10,7 @@ SHORTEST, LONGEST = 4, 16
 GRAPHED = (2, 4, 7, 12)
 """Sizes of the blocks that are captured: the pass that verifies one has a token more.
 
-Between them the output for a block's time differs little: with a draft's token at a sixth of a pass, by 3 % at most.
+Between them the output for a block's time differs little: with a draft's token at a sixth of a pass, by 2 % at most.
 """
 _MEMORY = 0.8  # weight of the past at each block
 

@@ -49,7 +49,7 @@ class PromptReader:
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
             slm_side: the rest of the batch: what `LlmToSlm.slm_inputs` takes for the slm.
         """
-        reading = self.encoder.read(prompt_ids, prompt_attention_mask)
+        reading = self.encoder.read(prompt_ids, prompt_attention_mask, one_mask=True)
         inputs = self.draft.slm_inputs(
             prompt_ids=prompt_ids,
             prompt_attention_mask=reading.mask,

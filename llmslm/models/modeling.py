@@ -26,7 +26,7 @@ from llmslm.models.encoder import Encoder, without_load_report
 from llmslm.models.fusion import Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
-from llmslm.models.packing import document_mask
+from llmslm.models.packing import additive_mask, document_mask
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
@@ -306,7 +306,9 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             # Without gaps and from position 0, as an encoder with any kind of positions was trained to read.
             order = mask.argsort(dim=1, descending=True, stable=True)
             embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
-            seen = mask if prompt_documents is None else document_mask(mask - 1, mask - 1)
+            seen = mask
+            if prompt_documents is not None:
+                seen = additive_mask(document_mask(mask - 1, mask - 1), embeds.dtype)
             embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=seen).last_hidden_state
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=embeds), "attention_mask": mask}
 

@@ -54,18 +54,17 @@ class SharedEncoder(Encoder):
         return reading.hidden_states, reading.mask
 
     @torch.no_grad()
-    def read(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Reading:
+    def read(self, prompt_ids: Tensor, prompt_attention_mask: Tensor, *, one_mask: bool = False) -> Reading:
         """Pass once over prompts (batch, prompt_len), padded on either side.
 
-        The model is given its mask in full: of one of two dimensions transformers asks whether it is all ones, except
-        while a CUDA graph is captured, which would then hold other kernels than those that ran before.
+        Args:
+            prompt_ids: (batch, prompt_len) ids of the LLM's tokenizer.
+            prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+            one_mask: give all layers the same mask in full. Of one of two dimensions transformers asks whether it is
+                all ones, except while a CUDA graph is captured, which would hold other kernels than those run before.
         """
         prompt_ids, mask = pad_right(prompt_ids, prompt_attention_mask)
-        documents = mask - 1
-        seen = document_mask(documents, documents, causal=self._is_causal)
-        kwargs: dict[str, Any] = {"attention_mask": additive_mask(seen, self.model.dtype)}
-        if self._takes_positions:
-            kwargs["position_ids"] = document_positions(documents)
+        kwargs: dict[str, Any] = self._full_mask(mask) if one_mask else {"attention_mask": mask}
         if self._takes_use_cache:
             kwargs["use_cache"] = self.keeps_cache
         handles = self._set_hooks()  # for this pass alone: the LLM is used by others too
@@ -77,6 +76,12 @@ class SharedEncoder(Encoder):
         states = self._wanted(output.last_hidden_state)
         cache = output.past_key_values if self.keeps_cache else None
         return Reading(states, mask, output.last_hidden_state, cache)
+
+    def _full_mask(self, mask: Tensor) -> dict[str, Tensor]:
+        documents = mask - 1
+        seen = document_mask(documents, documents, causal=self._is_causal)
+        full = {"attention_mask": additive_mask(seen, self.model.dtype)}
+        return full | ({"position_ids": document_positions(documents)} if self._takes_positions else {})
 
     def _read_weights(self) -> dict[str, Tensor]:
         """What an `Encoder` of this layer holds: the LLM's layers above it do not count."""

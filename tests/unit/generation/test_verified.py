@@ -85,7 +85,7 @@ def test_shapes_that_are_fixed_for_graphs_change_nothing(family, slm_family):
     assert len(verified._lengths) == 2, "prompts come in a few lengths"
 
 
-@pytest.mark.parametrize(("family", "slm_family"), [("llama", "gpt2"), ("t5", "llama")])
+@pytest.mark.parametrize(("family", "slm_family"), [("llama", "gpt2"), ("t5", "llama"), ("gpt2", "t5")])
 def test_attention_may_be_eager(family, slm_family):
     """Which adds its masks to its scores, whatever their type is."""
     verified, eager = engine(family, slm_family), engine(family, slm_family)
