@@ -1,5 +1,6 @@
 """From the prompt to the last token: on the CPU step by step, on CUDA by graphs that feed themselves."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -191,9 +192,9 @@ class GraphLoop(DecodeLoop):
     ) -> None:
         super().__init__(model, decoder, state, rules, start)
         pool = torch.cuda.graph_pool_handle()
-        drawn = (state.generator,)
-        self._first = Captured(self._first_token, state.device, pool=pool, generators=drawn)
-        self._next = Captured(self._next_token, state.device, pool=pool, generators=drawn)
+        drawn, loop = (state.generator,), weakref.proxy(self)  # else it would live until garbage is collected
+        self._first = Captured(lambda *prompt: loop._first_token(*prompt), state.device, pool=pool, generators=drawn)
+        self._next = Captured(lambda: loop._next_token(), state.device, pool=pool, generators=drawn)
 
     def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:
         """See `DecodeLoop.prepare`."""

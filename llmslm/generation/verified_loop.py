@@ -108,9 +108,10 @@ class VerifiedLoop:
 
     def _prompt_graph(self, reader: PromptReader, names: tuple[str, ...]) -> Captured:
         if names not in self._prompts:
+            llm, draft = self.llm, self.draft  # of which the graph holds on to no more: not to this loop
 
             def read(*values: Tensor) -> None:
-                reader.begin(reader.read(**dict(zip(names, values, strict=True))), self.llm, self.draft)
+                reader.begin(reader.read(**dict(zip(names, values, strict=True))), llm, draft)
 
             # A pool of their own: a capture that fails may leave it unusable.
             self._prompts[names] = Captured(read, self.block.device, pool=_new_pool(self.block.device))

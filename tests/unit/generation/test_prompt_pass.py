@@ -71,7 +71,7 @@ def test_an_encoder_that_one_mask_for_all_layers_does_not_suit_runs_as_it_is(enc
     model = compose(encoder, "llama", tmp_path)
     run, batch = PromptPass(model), batch_of(model)
     padded = run.padded(batch)
-    # Some versions of transformers (5.17) run Gemma 2 by an attention that the mask suits, others (5.23) by the eager one.
+    # Gemma 2's attention is one that the mask suits in transformers 5.17, the eager one in 5.23.
     assert encoder == "gemma2" or not run.agrees(padded)
     torch.testing.assert_close(attended(run(padded)), attended(model.slm_inputs(**batch)), atol=1e-4, rtol=1e-4)
 

@@ -1,6 +1,8 @@
 """Verified decoding: the output is the LLM's, whatever the draft; the prompt is read once."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -311,6 +313,22 @@ def test_what_cannot_fit_is_refused_after_giving_up_what_is_kept(monkeypatch):
     with pytest.raises(UserError, match="batch"):
         verified.generate(**sides, max_new_tokens=30)
     assert not verified._loops
+
+
+def test_what_is_given_up_is_gone_at_once():
+    """Its caches and graphs are given up to make room."""
+    verified = engine("gpt2", "gpt2")
+    verified.fixed = True
+    sides = batch(verified.llm, 4)[1]
+    for _ in range(2):
+        verified.generate(**sides, max_new_tokens=2)
+    held = [weakref.ref(loop) for loop in verified._loops.values()]
+    assert [len(loop()._prompts) for loop in held] == [1]
+    gc.disable()
+    verified.forget()
+    gone = held[0]() is None
+    gc.enable()
+    assert gone
 
 
 def test_blocks_grow_with_what_is_kept():
