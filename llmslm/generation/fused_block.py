@@ -103,7 +103,13 @@ class FusedVerifiedBlock(VerifiedBlock):
             if drafted:
                 logits = self.draft.block_step.read(last.tokens, last.positions, 0)[:, 0]
             self._take(logits, last)
-        self._verify(size)
+        block = self._placed(self.llm, size + 1)
+        logits = self.llm.block_step.read(block.tokens, block.positions, 0).flatten(0, 1)
+        self._keep_largest(logits, block.steps, size)
+
+    def take_first(self) -> None:
+        """See `VerifiedBlock.take_first`."""
+        self._keep_largest(self.llm.next_logits, self.produced, 0)
 
     def read_on(self, size: int | None = None, largest: int | None = None) -> None:
         """See `VerifiedBlock.read_on`."""
@@ -154,11 +160,10 @@ class FusedVerifiedBlock(VerifiedBlock):
             **self._step(self.draft).options,
         )
 
-    def _verify(self, size: int) -> None:
-        """Read the block, and keep what holds."""
-        block, eos = self._placed(self.llm, size + 1), self.choice.rules.eos
-        logits = self.llm.block_step.read(block.tokens, block.positions, 0).flatten(0, 1)
-        value, index = self._step(self.llm).largest(logits, self.choice.rules, block.steps)
+    def _keep_largest(self, logits: Tensor, steps: Tensor, size: int) -> None:
+        """Keep what holds of a block of drafted tokens, by the LLM's logits (batch * (size + 1), vocabulary)."""
+        eos = self.choice.rules.eos
+        value, index = self._step(self.llm).largest(logits, self.choice.rules, steps)
         block_kernels.keep_kernel[(self.batch,)](
             value,
             index,

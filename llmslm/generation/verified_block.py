@@ -45,6 +45,11 @@ class VerifiedBlock:
         """Let the draft read that id."""
         self.draft.next_logits.copy_(self.draft.read(self.tokens[:, :1], self.produced[:, None], 0)[:, 0])
 
+    @property
+    def begins_with_token(self) -> bool:
+        """Whether the LLM's pass over the prompt gave the logits of the first token."""
+        return self.choice.start_token is None
+
     def run(self, size: int, largest: int | None = None) -> None:
         """Give each open row one to size + 1 new tokens; `read_on` must follow before the next block.
 
@@ -57,6 +62,12 @@ class VerifiedBlock:
         block = self.tokens.gather(1, index)
         logits = self.llm.read(block, index, largest)
         verdict = self.choice.judge(logits, index, block[:, 1:], odds)
+        self._keep(verdict, index + 1)
+
+    def take_first(self) -> None:
+        """Give each row the token that follows the LLM's prompt, whose pass gave the logits; `read_on` must follow."""
+        index = self.produced[:, None]
+        verdict = self.choice.judge(self.llm.next_logits[:, None], index, self.tokens[:, :0], None)
         self._keep(verdict, index + 1)
 
     def _propose(self, size: int, largest: int | None) -> Tensor | None:

@@ -53,9 +53,12 @@ def block_for(llm: Side, draft: Side, choice: Choice) -> VerifiedBlock:
 
 @dataclass(frozen=True)
 class _Report:
-    """What a block will have given once `event` has come; the tokens of all rows so far, if they are wanted."""
+    """What a block will have given once `event` has come; the tokens of all rows so far, if they are wanted.
 
-    size: int
+    Its size is None where no token was drafted for it.
+    """
+
+    size: int | None
     rows: Tensor
     tokens: Tensor | None
     event: torch.cuda.Event | None
@@ -81,6 +84,8 @@ class VerifiedLoop:
         self._captures_prompts = True
         self._pool = _new_pool(self.block.device)
         self._read_start = Captured(self.block.read_start, self.block.device, pool=self._pool)
+        drawn = (self.choice.generator,)
+        self._take_first = Captured(self.block.take_first, self.block.device, pool=self._pool, generators=drawn)
         self._read_on = Captured(self.block.read_on, self.block.device, pool=self._pool)
         if fixed:
             self._capture()
@@ -90,7 +95,7 @@ class VerifiedLoop:
             block, drawn = functools.partial(self.block.run, size), (self.choice.generator,)
             self._graphs[size] = Captured(block, self.block.device, pool=self._pool, generators=drawn)
         if self._pool is not None:  # now, since a first run disturbs the buffers
-            for graph in (*self._graphs.values(), self._read_on):
+            for graph in (*self._graphs.values(), self._take_first, self._read_on):
                 graph.prepare()
             if self.choice.mode != "sampled":  # what is drawn is to depend on its seed, and not on a clock
                 self.times = {size: _milliseconds(graph, self._read_on) for size, graph in self._graphs.items()}
@@ -122,36 +127,40 @@ class VerifiedLoop:
     ) -> VerifiedTokens:
         """Decode from where the sides stand; arguments as for `VerifiedEngine.generate`."""
         self.block.start()
-        if self.block.begins_with_start:
-            self._read_start()
         call = _Call(self, on_first_token, on_tokens)
+        advance = functools.partial(self._launch if self.fixed else self._step, call, with_tokens=on_tokens is not None)
+        if self.block.begins_with_token:
+            advance(None)
+        elif self.block.begins_with_start:
+            self._read_start()
         while any(call.open):
-            if self.fixed:
-                self._launch(call, with_tokens=on_tokens is not None)
-            else:
-                self._step(call, with_tokens=on_tokens is not None)
+            advance(call.size)
         width = max(call.counts)
         tokens = padded(self.block.tokens[:, 1 : width + 1], self.block.produced, self.choice.rules.pad)
         return VerifiedTokens(tokens, call.acceptance)
 
-    def _launch(self, call: "_Call", *, with_tokens: bool) -> None:
-        """Run a block by graphs: the draft reads on before the host knows the end, so that the device never waits."""
-        size = call.size
-        self._graphs[size]()
+    def _launch(self, call: "_Call", size: int | None, *, with_tokens: bool) -> None:
+        """Run a block, or the first token alone, by graphs.
+
+        The draft reads on before the host knows whether that is the end, so that the device never waits.
+        """
+        (self._take_first if size is None else self._graphs[size])()
         report = self._report(size, with_tokens=with_tokens)
         self._read_on()
         call.look(report)
 
-    def _step(self, call: "_Call", *, with_tokens: bool) -> None:
-        """Run a block where looking is free: only as far as needed."""
-        size = call.size
-        largest = max(call.counts) + size
-        self.block.run(size, largest)
+    def _step(self, call: "_Call", size: int | None, *, with_tokens: bool) -> None:
+        """The same where looking is free: only as far as needed."""
+        largest = max(call.counts) + (size or 0)
+        if size is None:
+            self.block.take_first()
+        else:
+            self.block.run(size, largest)
         call.look(self._report(size, with_tokens=with_tokens))
         if any(call.open):
-            self.block.read_on(size, largest + 1)
+            self.block.read_on(size, largest + 2)
 
-    def _report(self, size: int, *, with_tokens: bool) -> _Report:
+    def _report(self, size: int | None, *, with_tokens: bool) -> _Report:
         """Ask for what the block that was launched last will have given, without waiting for what is launched later."""
         rows, tokens = self.block.report, self.block.tokens if with_tokens else None
         if self.block.device.type != "cuda":
@@ -234,10 +243,11 @@ class _Call:
     def _take(self, report: _Report) -> None:
         counts, still_open, accepted, taken = report.rows.tolist()
         rows = [(a, t) for a, t in zip(accepted, taken, strict=True) if t]  # a row that was open took one or more
-        kept = sum(min(a, t) for a, t in rows)
-        refused = sum(a < report.size and a < t for a, t in rows)
-        self.length.learn(kept, refused)
-        self.acceptance.add(Acceptance(1, len(rows), report.size * len(rows), kept))
+        if report.size is not None:
+            kept = sum(min(a, t) for a, t in rows)
+            refused = sum(a < report.size and a < t for a, t in rows)
+            self.length.learn(kept, refused)
+            self.acceptance.add(Acceptance(1, len(rows), report.size * len(rows), kept))
         self.counts, self.open = counts, [bool(value) for value in still_open]
         if self.on_tokens is not None and report.tokens is not None:
             going = [count for count, is_open in zip(counts, self.open, strict=True) if is_open]

@@ -66,6 +66,7 @@ class PromptReader:
             llm.take_states(reading.last_hidden_state, reading.mask, start_token(self.llm) or 0)
         else:
             llm.take_prompt(reading.past_key_values, reading.mask, prompt.prompt_ids)
+            llm.next_logits.copy_(_logits_behind(self.llm, reading.last_hidden_state, llm))
         self._begin_draft(draft, prompt.slm_inputs)
 
     def _begin_draft(self, side: Side, inputs: dict[str, Any]) -> None:
@@ -80,5 +81,11 @@ class PromptReader:
         seen = causal_mask(mask.bool(), slm.dtype)  # in full, as for `SharedEncoder.read`
         output = slm.base_model(inputs_embeds=embeds, attention_mask=seen, use_cache=True, **positions)
         side.take_prompt(output.past_key_values, mask)
-        last = output.last_hidden_state[torch.arange(len(mask), device=mask.device), side.base]
-        side.next_logits.copy_(slm.get_output_embeddings()(last))
+        side.next_logits.copy_(_logits_behind(slm, output.last_hidden_state, side))
+
+
+def _logits_behind(model: PreTrainedModel, states: Tensor, side: Side) -> Tensor:
+    """(batch, vocabulary): of what follows a prompt, from the last states of all its tokens."""
+    last = states[torch.arange(len(states), device=states.device), side.base]
+    logits: Tensor = model.get_output_embeddings()(last)
+    return logits
