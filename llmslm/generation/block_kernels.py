@@ -96,11 +96,15 @@ def block_attention_kernel(
         gdc_wait()
     start = tl.load(position_ptr + row * NEW)
     base = (row * KV_HEADS + kv_head).to(tl.int64) * capacity * D
+    at = base + n[:, None] * D + d[None, :]
+    d_in = d < D
+    inside = (n < start)[:, None] & d_in[None, :]
+    keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+    values = tl.load(values_ptr + at, mask=inside, other=0.0)
     qkv = qkv_ptr + row * NEW * wide
     # Angles beyond the tables belong to tokens behind an end, whose logits nobody reads.
     angle = tl.minimum(start + p, angles - 1)
     seen, own = p <= place, p == place
-    d_in = d < D
     q_at, k_at, v_at = qkv + head * D, qkv + (HEADS + kv_head) * D, qkv + (HEADS + KV_HEADS + kv_head) * D
     q = _heads(q_at, wide, angle, own, q_norm, cos_ptr, sin_ptr, eps, PLACES, D, WIDTH, NORM, ROTARY)
     q = tl.sum(tl.where(own[:, None], q, 0.0), axis=0) * scale
@@ -120,12 +124,12 @@ def block_attention_kernel(
     own_weight = tl.exp(own_score - largest)
     total = tl.sum(own_weight, axis=0)
     y = tl.sum(v.to(tl.float32) * own_weight[:, None], axis=0)
-    at = base + n[:, None] * D + d[None, :]
     for begin in range(0, start, BLOCK_L):
         here = begin + n
-        inside = (here < start)[:, None] & d_in[None, :]
-        keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
-        values = tl.load(values_ptr + at, mask=inside, other=0.0)
+        at += BLOCK_L * D
+        inside = (here + BLOCK_L < start)[:, None] & d_in[None, :]
+        next_keys = tl.load(keys_ptr + at, mask=inside, other=0.0)
+        next_values = tl.load(values_ptr + at, mask=inside, other=0.0)
         score = tl.sum(keys.to(tl.float32) * q[None, :], axis=1)
         if BIASED:
             away = tl.minimum(start + place - here, distances - 1)
@@ -137,7 +141,7 @@ def block_attention_kernel(
         total = total * shrink + tl.sum(weight, axis=0)
         y = y * shrink + tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
         largest = new
-        at += BLOCK_L * D
+        keys, values = next_keys, next_values
     tl.store(y_ptr + (block_place * HEADS + head) * D + d, y / total, mask=d_in)
 
 
