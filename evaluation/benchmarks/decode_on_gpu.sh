@@ -1,12 +1,12 @@
 #!/bin/sh
-# All that is measured of decoding on one GPU, in some seven minutes: the tests of graphs and kernels, predicted against
+# All that is measured of decoding on one GPU, in some eight minutes: the tests of graphs and kernels, predicted against
 # measured memory of four shapes, the sweeps of batch, prompt and output length (break-even), all arms side by side, the
-# waterfall from generate(), growth of memory over 1,000 prompts.
+# waterfall from generate(), growth of memory over 1,000 prompts, a block of the verified mode.
 #
 #     sh evaluation/benchmarks/decode_on_gpu.sh FOLDER     # records, the curve and the log of the tests go there
 #
 # What fails does not stop the rest; the exit status is the number of failures. DEVICE, LLM, SLM, LARGE, SMALL, BATCHES,
-# PROMPTS, NEW, RUNS, COUNT, DTYPE and PYTHON may be set, to try the script elsewhere.
+# PROMPTS, NEW, RUNS, COUNT, VERIFIER, DRAFTER, DTYPE and PYTHON may be set, to try the script elsewhere.
 out=${1:?a folder for the records is expected}
 python=${PYTHON:-python3}
 llm=${LLM:-t5-3b} slm=${SLM:-t5-small} device=${DEVICE:-cuda}
@@ -42,6 +42,8 @@ step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$devic
   --out "$out/h200-waterfall.json"
 step growth 120 "$python" -m evaluation.benchmarks.memory_growth --device "$device" --shape "${SMALL:-llama-4x512}" \
   --prompts "${COUNT:-1000}" --out "$out/h200-growth.json"
-step tests 180 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 \
+step verified 120 "$python" -m evaluation.benchmarks.verified_block --device "$device" --llm "${VERIFIER:-llama-24x576}" \
+  --slm "${DRAFTER:-llama-4x256}" --out "$out/h200-verified-block.json"
+step tests 300 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 \
   tests/unit/generation/test_cuda.py tests/unit/generation/test_verified_cuda.py
 exit $failed

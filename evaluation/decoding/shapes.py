@@ -22,6 +22,7 @@ _T5 = {"decoder_start_token_id": 0}
 _T5_LARGE = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16, **_T5}
 _T5_3B = {"d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_layers": 24, "num_heads": 32, **_T5}
 _LLAMA_SMALL = {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1408, "tie_word_embeddings": True}
+_LLAMA_HEADLINE = {"vocab_size": 16384, "tie_word_embeddings": True}
 _LLAMA_1B = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_key_value_heads": 4}
 
 SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -31,6 +32,16 @@ SHAPES: dict[str, Callable[[], PreTrainedModel]] = {
     "t5-3b": lambda: T5ForConditionalGeneration(T5Config(**_T5_3B)),
     "llama-4x512": lambda: LlamaForCausalLM(
         LlamaConfig(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, **_LLAMA_SMALL)
+    ),
+    "llama-4x256": lambda: LlamaForCausalLM(  # the SLM of recipes/headline
+        LlamaConfig(
+            hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, **_LLAMA_HEADLINE
+        )
+    ),
+    "llama-24x576": lambda: LlamaForCausalLM(  # its LLM
+        LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=24, num_attention_heads=9, **_LLAMA_HEADLINE
+        )
     ),
     "llama-22x2048": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=22, num_attention_heads=32, **_LLAMA_1B)),
 }

@@ -109,6 +109,11 @@ class VerifiedEngine:
         """Those of the LLM and of the slm."""
         return self._alone, self._slm
 
+    @property
+    def loops(self) -> tuple[VerifiedLoop, ...]:
+        """Those that are kept, the last one used last."""
+        return tuple(self._loops.values())
+
     def forget(self) -> None:
         """Give up the caches and graphs that are kept for further calls."""
         self._loops.clear()

@@ -98,7 +98,7 @@ class VerifiedLoop:
             for graph in (*self._graphs.values(), self._take_first, self._read_on):
                 graph.prepare()
             if self.choice.mode != "sampled":  # what is drawn is to depend on its seed, and not on a clock
-                self.times = {size: _milliseconds(graph, self._read_on) for size, graph in self._graphs.items()}
+                self.times = {size: _milliseconds(functools.partial(self.advance, size)) for size in self.times}
 
     def read_prompt(self, reader: PromptReader, prompt: dict[str, Tensor]) -> None:
         """Read prompts, by a graph if that pays and their models can be captured; see `PromptReader.read`."""
@@ -139,6 +139,11 @@ class VerifiedLoop:
         tokens = padded(self.block.tokens[:, 1 : width + 1], self.block.produced, self.choice.rules.pad)
         return VerifiedTokens(tokens, call.acceptance)
 
+    def advance(self, size: int) -> None:
+        """Launch a block and what the draft reads behind it, where blocks are `fixed`, without a look at them."""
+        self._graphs[size]()
+        self._read_on()
+
     def _launch(self, call: "_Call", size: int | None, *, with_tokens: bool) -> None:
         """Run a block, or the first token alone, by graphs.
 
@@ -176,14 +181,13 @@ def _new_pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
-def _milliseconds(*graphs: Captured) -> float:
-    """What graphs take one after the other, by the device's clock: the least of a few rounds."""
+def _milliseconds(work: Callable[[], None]) -> float:
+    """What work takes by the device's clock: the least of a few rounds."""
     rounds = []
     for _ in range(5):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        for graph in graphs:
-            graph()
+        work()
         end.record()
         end.synchronize()
         rounds.append(begin.elapsed_time(end))
