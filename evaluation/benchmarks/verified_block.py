@@ -10,6 +10,7 @@ is the best of those captured. Prompts' passes are left out. The last line is on
 import argparse
 import functools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def measure(engine: VerifiedEngine, batch: int, prompt: int, new: int, runs: int
         times[0].append((seconds(lambda: llm_alone(new), device) - seconds(lambda: llm_alone(1), device)) / (new - 1))
         for size in loop.times:
             times[size].append(seconds(functools.partial(blocks, size), device) / _BLOCKS)
-    best = {size: min(values) for size, values in times.items()}
-    return best.pop(0), best
+    medians = {size: statistics.median(values) for size, values in times.items()}
+    return medians.pop(0), medians
 
 
 def times_faster(step: float, blocks: dict[int, float], odds: float) -> tuple[float, int]:
