@@ -13,6 +13,7 @@ from llmslm.models.alignment import Alignment, PromptLayout
 from llmslm.models.attention import CrossAttention
 from llmslm.models.components import Component
 from llmslm.models.encoder import layer_list
+from llmslm.models.packing import document_mask
 from llmslm.models.prompt import AlignedPrompt, ProjectedPrompt, SlmPrompt
 
 
@@ -28,6 +29,10 @@ class Fusion(Component):
     def forward(self, own: SlmPrompt, projected: ProjectedPrompt, alignment: Alignment) -> SlmPrompt:
         """Return what the slm reads; its positions end with those of `own`, unless it is encoded."""
         raise NotImplementedError
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """Say whether several examples may share a row: their states are then kept apart."""
+        return False
 
     def attach(self, slm: PreTrainedModel) -> None:
         """Fit the slm, when the composition is built; called again where it is built anew from its config."""
@@ -54,6 +59,10 @@ class AlignedFusion(Fusion):
         """Align, then fuse position by position."""
         aligned = alignment(own.inputs_embeds, own.attention_mask, projected)
         return own._replace(inputs_embeds=self.fuse(aligned))
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """States go to the tokens of their own prompt, in packed rows too."""
+        return True
 
     def fuse(self, aligned: AlignedPrompt) -> Tensor:
         """Return (batch, input_len, slm_hidden_size); positions outside the prompt pass unchanged."""
@@ -121,7 +130,11 @@ class PrefixOnly(Prefix):
 class ReplaceEncoder(Fusion):
     """The decoder of an encoder-decoder slm reads the projected states; its own encoder is not run, nor kept."""
 
-    prompt_layout: ClassVar[PromptLayout | None] = "start"
+    prompt_layout: ClassVar[PromptLayout | None] = "states"
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """The decoder attends to the states of its own example (see `llmslm.models.packing`)."""
+        return True
 
     def forward(self, own: SlmPrompt, projected: ProjectedPrompt, alignment: Alignment) -> SlmPrompt:
         """Hand the states on as if the slm's encoder had made them."""
@@ -197,8 +210,15 @@ class CrossAttend(Fusion):
         """Read the states for the calls of the slm that follow."""
         states = projected.prompt_embeds.to(own.inputs_embeds.dtype)
         self._read = [layer.keys_values(states) for layer in cast(list[CrossAttention], self.layers)]
-        self._mask = projected.mask
+        if projected.documents is None or own.documents is None:
+            self._mask = projected.mask.bool()[:, None, None, :]
+        else:
+            self._mask = document_mask(own.documents, projected.documents)
         return own
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """Each token attends to the states of its own example; an encoder-decoder's targets are not told apart here."""
+        return not slm.config.is_encoder_decoder
 
     def step_parameters(self) -> list[nn.Parameter]:
         """Return all but the maps to keys and values, which are applied once a prompt."""

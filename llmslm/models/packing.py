@@ -39,18 +39,14 @@ def document_positions(documents: Tensor) -> Tensor:
     return column - torch.where(begins, column, 0).cummax(1).values
 
 
-def encoder_decoder_inputs(documents: Tensor, target_documents: Tensor) -> dict[str, Tensor]:
-    """Return the masks of a packed encoder-decoder, as transformers takes them: attention, decoder and cross.
+def decoder_masks(documents: Tensor, target_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the decoder of a packed encoder-decoder attends by: to its own positions, and to those it reads.
 
     Args:
-        documents: (batch, input_len), see `document_mask`.
+        documents: (batch, input_len), of what it reads; see `document_mask`.
         target_documents: (batch, target_len), likewise.
     """
-    return {
-        "attention_mask": document_mask(documents, documents),
-        "decoder_attention_mask": document_mask(target_documents, target_documents, causal=True),
-        "cross_attention_mask": document_mask(target_documents, documents),
-    }
+    return document_mask(target_documents, target_documents, causal=True), document_mask(target_documents, documents)
 
 
 @contextmanager
@@ -100,13 +96,14 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
     alone_inputs, inputs, cross = {"input_ids": second}, {"input_ids": both}, None
     if model.config.is_encoder_decoder:
         alone_inputs["decoder_input_ids"], inputs["decoder_input_ids"] = second, both
-        inputs |= encoder_decoder_inputs(documents, documents)
-        cross = inputs.pop("cross_attention_mask")
+        inputs["decoder_attention_mask"], cross = decoder_masks(documents, documents)
+        if not reads_states:
+            inputs["attention_mask"] = document_mask(documents, documents)
     else:
         inputs["position_ids"] = torch.arange(_LENGTH, device=model.device).repeat(1, 2)
     if reads_states:
         alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
-        inputs |= {"prompt_ids": both, "prompt_documents": documents, "on_prompt": torch.ones_like(both)}
+        inputs |= {"prompt_ids": both, "prompt_documents": documents, "documents": documents}
     if stored_width is not None:
         count = 2 * _LENGTH * stored_width
         states = torch.linspace(-1, 1, count, device=model.device).sin().view(1, 2 * _LENGTH, stored_width)
