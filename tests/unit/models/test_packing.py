@@ -1,5 +1,7 @@
 """Packed rows give the losses of rows of their own; chosen positions give the logits of all."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -167,6 +169,19 @@ def test_packed_batches_of_t5_are_compiled_once():
     for batch in batches:
         summed_loss(model, batch).backward()
     assert compiled.frame_count == 4  # first and further blocks, of encoder and decoder
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # as above
+def test_blocks_that_attend_to_states_share_their_compilations(tmp_path):
+    torch.compiler.reset()
+    model, compiled = composed("llama", "llama", tmp_path, CrossAttend).train(), CompileCounter()
+    model.slm.model.layers.extend(copy.deepcopy(model.slm.model.layers))
+    model.fusion.attach(model.slm)
+    for block in blocks(model.slm):
+        block.compile(backend=compiled)
+    summed_loss(model, codec_of(model).collate_packed(with_states(ROWS), PackedShape(2, (24, 16)))).backward()
+    assert compiled.frame_count <= 2  # of the first block, whose input is not a block's output, and of the further ones
     torch.compiler.reset()
 
 
