@@ -194,13 +194,13 @@ class Codec:
             shape: of the batch.
 
         Returns:
-            For decoder-only models input_ids, position_ids and labels, (rows, tokens). Positions start at 0 with each
-            example, which is how transformers knows that it attends to nothing before. For encoder-decoder models
-            input_ids and documents, (rows, tokens), and labels and target_documents, (rows, target_tokens). With a
-            frozen encoder also documents and on_prompt, 1 on the prompts' positions (decoder-only models), and
-            prompt_ids and prompt_documents, (rows, prompt_tokens), with the same examples in the same order; where
-            the states alone are read, input_ids is (rows, 1) and documents are those of the states. Documents number
-            the examples of a row, -1 = padding. Labels of -100 are ignored; there is no attention mask.
+            For decoder-only models input_ids, documents, position_ids and labels, (rows, tokens); positions start at 0
+            with each example. For encoder-decoder models input_ids and documents, (rows, tokens), and labels and
+            target_documents, (rows, target_tokens). With a frozen encoder also on_prompt, 1 on the prompts' positions
+            (decoder-only models), and prompt_ids and prompt_documents, (rows, prompt_tokens), with the same examples in
+            the same order; where the states alone are read, input_ids is (rows, 1) and documents are those of the
+            states. Documents number the examples of a row, -1 = padding. Labels of -100 are ignored; there is no
+            attention mask.
         """
         lengths = [[sum(len(row[name]) for name in side) for row in rows] for side in self.packed_sides]
         counts = pack_rows(list(zip(*lengths, strict=True)), shape.capacities)
@@ -222,8 +222,9 @@ class Codec:
         labels = sides[0].put([part for pair in zip(ignored, targets, strict=True) for part in pair], IGNORED)
         documents = sides[0].documents()
         if self.has_encoder:
-            batch |= {"documents": documents, "on_prompt": ((documents >= 0) & (labels == IGNORED)).long()}
+            batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
         return batch | {
+            "documents": documents,
             "input_ids": sides[0].put(both, self.pad_id),
             "position_ids": document_positions(documents),
             "labels": labels,

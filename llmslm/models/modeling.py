@@ -26,7 +26,7 @@ from llmslm.models.encoder import Encoder, without_load_report
 from llmslm.models.fusion import Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
-from llmslm.models.packing import document_mask
+from llmslm.models.packing import causal_mask, document_mask
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
@@ -371,7 +371,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             if prompt_documents is not None and documents is not None:
                 sides = (input_ids, documents, prompt_ids, prompt_documents)
                 kwargs |= self._packed_inputs(*sides, on_prompt, hidden_states)
-                inputs_embeds = kwargs.pop("inputs_embeds", None)
+                inputs_embeds, attention_mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
             elif prompt_attention_mask is not None:
                 # In decode steps a missing mask means "attend to the whole cache": do not invent a short one there.
                 attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -467,7 +467,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         )
         embeds = prompt.inputs_embeds
         if not self.config.is_encoder_decoder:
-            return {"inputs_embeds": embeds}
+            return {"inputs_embeds": embeds} | causal_mask(self.slm.config, documents)
         if not prompt.is_encoded:
             seen = document_mask(documents, documents)
             embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=seen).last_hidden_state

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmslm.errors import UserError
 
@@ -29,6 +29,23 @@ def document_mask(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Ten
     if causal:
         mask = mask.tril()
     return (mask | (queries == -1).unsqueeze(-1)).unsqueeze(1)
+
+
+def causal_mask(config: PreTrainedConfig, documents: Tensor) -> dict[str, Tensor]:
+    """Return what keeps apart the examples of a decoder-only model's rows beside positions that start again.
+
+    From the positions transformers finds the examples, too; but then it asks the device first whether there are any, at
+    each step, and the host waits until all that was begun is done. It still does so for models with windows, whose
+    masks differ from layer to layer, and for attention that takes no mask.
+
+    Args:
+        config: of the model.
+        documents: (batch, len), see `document_mask`.
+    """
+    has_windows = getattr(config, "sliding_window", None) is not None
+    if has_windows or config._attn_implementation != "sdpa":
+        return {}
+    return {"attention_mask": document_mask(documents, documents, causal=True)}
 
 
 def document_positions(documents: Tensor) -> Tensor:
@@ -77,8 +94,8 @@ def cross_attending(model: PreTrainedModel, mask: Tensor | None) -> Iterator[Non
 def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_width: int | None = None) -> None:
     """Run a model on an example alone and behind another one: its logits must agree.
 
-    Of a decoder-only model, transformers makes the mask from positions that start again at 0. A model that ignores
-    them, or counts absolute positions by itself, sees another example than it would alone.
+    A model that ignores masks and positions that start again at 0, or counts absolute positions by itself, sees another
+    example than it would alone.
 
     Args:
         model: any of the three systems'.
@@ -101,6 +118,7 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
             inputs["attention_mask"] = document_mask(documents, documents)
     else:
         inputs["position_ids"] = torch.arange(_LENGTH, device=model.device).repeat(1, 2)
+        inputs |= {} if reads_states else causal_mask(model.config, documents)
     if reads_states:
         alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
         inputs |= {"prompt_ids": both, "prompt_documents": documents, "documents": documents}
