@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llmslm.data.codec import IGNORED, target_positions
 from llmslm.models.head import logits_at
-from llmslm.models.packing import causal_mask, cross_attending, decoder_masks, document_mask
+from llmslm.models.packing import causal_inputs, cross_attending, decoder_masks, document_mask
 
 
 def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,8 @@ def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int)
     else:
         columns = columns - 1  # the position before a target predicts it
         if "documents" in tensors and "prompt_documents" not in tensors:
-            tensors |= causal_mask(model.config, tensors.pop("documents"))
+            starts = tensors.pop("document_starts", None)
+            tensors |= causal_inputs(model.config, tensors.pop("documents"), starts)
     with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
         logits: Tensor = model(**tensors, use_cache=False).logits[0]
     return logits, targets

@@ -60,6 +60,8 @@ class PackedShape(NamedTuple):
     rows: int
     capacities: tuple[int, ...]
     """Tokens of a row, on each side of `Codec.packed_sides`."""
+    examples: int = 0
+    """How many have room in `document_starts`, paddings too; doubled where that is not enough."""
 
 
 class Codec:
@@ -195,12 +197,12 @@ class Codec:
 
         Returns:
             For decoder-only models input_ids, documents, position_ids and labels, (rows, tokens); positions start at 0
-            with each example. For encoder-decoder models input_ids and documents, (rows, tokens), and labels and
-            target_documents, (rows, target_tokens). With a frozen encoder also on_prompt, 1 on the prompts' positions
-            (decoder-only models), and prompt_ids and prompt_documents, (rows, prompt_tokens), with the same examples in
-            the same order; where the states alone are read, input_ids is (rows, 1) and documents are those of the
-            states. Documents number the examples of a row, -1 = padding. Labels of -100 are ignored; there is no
-            attention mask.
+            with each example, and document_starts says where each begins. For encoder-decoder models input_ids and
+            documents, (rows, tokens), and labels and target_documents, (rows, target_tokens). With a frozen encoder
+            also on_prompt, 1 on the prompts' positions (decoder-only models), and prompt_ids and prompt_documents,
+            (rows, prompt_tokens), with the same examples in the same order; where the states alone are read, input_ids
+            is (rows, 1) and documents are those of the states. Documents number the examples of a row, -1 = padding.
+            Labels of -100 are ignored; there is no attention mask.
         """
         lengths = [[sum(len(row[name]) for name in side) for row in rows] for side in self.packed_sides]
         counts = pack_rows(list(zip(*lengths, strict=True)), shape.capacities)
@@ -225,6 +227,7 @@ class Codec:
             batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
         return batch | {
             "documents": documents,
+            "document_starts": document_starts(documents, shape.examples),
             "input_ids": sides[0].put(both, self.pad_id),
             "position_ids": document_positions(documents),
             "labels": labels,
@@ -397,6 +400,22 @@ def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -
         counts[-1] += 1
         room = left
     return counts
+
+
+def document_starts(documents: Tensor, room: int = 0) -> Tensor:
+    """Return where each run of the same number begins in (rows, len), counted over all rows, and their end; int32.
+
+    There is room for as many as is told, so that batches have one shape: what is left over are empty runs at the end.
+    """
+    flat = documents.numpy()
+    begins = np.ones(flat.shape, dtype=bool)
+    begins[:, 1:] = flat[:, 1:] != flat[:, :-1]
+    found = np.flatnonzero(begins)
+    while room and room < len(found):
+        room *= 2
+    starts = np.full(max(room, len(found)) + 1, flat.size, dtype=np.int32)
+    starts[: len(found)] = found
+    return torch.from_numpy(starts)
 
 
 def _stored_states(rows: Sequence[Mapping[str, Any]], counts: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:

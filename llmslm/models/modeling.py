@@ -26,7 +26,7 @@ from llmslm.models.encoder import Encoder, without_load_report
 from llmslm.models.fusion import Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
-from llmslm.models.packing import causal_mask, document_mask
+from llmslm.models.packing import causal_inputs, document_mask
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
@@ -328,6 +328,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_spans: Tensor | None = None,
         prompt_documents: Tensor | None = None,
         documents: Tensor | None = None,
+        document_starts: Tensor | None = None,
         on_prompt: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         prompt_inputs_embeds: Tensor | None = None,
@@ -351,6 +352,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
                 `llmslm.models.packing`.
             documents: (batch, input_len), the example of each of input_ids in packed rows, -1 = padding; that of each
                 state (batch, prompt_len) where a decoder reads nothing else.
+            document_starts: (examples + 1,), where each example of a decoder-only slm's packed rows begins among all
+                positions of the batch, and their end; see `llmslm.models.document_attention.attend`.
             on_prompt: (batch, input_len), 1 on the prompts of a decoder-only slm's packed rows.
             inputs_embeds: (batch, input_len, slm_hidden_size), handed to the slm as they are.
             prompt_inputs_embeds: (batch, k, slm_hidden_size), what the first k positions read (made by `generate`).
@@ -370,7 +373,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         elif inputs_embeds is None and input_ids is not None:
             if prompt_documents is not None and documents is not None:
                 sides = (input_ids, documents, prompt_ids, prompt_documents)
-                kwargs |= self._packed_inputs(*sides, on_prompt, hidden_states)
+                kwargs |= self._packed_inputs(*sides, on_prompt, hidden_states, document_starts)
                 inputs_embeds, attention_mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
             elif prompt_attention_mask is not None:
                 # In decode steps a missing mask means "attend to the whole cache": do not invent a short one there.
@@ -458,6 +461,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         prompt_documents: Tensor,
         on_prompt: Tensor | None,
         hidden_states: Tensor | None,
+        document_starts: Tensor | None,
     ) -> dict[str, Any]:
         """Return what the slm takes for packed rows: a row's k-th prompt token is the k-th of the encoder's row."""
         known = (prompt_documents >= 0).long()
@@ -467,7 +471,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         )
         embeds = prompt.inputs_embeds
         if not self.config.is_encoder_decoder:
-            return {"inputs_embeds": embeds} | causal_mask(self.slm.config, documents)
+            return {"inputs_embeds": embeds} | causal_inputs(self.slm.config, documents, document_starts)
         if not prompt.is_encoded:
             seen = document_mask(documents, documents)
             embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=seen).last_hidden_state

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmslm.errors import UserError
+from llmslm.models import document_attention
 
 _LENGTH = 4
 
@@ -31,7 +32,7 @@ def document_mask(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Ten
     return (mask | (queries == -1).unsqueeze(-1)).unsqueeze(1)
 
 
-def causal_mask(config: PreTrainedConfig, documents: Tensor) -> dict[str, Tensor]:
+def causal_inputs(config: PreTrainedConfig, documents: Tensor, starts: Tensor | None) -> dict[str, Any]:
     """Return what keeps apart the examples of a decoder-only model's rows beside positions that start again.
 
     From the positions transformers finds the examples, too; but then it asks the device first whether there are any, at
@@ -41,11 +42,14 @@ def causal_mask(config: PreTrainedConfig, documents: Tensor) -> dict[str, Tensor
     Args:
         config: of the model.
         documents: (batch, len), see `document_mask`.
+        starts: where each document begins; see `llmslm.models.document_attention.attend`.
     """
+    within = config._attn_implementation == document_attention.NAME
     has_windows = getattr(config, "sliding_window", None) is not None
-    if has_windows or config._attn_implementation != "sdpa":
+    if has_windows or not (within or config._attn_implementation == "sdpa"):
         return {}
-    return {"attention_mask": document_mask(documents, documents, causal=True)}
+    mask = {"attention_mask": document_mask(documents, documents, causal=True)}
+    return mask | ({"cu_seq_lens_q": starts, "max_length_q": documents.shape[1]} if within else {})
 
 
 def document_positions(documents: Tensor) -> Tensor:
@@ -118,7 +122,8 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
             inputs["attention_mask"] = document_mask(documents, documents)
     else:
         inputs["position_ids"] = torch.arange(_LENGTH, device=model.device).repeat(1, 2)
-        inputs |= {} if reads_states else causal_mask(model.config, documents)
+        starts = torch.arange(0, 3 * _LENGTH, _LENGTH, dtype=torch.int32, device=model.device)
+        inputs |= {"document_starts": starts} if reads_states else causal_inputs(model.config, documents, starts)
     if reads_states:
         alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
         inputs |= {"prompt_ids": both, "prompt_documents": documents, "documents": documents}
