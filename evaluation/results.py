@@ -58,6 +58,8 @@ VARIANTS = {
     "quality_layer_6": "states of layer 6",
     "quality_layer_last": "states of the last layer",
     "quality_read": "encoder-decoder SLM",
+    "quality_read_gold": "gold targets for llm_to_slm",
+    "quality_first": "labels of the training prompts alone for llm_to_slm",
     "quality_add": "decoder-only SLM, add",
     "quality_llm_alone": "LLM without the mixture",
 }

@@ -28,7 +28,7 @@ OTHERS = (
 PARSED = [
     "pretrain/t5",
     *(f"en_it/{name}" for name in OTHERS),
-    *(f"t5_en_it/{name}" for name in ("llm", "slm_labels", "read_labels", "add_labels", "read_spliced")),
+    *(f"t5_en_it/{name}" for name in ("llm", "slm_labels", "read_labels", "read_gold", "add_labels")),
     "summary/slm_labels_2",
     "smollm2_docstrings/add",
     "smollm2_summary/llm",
@@ -66,7 +66,7 @@ def test_other_stages_have_arguments_of_their_commands():
 
 
 def test_nothing_is_timed_before_all_is_trained():
-    assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "fit", "label", "speed"}
+    assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "prompts", "fit", "label", "speed"}
     assert list(STAGES)[-1] == "t5_summary/batches"
 
 
