@@ -4,13 +4,13 @@ With a mask, a row of ten examples takes ten times the products that its example
 knows the attention by `NAME` once this module is imported.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -56,9 +56,10 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     groups = query.shape[1] // key.shape[1]
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
-    ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    attended: Tensor = _varlen_attn()(*flat, *ends, scale=scaling, window_size=_CAUSAL)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    longest = query.shape[2] if max_length_q is None else max_length_q
+    starts = cu_seq_lens_q
+    attended: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=_CAUSAL)
     return attended.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -83,30 +84,15 @@ def attend_by_mask(model: PreTrainedModel) -> None:
 def may_attend(model: PreTrainedModel) -> bool:
     """Say whether a model's rows can be read so.
 
-    Not on devices and in versions of PyTorch without that kernel, nor where a config asks for another attention than
-    the default one, or has windows.
+    Not on other devices than CUDA's, nor where a config asks for another attention than the default one or has windows.
     """
     config = model.config
     is_plain = config._attn_implementation == "sdpa" and getattr(config, "sliding_window", None) is None
-    return is_plain and not config.is_encoder_decoder and model.device.type == "cuda" and _is_there()
+    return is_plain and not config.is_encoder_decoder and model.device.type == "cuda"
 
 
 def _runs_on(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in _HALF and query.shape[-1] <= _LARGEST_HEAD
-
-
-def _is_there() -> bool:
-    """Whether PyTorch has the kernel's interface of 2.11."""
-    try:
-        return "window_size" in inspect.signature(_varlen_attn()).parameters
-    except ImportError:
-        return False
-
-
-def _varlen_attn() -> Any:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

@@ -37,7 +37,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(document_attention, "_runs_on", lambda _: True)
     monkeypatch.setattr(document_attention, "may_attend", lambda _: True)
-    monkeypatch.setattr(document_attention, "_varlen_attn", lambda: kernel)
+    monkeypatch.setattr(document_attention, "varlen_attn", kernel)
     return made
 
 
@@ -61,6 +61,18 @@ def test_so_does_a_composition(fusion, calls, tmp_path):
     assert calls
     codec, rows = codec_of(model), with_states(ROWS)
     assert_same_loss(model, codec.collate(rows), codec.collate_packed(rows, PackedShape(2, (10, 6), 8)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler looks at it and hides the warning
+def test_compiled_blocks_hold_it_whole(calls, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(document_attention, "varlen_attn", lambda query, *_, **__: query)
+    model = tiny.build("llama")
+    attend_within_documents(model, lambda: None)
+    for layer in model.model.layers:
+        layer.compile(backend="eager", fullgraph=True, dynamic=False)
+    summed_loss(model, codec_of(model).collate_packed(ROWS, PackedShape(2, (10,), 8)))
+    torch.compiler.reset()
 
 
 def test_what_fails_the_check_attends_by_mask(calls):
