@@ -39,13 +39,15 @@ BEGIN, END = f"<!-- made by {COMMAND} -->", "<!-- end of what is made -->"
 TITLES = {
     "en_it": "English to Italian (debian-translation)",
     "summary": "Synopses (debian-summary)",
+    "t5_en_it": "T5 1.1 as the LLM: English to Italian",
+    "t5_summary": "T5 1.1 as the LLM: synopses",
     "smollm2_summary": "SmolLM2-135M as the LLM: synopses",
     "smollm2_docstrings": "SmolLM2-135M as the LLM: docstrings",
 }
-SHOWN = {"en_it": ("bleu", "chrf")}
+SHOWN = {"en_it": ("bleu", "chrf"), "t5_en_it": ("bleu", "chrf")}
 SHOWN_ELSE = ("rouge_l", "bleu")
 VARIANTS = {
-    "quality": "labels of the LLM, add",
+    "quality": "as above",
     "quality_gold": "gold targets",
     "quality_distilled": "labels and logits of the LLM",
     "quality_more": "labels of further prompts, too",
@@ -56,7 +58,9 @@ VARIANTS = {
     "quality_layer_6": "states of layer 6",
     "quality_layer_last": "states of the last layer",
     "quality_read": "encoder-decoder SLM",
-    "quality_t5": "T5 1.1 as the LLM",
+    "quality_read_gold": "gold targets for llm_to_slm",
+    "quality_first": "labels of the training prompts alone for llm_to_slm",
+    "quality_add": "decoder-only SLM, add",
     "quality_llm_alone": "LLM without the mixture",
 }
 """By stage: what it compares."""

@@ -129,6 +129,7 @@ def codec_for(model: PreTrainedModel, slm_tokenizer: Any, encoder_tokenizer: Any
         decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         has_encoder=composed,
         prompt_layout=model.prompt_layout if composed else "tokens",
+        can_pack=model.can_pack if composed else True,
     )
 
 

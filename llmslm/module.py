@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from llmslm.distillation.loss import Distillation
 from llmslm.errors import UserError
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
+from llmslm.models.document_attention import attend_by_mask, attend_within_documents
 from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder, Layers
 from llmslm.models.fusion import Add, Fusion
@@ -258,12 +260,28 @@ class SystemModule(L.LightningModule):
         self._tell_parameters()
         packs: bool = self.trainer.datamodule.packs  # type: ignore[attr-defined]
         if packs:
-            stored = StoredEncoder(self.features).width if self.features else None
-            check_packing(self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
+            self._keep_examples_apart()
         if self.compile_blocks:
             compile_blocks(self._built, fixed_shapes=packs)
             # The number of targets varies. Eager, it is most of a small slm's step: five passes over float32 logits.
             self._cross_entropy = torch.compile(cross_entropy, dynamic=True)
+
+    def on_fit_end(self) -> None:
+        """Decode by masks, as everywhere else."""
+        attend_by_mask(self._decodes)
+
+    def _keep_examples_apart(self) -> None:
+        """Take the fastest attention that does, or end with an error."""
+        stored = StoredEncoder(self.features).width if self.features else None
+        check = partial(check_packing, self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
+        check()
+        with self.trainer.precision_plugin.forward_context():
+            attend_within_documents(self._decodes, check)
+
+    @property
+    def _decodes(self) -> PreTrainedModel:
+        """The language model that is trained."""
+        return self._built.slm if isinstance(self._built, LlmToSlm) else self._built
 
     def _tell_parameters(self) -> None:
         counts = count_parameters(self._built)

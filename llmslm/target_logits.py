@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from llmslm.data.codec import IGNORED, target_positions
 from llmslm.models.head import logits_at
-from llmslm.models.packing import cross_attending, encoder_decoder_inputs
+from llmslm.models.packing import causal_inputs, cross_attending, decoder_masks, document_mask
 
 
 def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -31,10 +31,16 @@ def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int)
         ends = tensors.pop("target_documents", None)
         tensors["decoder_input_ids"] = shift_right(labels, model.config.decoder_start_token_id, pad_id, ends)
         if ends is not None:
-            tensors |= encoder_decoder_inputs(tensors.pop("documents"), ends)
-            cross = tensors.pop("cross_attention_mask")
+            documents = tensors["documents"]
+            tensors["decoder_attention_mask"], cross = decoder_masks(documents, ends)
+            if "prompt_documents" not in tensors:  # a composition masks what the slm's own encoder reads
+                del tensors["documents"]
+                tensors["attention_mask"] = document_mask(documents, documents)
     else:
         columns = columns - 1  # the position before a target predicts it
+        if "documents" in tensors and "prompt_documents" not in tensors:
+            starts = tensors.pop("document_starts", None)
+            tensors |= causal_inputs(model.config, tensors.pop("documents"), starts)
     with logits_at(model, rows, columns, labels.shape[1]), cross_attending(model, cross):
         logits: Tensor = model(**tensors, use_cache=False).logits[0]
     return logits, targets

@@ -13,6 +13,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from llmslm.data.overlap import TokenSpans, kept_text, spans
 from llmslm.errors import UserError
+from llmslm.models.alignment import HIDES_PROMPT
 from llmslm.models.packing import document_positions
 
 IGNORED = -100
@@ -59,6 +60,8 @@ class PackedShape(NamedTuple):
     rows: int
     capacities: tuple[int, ...]
     """Tokens of a row, on each side of `Codec.packed_sides`."""
+    examples: int = 0
+    """How many have room in `document_starts`, paddings too; doubled where that is not enough."""
 
 
 class Codec:
@@ -74,6 +77,7 @@ class Codec:
         decoder_start_token_id: what an encoder-decoder model's decoder starts from; targets do not repeat it.
         has_encoder: whether the system has a frozen encoder (llm_to_slm), whose side the batches then carry.
         prompt_layout: what stands on the slm's prompt positions (see `llmslm.models.alignment`).
+        can_pack: whether several examples may share a row of a training batch.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Codec:
         decoder_start_token_id: int | None = None,
         has_encoder: bool = False,
         prompt_layout: str = "tokens",
+        can_pack: bool = True,
     ) -> None:
         if encoder_tokenizer is not None and prompt_layout == "tokens":
             raise UserError(
@@ -112,22 +117,23 @@ class Codec:
         self.decoder_start_token_id = decoder_start_token_id
         self.has_encoder = has_encoder
         self.prompt_layout = prompt_layout
+        self.can_pack = can_pack
         self.pad_id = _pad_id(slm_tokenizer)
         self.encoder_pad_id = _pad_id(encoder_tokenizer or slm_tokenizer)
 
     @property
-    def can_pack(self) -> bool:
-        """Say whether several examples may share a row: with a frozen encoder, only where states go token by token."""
-        by_token = not self.is_encoder_decoder and self.prompt_layout in ("tokens", "placeholders")
-        return by_token or not self.has_encoder
-
-    @property
     def packed_sides(self) -> tuple[tuple[str, ...], ...]:
         """The sides of a packed row, each with the columns of an example that stand on it."""
-        if self.is_encoder_decoder:
-            return ("input_prompt_ids",), ("target_ids",)
-        both = ("input_prompt_ids", "target_ids")
-        return (both, ("prompt_ids",)) if self.has_encoder else (both,)
+        states = [("prompt_ids",)] if self.has_encoder else []
+        if not self.is_encoder_decoder:
+            return ("input_prompt_ids", "target_ids"), *states
+        prompt = [("input_prompt_ids",)] if self._reads_tokens else []
+        return *prompt, *states, ("target_ids",)
+
+    @property
+    def _reads_tokens(self) -> bool:
+        """Whether the model that decodes reads ids of the prompt, not the projected states alone."""
+        return self.prompt_layout != "states"
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str] | None = None) -> list[Row]:
         """Tokenise texts.
@@ -172,10 +178,11 @@ class Codec:
 
     def sizes(self, rows: Sequence[Mapping[str, Any]], batch: dict[str, Tensor]) -> BatchSizes:
         """Count what a batch holds that was made of these rows."""
-        sides = ["input_ids", *(["labels"] if self.is_encoder_decoder else []), *(["prompt_ids"] * self.has_encoder)]
+        read = {"input_ids": self._reads_tokens, "labels": self.is_encoder_decoder, "prompt_ids": self.has_encoder}
+        sides = [name for name, is_read in read.items() if is_read]
         return BatchSizes(
             examples=len(rows),
-            prompt=sum(len(row["input_prompt_ids"]) for row in rows),
+            prompt=sum(len(row["input_prompt_ids"]) for row in rows) if self._reads_tokens else 0,
             target=sum(len(row["target_ids"]) for row in rows),
             encoder_prompt=sum(len(row["prompt_ids"]) for row in rows) if self.has_encoder else 0,
             slots=sum(batch[side].numel() for side in sides),
@@ -189,11 +196,12 @@ class Codec:
             shape: of the batch.
 
         Returns:
-            For decoder-only models input_ids, position_ids and labels, (rows, tokens). Positions start at 0 with each
-            example, which is how transformers knows that it attends to nothing before. With a frozen encoder also
-            on_prompt, 1 on the prompts' positions, and prompt_ids and prompt_documents, (rows, prompt_tokens), with
-            the same examples in the same order. For encoder-decoder models input_ids and documents, (rows, tokens), and
-            labels and target_documents, (rows, target_tokens). Documents number the examples of a row, -1 = padding.
+            For decoder-only models input_ids, documents, position_ids and labels, (rows, tokens); positions start at 0
+            with each example, and document_starts says where each begins. For encoder-decoder models input_ids and
+            documents, (rows, tokens), and labels and target_documents, (rows, target_tokens). With a frozen encoder
+            also on_prompt, 1 on the prompts' positions (decoder-only models), and prompt_ids and prompt_documents,
+            (rows, prompt_tokens), with the same examples in the same order; where the states alone are read, input_ids
+            is (rows, 1) and documents are those of the states. Documents number the examples of a row, -1 = padding.
             Labels of -100 are ignored; there is no attention mask.
         """
         lengths = [[sum(len(row[name]) for name in side) for row in rows] for side in self.packed_sides]
@@ -203,27 +211,27 @@ class Codec:
         prompts, targets = ([row[name] for row in rows] for name in ("input_prompt_ids", "target_ids"))
         shapes = [(shape.rows, capacity) for capacity in shape.capacities]
         sides = [PackedSide(counts, *of_side) for of_side in zip(lengths, shapes, strict=True)]
+        states = sides[-2 if self.is_encoder_decoder else -1]
+        batch = self._packed_prompts(rows, counts, states) if self.has_encoder else {}
         if self.is_encoder_decoder:
-            inputs, outputs = sides
-            batch = {"input_ids": inputs.put(prompts, self.pad_id), "documents": inputs.documents()}
-            return batch | {"labels": outputs.put(targets, IGNORED), "target_documents": outputs.documents()}
+            batch |= {"labels": sides[-1].put(targets, IGNORED), "target_documents": sides[-1].documents()}
+            if self._reads_tokens:
+                return batch | {"input_ids": sides[0].put(prompts, self.pad_id), "documents": sides[0].documents()}
+            start = torch.full((shape.rows, 1), prompts[0][0])
+            return batch | {"input_ids": start, "documents": batch["prompt_documents"]}
         ignored = [np.full(len(prompt), IGNORED) for prompt in prompts]
         both = [part for pair in zip(prompts, targets, strict=True) for part in pair]
         labels = sides[0].put([part for pair in zip(ignored, targets, strict=True) for part in pair], IGNORED)
         documents = sides[0].documents()
-        batch = {
+        if self.has_encoder:
+            batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
+        return batch | {
+            "documents": documents,
+            "document_starts": document_starts(documents, shape.examples),
             "input_ids": sides[0].put(both, self.pad_id),
             "position_ids": document_positions(documents),
             "labels": labels,
         }
-        if self.has_encoder:
-            batch["on_prompt"] = ((documents >= 0) & (labels == IGNORED)).long()
-            batch["prompt_ids"] = sides[1].put([row["prompt_ids"] for row in rows], self.encoder_pad_id)
-            batch["prompt_documents"] = sides[1].documents()
-            batch |= _stored_states(rows, counts, batch["prompt_ids"].shape)
-            if "state_numbers" in rows[0]:
-                batch["state_numbers"] = sides[1].put([row["state_numbers"] for row in rows], -1)
-        return batch
 
     def collate_prompts(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Make a batch to generate from: prompts alone, left-padded for decoder-only models."""
@@ -272,7 +280,7 @@ class Codec:
 
     def _slm_sides(self, texts: list[str], encoded: BatchEncoding, cuts: list[int]) -> list[Row]:
         """What stands on the slm's prompt positions, from the encoder's side."""
-        if self.prompt_layout == "start":
+        if self.prompt_layout in HIDES_PROMPT:
             bos = self.slm_tokenizer.bos_token_id
             return [{"input_prompt_ids": [self.slm_tokenizer.eos_token_id if bos is None else bos]} for _ in texts]
         if self.prompt_layout == "placeholders":
@@ -313,6 +321,16 @@ class Codec:
         else:
             encoded = _encode(self.slm_tokenizer, list(targets), add_special_tokens=False).input_ids
         return [(ids if ids and ids[-1] == eos else [*ids, eos])[:limit] for ids in encoded]
+
+    def _packed_prompts(
+        self, rows: Sequence[Mapping[str, Any]], counts: Sequence[int], side: "PackedSide"
+    ) -> dict[str, Tensor]:
+        """The frozen encoder's side of packed rows; each row of the batch holds the next of `counts` examples."""
+        prompt_ids = side.put([row["prompt_ids"] for row in rows], self.encoder_pad_id)
+        batch = {"prompt_ids": prompt_ids, "prompt_documents": side.documents()}
+        if "state_numbers" in rows[0]:
+            batch["state_numbers"] = side.put([row["state_numbers"] for row in rows], -1)
+        return batch | _stored_states(rows, counts, prompt_ids.shape)
 
     def _encoder_side(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not self.has_encoder:
@@ -382,6 +400,22 @@ def pack_rows(lengths: Sequence[tuple[int, ...]], capacities: tuple[int, ...]) -
         counts[-1] += 1
         room = left
     return counts
+
+
+def document_starts(documents: Tensor, room: int = 0) -> Tensor:
+    """Return where each run of the same number begins in (rows, len), counted over all rows, and their end; int32.
+
+    There is room for as many as is told, so that batches have one shape: what is left over are empty runs at the end.
+    """
+    flat = documents.numpy()
+    begins = np.ones(flat.shape, dtype=bool)
+    begins[:, 1:] = flat[:, 1:] != flat[:, :-1]
+    found = np.flatnonzero(begins)
+    while room and room < len(found):
+        room *= 2
+    starts = np.full(max(room, len(found)) + 1, flat.size, dtype=np.int32)
+    starts[: len(found)] = found
+    return torch.from_numpy(starts)
 
 
 def _stored_states(rows: Sequence[Mapping[str, Any]], counts: Sequence[int], shape: Sequence[int]) -> dict[str, Tensor]:

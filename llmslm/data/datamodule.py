@@ -119,16 +119,18 @@ class TextDataModule(L.LightningDataModule):
         collate = partial(collate_training, codec=self.codec)
         if isinstance(dataset, Dataset) and self.pack_tokens is not None and self.packs:
             sides = np.stack([token_counts(dataset, side) for side in self.codec.packed_sides], axis=1)
-            shape = PackedShape(batch_size, capacities(sides, self.pack_tokens))
-            sampler: LengthBatchSampler = PackedBatchSampler(sides, batch_size, shape.capacities, **self._dealing())
+            room = capacities(sides, self.pack_tokens)
+            sampler = PackedBatchSampler(sides, batch_size, room, **self._dealing())
+            # Rows end in padding; half as many again as on average stand in hardly any batch.
+            shape = PackedShape(batch_size, room, batch_size * math.ceil(1 + 1.5 * sampler.examples_per_row))
             packed = partial(collate, shape=shape)
             return BatchLoader(
                 self._training_rows(dataset), sampler, self._trained, collate_fn=packed, **self._workers()
             )
         if isinstance(dataset, Dataset):
-            sampler = LengthBatchSampler(_lengths(dataset), batch_size, shuffle=True, **self._dealing())
+            by_length = LengthBatchSampler(_lengths(dataset), batch_size, shuffle=True, **self._dealing())
             rows = self._training_rows(dataset)
-            return BatchLoader(rows, sampler, self._trained, collate_fn=collate, **self._workers())
+            return BatchLoader(rows, by_length, self._trained, collate_fn=collate, **self._workers())
         trainer = self._module.trainer
         if trainer.max_steps == -1:
             raise UserError(f"{self.source.name} is streamed and has no end: set trainer.max_steps")

@@ -138,6 +138,11 @@ class PackedBatchSampler(LengthBatchSampler):
     def __len__(self) -> int:
         return max(1, len(self._rows) // (self.batch_size * self.world_size))
 
+    @property
+    def examples_per_row(self) -> float:
+        """How many a row holds on average."""
+        return sum(len(row) for row in self._rows) / max(1, len(self._rows))
+
     def _training_batches(self) -> list[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._rows))
         wanted = len(self) * self.world_size

@@ -14,13 +14,16 @@ from llmslm.errors import UserError
 from llmslm.models.components import Component
 from llmslm.models.prompt import AlignedPrompt, ProjectedPrompt
 
-PromptLayout = Literal["tokens", "own", "offsets", "placeholders", "start"]
+PromptLayout = Literal["tokens", "own", "offsets", "placeholders", "start", "states"]
 """What the codec writes on the slm's prompt positions.
 
 "tokens": the prompt in the tokenizer that both sides share. "own": the prompt in the slm's tokenizer, whatever the
 encoder's. "offsets": the same, and the batch says which encoder tokens each of them overlaps. "placeholders": one
-padding id for every encoder token. "start": one start token alone; the slm does not read the prompt.
+padding id for every encoder token. "start": one start token alone; the slm does not read the prompt. "states": the
+same, and nobody reads that token either.
 """
+HIDES_PROMPT: tuple[PromptLayout, ...] = ("start", "states")
+"""Layouts whose slm sees of the prompt what the encoder's states say of it."""
 
 
 def place_by_rank(states: Tensor, states_mask: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +48,8 @@ class Alignment(Component):
 
     prompt_layout: ClassVar[PromptLayout] = "tokens"
     needs_token_embeds: ClassVar[bool] = False
+    can_pack: ClassVar[bool] = True
+    """Whether it places the states of several prompts that stand in one row."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
         """Align projected states with inputs_embeds (batch, input_len, slm_hidden_size)."""
@@ -91,6 +96,7 @@ class Offsets(Alignment):
     """
 
     prompt_layout: ClassVar[PromptLayout] = "offsets"
+    can_pack: ClassVar[bool] = False
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
         """Place the mean of states [start, stop) on the token whose span that is."""

@@ -28,10 +28,9 @@ class CrossAttention(nn.Module):
         return self._split(keys), self._split(values)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """Attend from (batch, len, width) to the states whose mask (batch, states) is 1."""
+        """Attend from (batch, len, width) to the states where mask (batch, 1, len or 1, states) is True."""
         query = self._split(self.query(self.norm(queries)))
-        seen = mask.bool()[:, None, None, :]
-        attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+        attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return result
 

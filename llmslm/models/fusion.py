@@ -1,6 +1,5 @@
 """Fusions: the rule by which projected states enter the slm."""
 
-import functools
 from typing import Any, ClassVar, cast
 
 import torch
@@ -13,6 +12,7 @@ from llmslm.models.alignment import Alignment, PromptLayout
 from llmslm.models.attention import CrossAttention
 from llmslm.models.components import Component
 from llmslm.models.encoder import layer_list
+from llmslm.models.packing import document_mask
 from llmslm.models.prompt import AlignedPrompt, ProjectedPrompt, SlmPrompt
 
 
@@ -28,6 +28,10 @@ class Fusion(Component):
     def forward(self, own: SlmPrompt, projected: ProjectedPrompt, alignment: Alignment) -> SlmPrompt:
         """Return what the slm reads; its positions end with those of `own`, unless it is encoded."""
         raise NotImplementedError
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """Say whether several examples may share a row: their states are then kept apart."""
+        return False
 
     def attach(self, slm: PreTrainedModel) -> None:
         """Fit the slm, when the composition is built; called again where it is built anew from its config."""
@@ -54,6 +58,10 @@ class AlignedFusion(Fusion):
         """Align, then fuse position by position."""
         aligned = alignment(own.inputs_embeds, own.attention_mask, projected)
         return own._replace(inputs_embeds=self.fuse(aligned))
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """States go to the tokens of their own prompt, in packed rows too."""
+        return True
 
     def fuse(self, aligned: AlignedPrompt) -> Tensor:
         """Return (batch, input_len, slm_hidden_size); positions outside the prompt pass unchanged."""
@@ -121,7 +129,11 @@ class PrefixOnly(Prefix):
 class ReplaceEncoder(Fusion):
     """The decoder of an encoder-decoder slm reads the projected states; its own encoder is not run, nor kept."""
 
-    prompt_layout: ClassVar[PromptLayout | None] = "start"
+    prompt_layout: ClassVar[PromptLayout | None] = "states"
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """The decoder attends to the states of its own example (see `llmslm.models.packing`)."""
+        return True
 
     def forward(self, own: SlmPrompt, projected: ProjectedPrompt, alignment: Alignment) -> SlmPrompt:
         """Hand the states on as if the slm's encoder had made them."""
@@ -152,6 +164,36 @@ class ReplaceEncoder(Fusion):
         return states.flatten(0, 1)
 
 
+class ReadLayer(CrossAttention):
+    """A new layer of `CrossAttend`, with what it has read: in the layer itself, so that all share one compilation."""
+
+    held: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def read(self, states: Tensor, mask: Tensor) -> None:
+        """Make keys and values of states (batch, states, width), for queries that may see them by mask."""
+        self.held = (*self.keys_values(states), mask)
+
+    def attend(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a layer of the slm: add to what it is given what this layer finds in the states."""
+        if self.held is None:
+            return None
+        states = args[0] if args else kwargs["hidden_states"]
+        # Beam search and several samples a prompt repeat each row in place.
+        prompts = len(self.held[-1])
+        copies, rest = divmod(len(states), prompts)
+        if rest or not copies:
+            raise ValueError(f"the slm was called with {len(states)} rows after {prompts} prompts")
+        keys, values, mask = self.held if copies == 1 else (x.repeat_interleave(copies, 0) for x in self.held)
+        states = states + self(states, keys, values, mask)
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the batch that was read last: copies start without one."""
+        return super().__getstate__() | {"held": None}
+
+
 class CrossAttend(Fusion):
     """The slm's decoder layers attend to the projected states through new layers, whose output starts at zero.
 
@@ -175,8 +217,6 @@ class CrossAttend(Fusion):
             raise UserError(f"CrossAttend got every={every}; expected 1 or more (model.fusion)")
         self.every = every
         self.layers = nn.ModuleList()
-        self._read: list[tuple[Tensor, Tensor]] = []
-        self._mask: Tensor | None = None
         self._handles: list[RemovableHandle] = []
 
     def attach(self, slm: PreTrainedModel) -> None:
@@ -186,19 +226,25 @@ class CrossAttend(Fusion):
         places = list(layer_list(slm.get_decoder()))[:: self.every]
         if len(self.layers) != len(places):
             width, like = self.slm_hidden_size, slm.get_input_embeddings().weight
-            self.layers = nn.ModuleList(CrossAttention(width, width) for _ in places).to(like.device, like.dtype)
-            for layer in cast(list[CrossAttention], self.layers):
+            self.layers = nn.ModuleList(ReadLayer(width, width) for _ in places).to(like.device, like.dtype)
+            for layer in self._read_layers:
                 nn.init.zeros_(layer.out.weight)
-        for index, place in enumerate(places):
-            hook = functools.partial(self._attend, index)
-            self._handles.append(place.register_forward_pre_hook(hook, with_kwargs=True))
+        for layer, place in zip(self._read_layers, places, strict=True):
+            self._handles.append(place.register_forward_pre_hook(layer.attend, with_kwargs=True))
 
     def forward(self, own: SlmPrompt, projected: ProjectedPrompt, alignment: Alignment) -> SlmPrompt:
         """Read the states for the calls of the slm that follow."""
-        states = projected.prompt_embeds.to(own.inputs_embeds.dtype)
-        self._read = [layer.keys_values(states) for layer in cast(list[CrossAttention], self.layers)]
-        self._mask = projected.mask
+        if projected.documents is None or own.documents is None:
+            mask = projected.mask.bool()[:, None, None, :]
+        else:
+            mask = document_mask(own.documents, projected.documents)
+        for layer in self._read_layers:
+            layer.read(projected.prompt_embeds.to(own.inputs_embeds.dtype), mask)
         return own
+
+    def can_pack(self, slm: PreTrainedModel) -> bool:
+        """Each token attends to the states of its own example; an encoder-decoder's targets are not told apart here."""
+        return not slm.config.is_encoder_decoder
 
     def step_parameters(self) -> list[nn.Parameter]:
         """Return all but the maps to keys and values, which are applied once a prompt."""
@@ -210,27 +256,11 @@ class CrossAttend(Fusion):
 
     def metrics(self) -> dict[str, Tensor]:
         """Return how far each layer's output map has come from zero: the root of its mean square."""
-        layers = cast(list[CrossAttention], self.layers)
         return {
             f"fusion/out_{i * self.every}": layer.out.weight.detach().square().mean().sqrt()
-            for i, layer in enumerate(layers)
+            for i, layer in enumerate(self._read_layers)
         }
 
-    def _attend(
-        self, index: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._mask is None:
-            return None
-        states = args[0] if args else kwargs["hidden_states"]
-        # Beam search and several samples a prompt repeat each row in place.
-        copies, rest = divmod(states.shape[0], self._mask.shape[0])
-        if rest or not copies:
-            raise ValueError(f"the slm was called with {states.shape[0]} rows after {self._mask.shape[0]} prompts")
-        held = (*self._read[index], self._mask)
-        keys, values, mask = held if copies == 1 else (x.repeat_interleave(copies, 0) for x in held)
-        states = states + self.layers[index](states, keys, values, mask)
-        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the batch that was read last: copies start without one."""
-        return super().__getstate__() | {"_read": [], "_mask": None}
+    @property
+    def _read_layers(self) -> list[ReadLayer]:
+        return cast(list[ReadLayer], list(self.layers))

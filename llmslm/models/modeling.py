@@ -26,7 +26,7 @@ from llmslm.models.encoder import Encoder, without_load_report
 from llmslm.models.fusion import Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.layer_mix import LayerMix
-from llmslm.models.packing import additive_mask, document_mask
+from llmslm.models.packing import additive_mask, causal_inputs, document_mask
 from llmslm.models.projector import Projector
 from llmslm.models.prompt import ProjectedPrompt, SlmPrompt
 from llmslm.models.sides import complete_sides, pad_id
@@ -227,6 +227,12 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         """What the codec writes on the slm's prompt positions: the fusion's layout, or the alignment's."""
         return self.fusion.prompt_layout or self.alignment.prompt_layout
 
+    @property
+    def can_pack(self) -> bool:
+        """Whether several examples may share a row of a training batch."""
+        keeps_states = self.projector.keeps_positions and self.alignment.can_pack
+        return keeps_states and self.fusion.can_pack(self.slm)
+
     def metrics(self) -> dict[str, Tensor]:
         """Return the scalars that the parts between the models have learned, by name, for a log."""
         parts = [part for part in (self.layer_mix, self.projector, self.alignment, self.fusion) if part is not None]
@@ -250,6 +256,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         hidden_states: Tensor | None = None,
         prompt_spans: Tensor | None = None,
         prompt_documents: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> SlmPrompt:
         """Encode, project and fuse.
 
@@ -262,6 +269,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
                 several layers side by side where the encoder's layer is a list.
             prompt_spans: (batch, input_prompt_len, 2), only with the "offsets" layout; see `ProjectedPrompt`.
             prompt_documents: (batch, prompt_len), the example of each of prompt_ids, in packed rows.
+            documents: (batch, input_len), that of each of input_ids.
         """
         token_embeds = None
         if self.alignment.needs_token_embeds:
@@ -277,8 +285,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             hidden_states = self.layer_mix(hidden_states)
         prompt_embeds = self.projector(hidden_states, prompt_attention_mask)
         mask = self.projector.states_mask(prompt_attention_mask)
-        projected = ProjectedPrompt(prompt_embeds, mask, token_embeds, prompt_spans)
-        own = SlmPrompt(self.get_input_embeddings()(input_ids), attention_mask)
+        projected = ProjectedPrompt(prompt_embeds, mask, token_embeds, prompt_spans, prompt_documents)
+        own = SlmPrompt(self.get_input_embeddings()(input_ids), attention_mask, documents=documents)
         fused: SlmPrompt = self.fusion(own, projected, self.alignment)
         return fused
 
@@ -321,6 +329,8 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         hidden_states: Tensor | None = None,
         prompt_spans: Tensor | None = None,
         prompt_documents: Tensor | None = None,
+        documents: Tensor | None = None,
+        document_starts: Tensor | None = None,
         on_prompt: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         prompt_inputs_embeds: Tensor | None = None,
@@ -339,9 +349,14 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             prompt_attention_mask: (batch, prompt_len), 1 = a real token; all ones where None.
             hidden_states: (batch, prompt_len, encoder_hidden_size), encoder states made before, right-padded.
             prompt_spans: (batch, input_prompt_len, 2), where the codec makes them; see `ProjectedPrompt`.
-            prompt_documents: (batch, prompt_len), the example of each of prompt_ids, -1 = padding; for packed rows of a
-                decoder-only slm, which keeps its examples apart by position_ids that start again.
-            on_prompt: (batch, input_len), 1 on the prompts of packed rows.
+            prompt_documents: (batch, prompt_len), the example of each of prompt_ids in packed rows, -1 = padding. A
+                decoder-only slm keeps these apart by position_ids that start again, an encoder-decoder by the masks of
+                `llmslm.models.packing`.
+            documents: (batch, input_len), the example of each of input_ids in packed rows, -1 = padding; that of each
+                state (batch, prompt_len) where a decoder reads nothing else.
+            document_starts: (examples + 1,), where each example of a decoder-only slm's packed rows begins among all
+                positions of the batch, and their end; see `llmslm.models.document_attention.attend`.
+            on_prompt: (batch, input_len), 1 on the prompts of a decoder-only slm's packed rows.
             inputs_embeds: (batch, input_len, slm_hidden_size), handed to the slm as they are.
             prompt_inputs_embeds: (batch, k, slm_hidden_size), what the first k positions read (made by `generate`).
             labels: -100 = ignored; (batch, input_len) for decoder-only, (batch, target_len) for encoder-decoder slms.
@@ -358,13 +373,10 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         if encoder_outputs is not None:
             kwargs["encoder_outputs"] = encoder_outputs
         elif inputs_embeds is None and input_ids is not None:
-            if prompt_documents is not None and on_prompt is not None:
-                # The k-th prompt token of a row is the k-th of the encoder's row: so they are packed.
-                known = (prompt_documents >= 0).long()
-                packed = self.embed_prompt(
-                    input_ids, on_prompt, prompt_ids, known, hidden_states, prompt_documents=prompt_documents
-                )
-                inputs_embeds = packed.inputs_embeds
+            if prompt_documents is not None and documents is not None:
+                sides = (input_ids, documents, prompt_ids, prompt_documents)
+                kwargs |= self._packed_inputs(*sides, on_prompt, hidden_states, document_starts)
+                inputs_embeds, attention_mask = kwargs.pop("inputs_embeds", None), kwargs.pop("attention_mask", None)
             elif prompt_attention_mask is not None:
                 # In decode steps a missing mask means "attend to the whole cache": do not invent a short one there.
                 attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -442,6 +454,30 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             return output[:, added:]
         output.sequences = output.sequences[:, added:]
         return output
+
+    def _packed_inputs(
+        self,
+        input_ids: Tensor,
+        documents: Tensor,
+        prompt_ids: Tensor | None,
+        prompt_documents: Tensor,
+        on_prompt: Tensor | None,
+        hidden_states: Tensor | None,
+        document_starts: Tensor | None,
+    ) -> dict[str, Any]:
+        """Return what the slm takes for packed rows: a row's k-th prompt token is the k-th of the encoder's row."""
+        known = (prompt_documents >= 0).long()
+        on_prompt = (documents >= 0).long() if on_prompt is None else on_prompt
+        prompt = self.embed_prompt(
+            input_ids, on_prompt, prompt_ids, known, hidden_states, None, prompt_documents, documents
+        )
+        embeds = prompt.inputs_embeds
+        if not self.config.is_encoder_decoder:
+            return {"inputs_embeds": embeds} | causal_inputs(self.slm.config, documents, document_starts)
+        if not prompt.is_encoded:
+            seen = document_mask(documents, documents)
+            embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=seen).last_hidden_state
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=embeds)}
 
     def _embed_tail(self, input_ids: Tensor, prompt_inputs_embeds: Tensor | None) -> Tensor:
         """Embed tokens; the first k positions read `prompt_inputs_embeds` where it is given."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmslm.errors import UserError
+from llmslm.models import document_attention
 
 _LENGTH = 4
 
@@ -36,6 +37,26 @@ def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def causal_inputs(config: PreTrainedConfig, documents: Tensor, starts: Tensor | None) -> dict[str, Any]:
+    """Return what keeps apart the examples of a decoder-only model's rows beside positions that start again.
+
+    From the positions transformers finds the examples, too; but then it asks the device first whether there are any, at
+    each step, and the host waits until all that was begun is done. It still does so for models with windows, whose
+    masks differ from layer to layer, and for attention that takes no mask.
+
+    Args:
+        config: of the model.
+        documents: (batch, len), see `document_mask`.
+        starts: where each document begins; see `llmslm.models.document_attention.attend`.
+    """
+    within = config._attn_implementation == document_attention.NAME
+    has_windows = getattr(config, "sliding_window", None) is not None
+    if has_windows or not (within or config._attn_implementation == "sdpa"):
+        return {}
+    mask = {"attention_mask": document_mask(documents, documents, causal=True)}
+    return mask | ({"cu_seq_lens_q": starts, "max_length_q": documents.shape[1]} if within else {})
+
+
 def document_positions(documents: Tensor) -> Tensor:
     """Count from 0 in each document, and in the padding, of (batch, len); the same shape."""
     column = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
@@ -44,18 +65,14 @@ def document_positions(documents: Tensor) -> Tensor:
     return column - torch.where(begins, column, 0).cummax(1).values
 
 
-def encoder_decoder_inputs(documents: Tensor, target_documents: Tensor) -> dict[str, Tensor]:
-    """Return the masks of a packed encoder-decoder, as transformers takes them: attention, decoder and cross.
+def decoder_masks(documents: Tensor, target_documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the decoder of a packed encoder-decoder attends by: to its own positions, and to those it reads.
 
     Args:
-        documents: (batch, input_len), see `document_mask`.
+        documents: (batch, input_len), of what it reads; see `document_mask`.
         target_documents: (batch, target_len), likewise.
     """
-    return {
-        "attention_mask": document_mask(documents, documents),
-        "decoder_attention_mask": document_mask(target_documents, target_documents, causal=True),
-        "cross_attention_mask": document_mask(target_documents, documents),
-    }
+    return document_mask(target_documents, target_documents, causal=True), document_mask(target_documents, documents)
 
 
 @contextmanager
@@ -86,8 +103,8 @@ def cross_attending(model: PreTrainedModel, mask: Tensor | None) -> Iterator[Non
 def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_width: int | None = None) -> None:
     """Run a model on an example alone and behind another one: its logits must agree.
 
-    Of a decoder-only model, transformers makes the mask from positions that start again at 0. A model that ignores
-    them, or counts absolute positions by itself, sees another example than it would alone.
+    A model that ignores masks and positions that start again at 0, or counts absolute positions by itself, sees another
+    example than it would alone.
 
     Args:
         model: any of the three systems'.
@@ -105,13 +122,16 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
     alone_inputs, inputs, cross = {"input_ids": second}, {"input_ids": both}, None
     if model.config.is_encoder_decoder:
         alone_inputs["decoder_input_ids"], inputs["decoder_input_ids"] = second, both
-        inputs |= encoder_decoder_inputs(documents, documents)
-        cross = inputs.pop("cross_attention_mask")
+        inputs["decoder_attention_mask"], cross = decoder_masks(documents, documents)
+        if not reads_states:
+            inputs["attention_mask"] = document_mask(documents, documents)
     else:
         inputs["position_ids"] = torch.arange(_LENGTH, device=model.device).repeat(1, 2)
+        starts = torch.arange(0, 3 * _LENGTH, _LENGTH, dtype=torch.int32, device=model.device)
+        inputs |= {"document_starts": starts} if reads_states else causal_inputs(model.config, documents, starts)
     if reads_states:
         alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
-        inputs |= {"prompt_ids": both, "prompt_documents": documents, "on_prompt": torch.ones_like(both)}
+        inputs |= {"prompt_ids": both, "prompt_documents": documents, "documents": documents}
     if stored_width is not None:
         count = 2 * _LENGTH * stored_width
         states = torch.linspace(-1, 1, count, device=model.device).sin().view(1, 2 * _LENGTH, stored_width)

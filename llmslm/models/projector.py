@@ -191,9 +191,10 @@ class Resampler(Projector):
 
     def project(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
         """Let the queries read the prompt."""
+        seen = mask.bool()[:, None, None, :]
         read = self.queries.to(hidden_states.dtype).expand(hidden_states.shape[0], -1, -1)
         for attention, feed_forward in zip(self.attentions, self.feed_forwards, strict=True):
             keys, values = cast(CrossAttention, attention).keys_values(hidden_states)
-            read = read + attention(read, keys, values, mask)
+            read = read + attention(read, keys, values, seen)
             read = read + feed_forward(read)
         return read

@@ -14,12 +14,14 @@ class ProjectedPrompt(NamedTuple):
         alignments with `needs_token_embeds` receive them.
     spans: (batch, input_prompt_len, 2), for each token of the slm's prompt the states [start, stop) that overlap it;
         only where the codec writes the "offsets" layout.
+    documents: (batch, states), the example of each state in packed rows, -1 = padding; None where a row is a prompt.
     """
 
     prompt_embeds: Tensor
     mask: Tensor
     token_embeds: Tensor | None = None
     spans: Tensor | None = None
+    documents: Tensor | None = None
 
 
 class AlignedPrompt(NamedTuple):
@@ -41,8 +43,10 @@ class SlmPrompt(NamedTuple):
     inputs_embeds: (batch, len, slm_hidden_size); `len` is input_len, or more where a fusion puts states in front.
     attention_mask: (batch, len), 1 = attend.
     is_encoded: True where inputs_embeds take the place of the output of the slm's own encoder.
+    documents: (batch, len), the example of each position in packed rows, -1 = padding; None where a row is an example.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     is_encoded: bool = False
+    documents: Tensor | None = None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from llmslm.errors import UserError
-from llmslm.models.alignment import PromptLayout
+from llmslm.models.alignment import HIDES_PROMPT, PromptLayout
 from llmslm.models.configuration import LlmToSlmConfig
 
 
@@ -35,7 +35,7 @@ def complete_sides(
         if layout == "placeholders" or not _shares_tokens(config, layout):
             raise UserError("the two sides have different tokenizers: give prompt_ids in the encoder's")
         prompt_ids, prompt_mask = input_ids, mask
-        if layout == "start":
+        if layout in HIDES_PROMPT:
             input_ids = mask = None
     assert prompt_ids is not None
     prompt_mask = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask
@@ -56,7 +56,7 @@ def _slm_side(
     """Make the slm's side, ids and mask, from the encoder's."""
     if layout == "placeholders":
         return torch.full_like(prompt_ids, pad_id(config)), prompt_mask
-    if layout == "start":
+    if layout in HIDES_PROMPT:
         start = next((i for i in (config.bos_token_id, config.eos_token_id) if isinstance(i, int)), pad_id(config))
         ids = prompt_ids.new_full((prompt_ids.shape[0], 1), start)
         return ids, torch.ones_like(ids)
@@ -68,4 +68,4 @@ def _slm_side(
 def _shares_tokens(config: LlmToSlmConfig, layout: PromptLayout) -> bool:
     """Whether one side's ids may serve as the other's, as far as the configs tell."""
     sizes = {config.encoder_config.get_text_config().vocab_size, config.slm_config.vocab_size}
-    return layout in ("tokens", "start") or (layout == "own" and len(sizes) == 1)
+    return layout in ("tokens", *HIDES_PROMPT) or (layout == "own" and len(sizes) == 1)

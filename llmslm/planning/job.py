@@ -120,11 +120,10 @@ class Job:
     def lengths(self, model: PreTrainedModel) -> tuple[int, int]:
         """Return tokens of prompts and of targets in a row; packed examples keep the proportion of the two."""
         prompt, target = self.prompt_tokens, self.target_tokens
-        composed, decodes_all = isinstance(model, LlmToSlm), not model.config.is_encoder_decoder
-        by_token = decodes_all and model.prompt_layout in ("tokens", "placeholders") if composed else True
-        if self.pack_tokens is None or not by_token:
+        can_pack = model.can_pack if isinstance(model, LlmToSlm) else True
+        if self.pack_tokens is None or not can_pack:
             return prompt, target
-        if decodes_all:
+        if not model.config.is_encoder_decoder:
             prompt = round(self.pack_tokens * prompt / (prompt + target))
             return prompt, self.pack_tokens - prompt
         return self.pack_tokens, max(target, math.ceil(self.pack_tokens * target / prompt))

@@ -14,13 +14,11 @@ from llmslm.training import run
 STAGES = load_series("headline")
 OTHERS = (
     "llm",
-    "t5",
     "llm_alone",
     "layer_6_labels",
     "cross_labels",
     "slm_encoder_decoder",
     "read_labels",
-    "t5_add_labels",
     "slm_more",
     "add_more",
     "add_spliced",
@@ -30,6 +28,7 @@ OTHERS = (
 PARSED = [
     "pretrain/t5",
     *(f"en_it/{name}" for name in OTHERS),
+    *(f"t5_en_it/{name}" for name in ("llm", "slm_labels", "read_labels", "read_gold", "add_labels")),
     "summary/slm_labels_2",
     "smollm2_docstrings/add",
     "smollm2_summary/llm",
@@ -67,8 +66,8 @@ def test_other_stages_have_arguments_of_their_commands():
 
 
 def test_nothing_is_timed_before_all_is_trained():
-    assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "fit", "label", "speed"}
-    assert list(STAGES)[-1] == "summary/batches"
+    assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "prompts", "fit", "label", "speed"}
+    assert list(STAGES)[-1] == "t5_summary/batches"
 
 
 @pytest.mark.parametrize("task", ["en_it", "summary"])

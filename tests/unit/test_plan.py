@@ -145,7 +145,7 @@ def test_packed_rows_are_as_long_as_they_are_packed():
     assert found["memory_bytes"]["activations"] > 3 * planned()["memory_bytes"]["activations"]
     encoder_decoder = planned({"system": "llm"}, {"pack_tokens": 96})
     assert encoder_decoder["row_tokens"] == {"prompt": 96, "target": 48}
-    unpacked = planned({"slm": {"config": toy.T5}}, {"pack_tokens": 96})  # llm_to_slm with an encoder-decoder
+    unpacked = planned({"fusion": {"class_path": "llmslm.models.fusion.Prefix"}}, {"pack_tokens": 96})
     assert unpacked["row_tokens"] == {"prompt": 16, "target": 8}
 
 

@@ -65,6 +65,13 @@ def test_no_step_waits_for_the_device_but_where_transformers_makes_a_mask(folder
     assert {file for file in files if "/transformers/" not in file and not file.endswith("data/loader.py")} == set()
 
 
+@pytest.mark.parametrize("system", ["slm", "llm"])
+def test_no_step_of_packed_rows_waits_at_all(folder, system):
+    packed = ["--data.pack_tokens=48", "--data.micro_batch_size=1", f"--model.system={system}"]
+    files = fit(folder, *FUSED, *packed, max_steps=4).waits.asking
+    assert {file for file in files if not file.endswith("data/loader.py")} == set()
+
+
 def test_the_bar_shows_the_loss(folder):
     watch = fit(folder, max_steps=2)
     assert watch.shown["train/loss"] > 0

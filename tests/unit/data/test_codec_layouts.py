@@ -5,6 +5,7 @@ import torch
 
 from llmslm.data.codec import IGNORED, Codec, TextFormat
 from llmslm.errors import UserError
+from llmslm.models.alignment import HIDES_PROMPT
 from tests.unit.data.tokenizers import bytes_of, pieces, words
 
 TEXTS = ["the dog sleeps", "naïve 東京  🙂 fox"]
@@ -57,9 +58,10 @@ def test_the_slm_reads_what_is_left_of_a_cut_prompt():
         assert row["prompt_spans"] == alone["prompt_spans"]
 
 
+@pytest.mark.parametrize("layout", HIDES_PROMPT)
 @pytest.mark.parametrize("is_encoder_decoder", [True, False])
-def test_the_start_layout_hides_the_prompt_from_the_slm(is_encoder_decoder):
-    codec = make("start", is_encoder_decoder=is_encoder_decoder)
+def test_some_layouts_hide_the_prompt_from_the_slm(is_encoder_decoder, layout):
+    codec = make(layout, is_encoder_decoder=is_encoder_decoder)
     batch = codec.collate_prompts(codec.encode(TEXTS))
     assert batch["input_ids"].tolist() == [[1], [1]]
     assert batch["prompt_ids"].shape[1] > 1

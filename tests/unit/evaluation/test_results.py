@@ -116,7 +116,7 @@ def test_what_was_measured_goes_into_the_targets(runs, root, monkeypatch):
 
 def test_every_part_of_the_series_is_in_the_report(runs, root):
     state = json.loads((runs / "en_it/quality/stage.json").read_text())
-    for place in ("en_it/quality_t5", "smollm2_docstrings/quality"):
+    for place in ("en_it/quality_read", "t5_en_it/quality", "smollm2_docstrings/quality"):
         shutil.copytree(runs / "en_it/quality", runs / place)
     labels = {"examples": 40, "failed_share": 0.1, "failed": {"short": 4, "long": 0}, "gate": [0.5, 2.0]}
     more = {"examples": 30, "failed_share": 0.0, "failed": {"unfinished": 0}, "gate": None}
@@ -134,7 +134,8 @@ def test_every_part_of_the_series_is_in_the_report(runs, root):
         "Labels: 30 further prompts, without gold targets; 0.0 % failed to be a text that ended and were left out."
         in page
     )
-    assert "| T5 1.1 as the LLM | slm" in page
+    assert "| encoder-decoder SLM | slm" in page
+    assert "## T5 1.1 as the LLM: English to Italian" in page
     assert "## SmolLM2-135M as the LLM: docstrings" in page
     shown = {name.split("/")[-1] for name in load_series("headline") if "/quality" in name}
     assert shown == {*results.VARIANTS, *headline_claims.SEEDS}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmslm.generation.prompt_pass import PromptPass
-from llmslm.models.alignment import EncoderTokenizer
+from llmslm.models.alignment import HIDES_PROMPT, EncoderTokenizer
 from llmslm.models.fusion import Add, Prefix, PrefixOnly, ReplaceEncoder
 from llmslm.models.projector import Resampler
 from tests import tiny
@@ -23,7 +23,7 @@ def graphs_pay(monkeypatch):
 def batch_of(model, rows=3, device="cpu"):
     ids, mask = tiny.prompts(rows)
     own = (ids, mask) if model.config.is_encoder_decoder else (left(ids, mask), left(mask, mask))
-    if model.prompt_layout == "start":
+    if model.prompt_layout in HIDES_PROMPT:
         own = (torch.ones(rows, 1, dtype=torch.long),) * 2
     batch = {"input_ids": own[0], "attention_mask": own[1], "prompt_ids": ids, "prompt_attention_mask": mask}
     return {name: value.to(device) for name, value in batch.items()}

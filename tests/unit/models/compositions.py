@@ -2,7 +2,7 @@
 
 import torch
 
-from llmslm.models.alignment import SameTokenizer
+from llmslm.models.alignment import HIDES_PROMPT, SameTokenizer
 from llmslm.models.encoder import Encoder
 from llmslm.models.fusion import Add
 from llmslm.models.modeling import LlmToSlm
@@ -52,7 +52,7 @@ def generate(model, ids, mask, **kwargs):
     if not model.config.is_encoder_decoder:
         ids, mask = left(ids, mask), left(mask, mask)
     out = model.generate(prompt_ids=ids, prompt_attention_mask=mask, **NEW, **kwargs)
-    return new_tokens(model, out, 1 if model.prompt_layout == "start" else ids.shape[1])
+    return new_tokens(model, out, 1 if model.prompt_layout in HIDES_PROMPT else ids.shape[1])
 
 
 def until_end(row):
@@ -64,7 +64,7 @@ def training_batch(model, ids, mask):
     """A prompt and five target tokens a row."""
     targets = torch.randint(3, tiny.VOCABULARY, (len(ids), 5))
     sides = {"prompt_ids": ids, "prompt_attention_mask": mask}
-    if model.prompt_layout == "start":
+    if model.prompt_layout in HIDES_PROMPT:
         ids = torch.ones(len(ids), 1, dtype=torch.long)
         mask = torch.ones_like(ids)
     if model.config.is_encoder_decoder:

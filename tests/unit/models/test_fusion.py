@@ -8,7 +8,7 @@ import torch
 
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
-from llmslm.models.alignment import EncoderTokenizer
+from llmslm.models.alignment import HIDES_PROMPT, EncoderTokenizer
 from llmslm.models.fusion import CrossAttend, GatedAdd, Prefix, PrefixOnly, ReplaceEncoder
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import Resampler
@@ -83,7 +83,7 @@ def test_the_engine_decodes_what_generate_does(fusion, slm, tmp_path):
     model = make(fusion, slm, tmp_path)
     ids, mask = tiny.prompts()
     expected = generate(model, ids, mask)
-    if model.prompt_layout == "start":
+    if model.prompt_layout in HIDES_PROMPT:
         own = torch.ones(len(ids), 1, dtype=torch.long)
         own_mask = torch.ones_like(own)
     else:

@@ -1,21 +1,24 @@
 """Packed rows give the losses of rows of their own; chosen positions give the logits of all."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from llmslm.data.codec import IGNORED, Codec, PackedShape, TextFormat, target_positions
+from llmslm.checkpoint import codec_for
+from llmslm.data.codec import IGNORED, PackedShape, TextFormat, target_positions
 from llmslm.errors import UserError
 from llmslm.models.blocks import blocks, compile_blocks
-from llmslm.models.fusion import Add, Replace
+from llmslm.models.fusion import Add, CrossAttend, Prefix, PrefixOnly, Replace, ReplaceEncoder
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource
 from llmslm.models.packing import check_packing
 from llmslm.models.projector import Resampler
 from llmslm.module import SystemModule
 from tests import tiny
-from tests.unit.models.compositions import compose
+from tests.unit.models.compositions import compose, open_gates
 
 ROWS = [
     {"input_prompt_ids": [5, 6, 7], "target_ids": [8, 9, 1]},
@@ -38,18 +41,67 @@ def summed_loss(model, collated):
 
 
 @pytest.mark.parametrize("encoder", ["t5", "llama", "gpt2", "qwen2"])
-@pytest.mark.parametrize("fusion", [Add, Replace])
+@pytest.mark.parametrize("fusion", [Add, Replace, CrossAttend])
 def test_a_composition_packs_both_sides(encoder, fusion, tmp_path):
-    model = compose(encoder, "llama", tmp_path, fusion)
-    check_packing(model, reads_states=True)
-    codec = Codec(Tokenizer(), text_format=TextFormat(), is_encoder_decoder=False, has_encoder=True)
-    rows = [row | {"prompt_ids": row["input_prompt_ids"]} for row in ROWS]
+    model = composed(encoder, "llama", tmp_path, fusion)
+    codec, rows = codec_of(model), with_states(ROWS)
     packed = codec.collate_packed(rows, PackedShape(2, (10, 6)))
     assert packed["on_prompt"][0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0, 0, 0]
     assert packed["prompt_documents"][0].tolist() == [0, 0, 0, 1, -1, -1]
     assert codec.sizes(rows, packed) == (3, 8, 7, 8, 32)
-    expected = summed_loss(model, codec.collate(rows))
-    torch.testing.assert_close(summed_loss(model, packed), expected, rtol=1e-5, atol=0)
+    assert_same_loss(model, codec.collate(rows), packed)
+
+
+@pytest.mark.parametrize("encoder", ["t5", "llama"])
+@pytest.mark.parametrize("fusion", [Add, Replace])
+def test_a_composition_of_an_encoder_decoder_packs_three_sides(encoder, fusion, tmp_path):
+    model = composed(encoder, "t5", tmp_path, fusion)
+    codec, rows = codec_of(model), with_states(ROWS)
+    packed = codec.collate_packed(rows, PackedShape(2, (8, 6, 6)))
+    assert packed["documents"][0].tolist() == [0, 0, 0, 1, -1, -1, -1, -1]
+    assert codec.sizes(rows, packed) == (3, 8, 7, 8, 40)
+    assert_same_loss(model, codec.collate(rows), packed)
+
+
+@pytest.mark.parametrize("encoder", ["t5", "llama"])
+def test_a_decoder_that_reads_the_states_packs_these_and_its_targets(encoder, tmp_path):
+    model = composed(encoder, "t5", tmp_path, ReplaceEncoder)
+    codec = codec_of(model)
+    rows = [row | {"input_prompt_ids": [1]} for row in with_states(ROWS)]
+    packed = codec.collate_packed(rows, PackedShape(2, (8, 6)))
+    assert packed["input_ids"].tolist() == [[1], [1]]
+    assert codec.sizes(rows, packed) == (3, 0, 7, 8, 28)
+    assert_same_loss(model, codec.collate(rows), packed)
+
+
+def composed(encoder, slm, folder, fusion):
+    """A composition whose new layers are no longer at zero, and which passes the check of packing."""
+    model = compose(encoder, slm, folder, fusion)
+    open_gates(model)
+    check_packing(model, reads_states=True)
+    return model
+
+
+def with_states(rows):
+    return [row | {"prompt_ids": row["input_prompt_ids"]} for row in rows]
+
+
+def assert_same_loss(model, alone, packed):
+    torch.testing.assert_close(summed_loss(model, packed), summed_loss(model, alone), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("slm", "fusion"), [("llama", Prefix), ("llama", PrefixOnly), ("t5", PrefixOnly), ("t5", CrossAttend)]
+)
+def test_fusions_that_would_mix_examples_do_not_pack(slm, fusion, tmp_path):
+    assert not codec_of(compose("t5", slm, tmp_path, fusion)).can_pack
+
+
+def test_states_that_are_compressed_do_not_pack(tmp_path):
+    model = compose("llama", "t5", tmp_path, ReplaceEncoder)
+    assert model.can_pack
+    model.projector = Resampler(32, 32, states=2)
+    assert not model.can_pack
 
 
 def test_what_mixes_the_states_of_a_row_is_refused(tmp_path):
@@ -60,8 +112,7 @@ def test_what_mixes_the_states_of_a_row_is_refused(tmp_path):
 
 
 def codec_of(model):
-    enc_dec = model.config.is_encoder_decoder
-    return Codec(Tokenizer(), text_format=TextFormat(), is_encoder_decoder=enc_dec, decoder_start_token_id=0)
+    return codec_for(model, Tokenizer(), None, TextFormat())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "t5"])
@@ -118,6 +169,19 @@ def test_packed_batches_of_t5_are_compiled_once():
     for batch in batches:
         summed_loss(model, batch).backward()
     assert compiled.frame_count == 4  # first and further blocks, of encoder and decoder
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # as above
+def test_blocks_that_attend_to_states_share_their_compilations(tmp_path):
+    torch.compiler.reset()
+    model, compiled = composed("llama", "llama", tmp_path, CrossAttend).train(), CompileCounter()
+    model.slm.model.layers.extend(copy.deepcopy(model.slm.model.layers))
+    model.fusion.attach(model.slm)
+    for block in blocks(model.slm):
+        block.compile(backend=compiled)
+    summed_loss(model, codec_of(model).collate_packed(with_states(ROWS), PackedShape(2, (24, 16)))).backward()
+    assert compiled.frame_count <= 2  # of the first block, whose input is not a block's output, and of the further ones
     torch.compiler.reset()
 
 
