@@ -1,5 +1,7 @@
 """Products of several rows by the kernels of `row_kernels.py`: which of them they serve, and by which tiles."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ _WIDEST = 2048  # input width up to which a program holds the whole input
 _PASS = 1024  # of an input that is wider
 _BLOCK_N = 16  # outputs of a program at a time: what one instruction of the matrix units gives
 _PROGRAMS = 132 * 2  # that a GPU has room for; more tiles take turns
+_trusted = True
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,25 @@ def suits(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
     """Say whether a product is theirs. In float32 the units would round; a wide input may have nothing but a bias."""
     halves = x.dtype == linear.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     bare = norm is None and linear.activation is None and not linear.gated
-    return halves and FEWEST_ROWS <= x.shape[0] <= MOST_ROWS and (x.shape[1] <= _WIDEST or bare)
+    return _trusted and halves and FEWEST_ROWS <= x.shape[0] <= MOST_ROWS and (x.shape[1] <= _WIDEST or bare)
+
+
+def try_out(measure: Callable[[], float], tolerance: float) -> None:
+    """Leave these products to the kernels of few rows and to cuBLAS from now on, if they fail or are wrong.
+
+    Args:
+        measure: runs them and returns by how much they are off.
+        tolerance: how much of that is rounding.
+    """
+    global _trusted
+    try:
+        off = measure()
+        reason = None if off <= tolerance else f"logits are off by {off:.3g} of their spread"
+    except Exception as error:  # whatever a compiler or a driver has against them
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if reason is not None and _trusted:
+        _trusted = False
+        warnings.warn(f"products of 3 to 16 rows are computed the slower way: {reason}", UserWarning, stacklevel=2)
 
 
 def rows_product(

@@ -168,6 +168,21 @@ def test_products_by_the_matrix_units_in_several_passes(
     assert not fused_rows.suits(x, linear, NORMS["rms"](columns, HALF))
 
 
+def _raises() -> float:
+    raise RuntimeError("no such instruction\nfurther lines")
+
+
+@pytest.mark.parametrize(("measure", "reason"), [(lambda: 0.5, "logits are off by 0.5"), (_raises, "no such instruc")])
+def test_products_by_the_matrix_units_that_fail_are_done_without(measure, reason, monkeypatch) -> None:
+    monkeypatch.setattr(fused_rows, "_trusted", True)
+    x, linear = torch.zeros(4, 64, dtype=HALF), Linear(torch.zeros(16, 64, dtype=HALF))
+    fused_rows.try_out(lambda: 0.01, 0.05)
+    assert fused_rows.suits(x, linear, None)
+    with pytest.warns(UserWarning, match=f"computed the slower way: {reason}"):
+        fused_rows.try_out(measure, 0.05)
+    assert not fused_rows.suits(x, linear, None)
+
+
 ATTENTIONS = {
     "plain": SelfAttention(0, 4, 4, 8, 0.3),
     "grouped, rotated": SelfAttention(0, 6, 2, 12, 0.3, rotary=True),
