@@ -90,6 +90,13 @@ def test_a_long_prompt_is_refused_or_cut_where_the_recipe_says():
         assert row["cut_prompt_tokens"] == [6]
 
 
+def test_signatures_do_not_depend_on_what_was_encoded_last():
+    codec = make(max_prompt_tokens=6, truncate_prompt="right")
+    before = codec.signature(), codec.prompt_signature()
+    codec.encode(["0123456789"])
+    assert (codec.signature(), codec.prompt_signature()) == before
+
+
 def test_mistakes_in_the_recipe_are_named():
     with pytest.raises(UserError, match=r"has no \{prompt\} in it"):
         make(prompt_template="translate:")
