@@ -104,7 +104,10 @@ class Codec:
                 f"prompt_template {text_format.prompt_template!r} has no {{prompt}} in it (data.prompt_template)"
             )
         if slm_tokenizer.eos_token_id is None:
-            raise UserError("the slm's tokenizer has no end-of-sequence token, so targets would never end")
+            raise UserError(
+                "the tokenizer of the model that writes has no end-of-sequence token, so targets would never end; take "
+                "one that generates (an encoder-only model can be model.encoder.source alone)"
+            )
         self.slm_tokenizer = slm_tokenizer
         self.encoder_tokenizer = encoder_tokenizer
         self.text_format = text_format

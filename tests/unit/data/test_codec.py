@@ -102,3 +102,9 @@ def test_mistakes_in_the_recipe_are_named():
         make(prompt_template="translate:")
     with pytest.raises(UserError, match="different tokenizers, but the alignment is SameTokenizer"):
         Codec(byte_tokenizer(), byte_tokenizer(), text_format=TextFormat(), is_encoder_decoder=False)
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(
+        UserError, match=r"has no end-of-sequence token.*encoder-only model can be model\.encoder\.source"
+    ):
+        Codec(endless, text_format=TextFormat(), is_encoder_decoder=False)
