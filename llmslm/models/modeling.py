@@ -83,8 +83,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
     ) -> Self:
         """Put parts together that exist already; the projector starts at the scale of the slm's embeddings."""
         encoder_config = copy.deepcopy(encoder.config)
-        if hasattr(encoder_config, "quantization_config"):  # named by encoder_quantization; the slm has none
-            del encoder_config.quantization_config
+        vars(encoder_config).pop("quantization_config", None)  # named by encoder_quantization; the slm has none
         config = LlmToSlmConfig(
             encoder_config=encoder_config,
             slm_config=copy.deepcopy(slm.config),
