@@ -104,6 +104,24 @@ def test_a_stopped_call_goes_on_where_it_was(recipe, monkeypatch):
     assert [s for s in shards if s.stat().st_mtime_ns != before[s][1]] == [shards[2]]
 
 
+def test_what_a_killed_run_left_of_a_shard_is_removed(recipe, monkeypatch):
+    shard = Path("states/train/00001.safetensors")
+    shard.unlink()
+
+    def stopped(_stored, path):
+        path.with_name(".tmpXYZ").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmslm.data.shards.save_file", stopped)
+        patch.setattr("shutil.rmtree", lambda *_a, **_k: None)  # a killed process removes nothing
+        with pytest.raises(SystemExit):
+            main(["features", "--config", recipe, "--out", "states"])
+    main(["features", "--config", recipe, "--out", "states"])
+    assert shard.is_file()
+    assert not list(Path("states").rglob(".*"))
+
+
 def test_ranks_share_the_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SHARD_BYTES", 100)
     lengths = torch.randint(1, 30, (35,)).numpy()
