@@ -109,7 +109,10 @@ class Codec:
                 f"prompt_template {text_format.prompt_template!r} has no {{prompt}} in it (data.prompt_template)"
             )
         if slm_tokenizer.eos_token_id is None:
-            raise UserError("the slm's tokenizer has no end-of-sequence token, so targets would never end")
+            raise UserError(
+                "the tokenizer of the model that writes has no end-of-sequence token, so targets would never end; take "
+                "one that generates (an encoder-only model can be model.encoder.source alone)"
+            )
         self.slm_tokenizer = slm_tokenizer
         self.encoder_tokenizer = encoder_tokenizer
         self.text_format = text_format
@@ -246,7 +249,7 @@ class Codec:
 
     def signature(self) -> str:
         """Hash everything that decides about the rows, for caches of tokenised data."""
-        tokenizers = [t.backend_tokenizer.to_str() if t.is_fast else repr(t) for t in self._tokenizers()]
+        tokenizers = [_description(tokenizer) for tokenizer in self._tokenizers()]
         settings = (self.text_format, self.is_encoder_decoder, self.decoder_start_token_id, self.has_encoder)
         text = "\0".join([*tokenizers, repr(settings), self.prompt_layout, str(self.pad_id)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -254,8 +257,9 @@ class Codec:
     def prompt_signature(self) -> str:
         """Hash everything that decides about the encoder's tokens, for caches of its states."""
         tokenizer, form = self.encoder_tokenizer or self.slm_tokenizer, self.text_format
-        words = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-        text = "\0".join([words, form.prompt_template, str(form.max_prompt_tokens), str(form.truncate_prompt)])
+        text = "\0".join(
+            [_description(tokenizer), form.prompt_template, str(form.max_prompt_tokens), str(form.truncate_prompt)]
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _tokenizers(self) -> list[PreTrainedTokenizerBase]:
@@ -446,6 +450,17 @@ def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return an id to pad with: any will do, since masks come from lengths."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def _description(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return all that decides about a text's tokens; the length to which the last text was cut is no part of it."""
+    if not tokenizer.is_fast:
+        return repr(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    described: str = backend.to_str()
+    return described
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs: Any) -> BatchEncoding:

@@ -35,6 +35,11 @@ ON_DEVICE = 1 / 8
 _STATE_BYTES = 2  # bf16
 _SAMPLE = 1 << 20  # bytes of a weight file that tell it from another
 _OPTIONS = ("layer", "quantization", "revision")  # of the encoder, in a recipe
+_DECIDED_BY = {
+    "data": "data.source",
+    "tokens": "tokenizer, data.prompt_template, data.max_prompt_tokens, data.truncate_prompt",
+    "examples": "data.source",
+}
 
 
 class StoredEncoder(Encoder):
@@ -94,7 +99,7 @@ class StoredEncoder(Encoder):
         hidden = torch.zeros(*prompt_ids.shape, self.width, dtype=torch.bfloat16, device=prompt_ids.device)
         for row, states in zip(hidden, found, strict=True):
             if states is None:
-                raise self._unreadable()
+                raise UserError(f"the states in {self.folder} stand for the encoder, which cannot read other prompts")
             row[: len(states)] = states
         return hidden, mask
 
@@ -104,10 +109,10 @@ class StoredEncoder(Encoder):
         Raises:
             UserError: always.
         """
-        raise self._unreadable()
-
-    def _unreadable(self) -> UserError:
-        return UserError(f"the states in {self.folder} stand for the encoder, which cannot read other prompts")
+        raise UserError(
+            f"model.alignment reads the LLM's embeddings, which the features in {self.folder} do not hold; set "
+            "model.alignment to llmslm.models.alignment.Offsets, or leave model.encoder.features out"
+        )
 
 
 class StoredStates(StoredRows):
@@ -230,7 +235,7 @@ def write_manifest(
     path = folder / MANIFEST
     if path.is_file():
         stored = _parsed(path)
-        for name in ("hash", *_OPTIONS):  # the hash is of weights: mixes of other layers may share it
+        for name in (*_OPTIONS, "hash"):
             _same(folder, f"encoder ({name})", stored["encoder"][name], manifest["encoder"][name])
         _same(folder, "data", stored["splits"], manifest["splits"])
     write_text(path, json.dumps(manifest, indent=1) + "\n")
@@ -288,9 +293,12 @@ def check(folder: Path, source: str, options: Mapping[str, Any], split: str, abo
         _same(folder, f"{name} (model.encoder.{name})", manifest["encoder"][name], options[name])
     stored = manifest["splits"].get(split)
     if stored is None:
-        raise UserError(f"{folder} has no features of {split}: run llmslm features again (model.encoder.features)")
+        raise UserError(
+            f"{folder} has features of {' and '.join(manifest['splits'])}, none of {split}; leave "
+            "model.encoder.features out, and the LLM reads it"
+        )
     for name, value in about.items():
-        _same(folder, f"{split} {name}", stored[name], value)
+        _same(folder, f"{split} {name} ({_DECIDED_BY[name]})", stored[name], value)
 
 
 def identity(rows: Dataset, codec: Codec, data: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A shard is a safetensors file with the rows of consecutive examples, one row a t
 and where, follows from the tokens of each example and the limit of a shard's bytes.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,7 @@ def write_shards(
                 for example, tensors in zip(batch, compute(batch), strict=True):
                     _put(stored, tensors, shards.rows(example)[1], count)
                 progress.update(len(batch))
-            with file_aside(path) as aside:
-                save_file(stored, aside)
+            _write_whole(stored, path)
 
 
 def shard_path(folder: Path, split: str, shard: int) -> Path:
@@ -149,6 +149,18 @@ def shard_path(folder: Path, split: str, shard: int) -> Path:
 def missing_shards(folder: Path, split: str, count: int) -> int:
     """Count those of a split's shards that are not there."""
     return sum(not shard_path(folder, split, shard).is_file() for shard in range(count))
+
+
+def _write_whole(stored: dict[str, Tensor], path: Path) -> None:
+    """Write a shard in a folder of its own, then put it in its place: a killed run leaves nothing that stays."""
+    aside = path.with_name(f".{path.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with file_aside(aside / path.name) as part:
+            save_file(stored, part)  # through a temporary file beside it, which nobody else removes
+        (aside / path.name).replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _put(stored: dict[str, Tensor], tensors: Mapping[str, Tensor], rows: slice, total: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 _FEWEST_ROWS = 8  # below it nothing is gained
@@ -36,7 +37,9 @@ def _suits(args: Any, kwargs: Any, *, rows: int, weight: int) -> bool:
     if kwargs or len(args) <= weight:
         return False
     x, matrix = args[rows], args[weight]
-    if type(x) is not Tensor or matrix.dtype != torch.float32 or x.dtype != torch.float32 or matrix.dim() != 2:
+    if type(x) is not Tensor or type(matrix) not in (Tensor, Parameter):  # a quantised weight has products of its own
+        return False
+    if matrix.dtype != torch.float32 or x.dtype != torch.float32 or matrix.dim() != 2:
         return False
     return x.device.type == "cpu" and x.dim() > 1 and x.numel() >= _FEWEST_ROWS * x.shape[-1]
 

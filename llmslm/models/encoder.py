@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         """Note which layers are wanted of a model of this depth."""
         self.model = model
         self.layer = layer
-        self.depths = [layer_index(item, full_depth) for item in (layer if isinstance(layer, list) else [layer])]
+        self.depths = layer_depths(layer, full_depth)
         self._kept: dict[int, Tensor] = {}
         takes = inspect.signature(model.forward).parameters
         self._takes_use_cache, self._takes_positions = "use_cache" in takes, "position_ids" in takes
@@ -238,6 +238,13 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
     return found
 
 
+def layer_depths(layer: Layers, depth: int) -> list[int]:
+    """Turn what an encoder's `layer` may be into numbers of layers to run, see `layer_index`."""
+    if layer == []:
+        raise UserError('the list of encoder layers is empty: name one or more, or give "last" (model.encoder.layer)')
+    return [layer_index(item, depth) for item in (layer if isinstance(layer, list) else [layer])]
+
+
 def layer_index(layer: Layer, depth: int) -> int:
     """Turn "last", an index or a fraction into the number of layers to run, 0 to depth.
 
@@ -273,7 +280,7 @@ def _part_of(config: PreTrainedConfig, empty: PreTrainedModel) -> dict[str, Any]
 
 def _shorten(config: PreTrainedConfig, layer: Layers, depth: int) -> PreTrainedConfig:
     """Ask for the needed layers alone, so that the others are not even read from disk."""
-    wanted = max(1, *(layer_index(item, depth) for item in (layer if isinstance(layer, list) else [layer])))
+    wanted = max(1, *layer_depths(layer, depth))
     short = copy.deepcopy(config)
     if wanted < depth:
         for name in ("num_hidden_layers", "encoder_layers"):

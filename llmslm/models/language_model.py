@@ -54,7 +54,7 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
             place, file = pretrained_model(model_source.source)
             return AutoConfig.from_pretrained(place, revision=model_source.revision, **file)
         except (OSError, ValueError) as error:
-            raise UserError(f"{key}.source {model_source.source!r}: {str(error).splitlines()[0]}") from error
+            raise UserError(_not_loaded(model_source, key, error)) from error
     values = copy.deepcopy(model_source.config or {})
     model_type = values.pop("model_type", None)
     if model_type is None:
@@ -95,10 +95,14 @@ def load_language_model(
             place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **file
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}.source {model_source.source!r} cannot be loaded: {str(error).splitlines()[0]}; "
-            "expected a hub name or a folder with config.json and weights"
-        ) from error
+        raise UserError(_not_loaded(model_source, key, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{key}.source {model_source.source!r} lacks the weights of {', '.join(missing[:3])}")
     return model
+
+
+def _not_loaded(model_source: ModelSource, key: str, error: Exception) -> str:
+    return (
+        f"{key}.source {model_source.source!r} cannot be loaded: {str(error).splitlines()[0]}; "
+        "expected a hub name or a folder with config.json and weights"
+    )

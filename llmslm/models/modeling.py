@@ -83,8 +83,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
     ) -> Self:
         """Put parts together that exist already; the projector starts at the scale of the slm's embeddings."""
         encoder_config = copy.deepcopy(encoder.config)
-        if hasattr(encoder_config, "quantization_config"):  # named by encoder_quantization; the slm has none
-            del encoder_config.quantization_config
+        vars(encoder_config).pop("quantization_config", None)  # named by encoder_quantization; the slm has none
         config = LlmToSlmConfig(
             encoder_config=encoder_config,
             slm_config=copy.deepcopy(slm.config),
@@ -92,7 +91,6 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
             encoder_revision=encoder_revision,
             encoder_layer=encoder.layer,
             encoder_quantization=encoder.quantization,
-            encoder_hash=encoder.content_hash(),
             projector=projector.spec(),
             fusion=fusion.spec(),
             alignment=alignment.spec(),
@@ -105,6 +103,7 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
         projector.match_scale(fusion.reference(slm))
         fusion.attach(slm)
         model.attach_encoder(encoder)
+        model.config.encoder_hash = encoder.content_hash()  # after attaching: there is nothing to compare it with
         return model
 
     def attach_encoder(self, encoder: Encoder) -> None:
@@ -118,11 +117,12 @@ class LlmToSlm(PreTrainedModel, GenerationMixin):
                 f"the encoder's states are {encoder.hidden_size} wide, the projector takes "
                 f"{self.projector.encoder_hidden_size}; train this projector with its own encoder (model.encoder)"
             )
-        if self.config.encoder_hash and encoder.content_hash() != self.config.encoder_hash:
+        expected, quantization = self.config.encoder_hash, self.config.encoder_quantization
+        if expected and (found := encoder.content_hash()) != expected:
+            quantiser = f", or install the quantiser that made its {quantization} weights" if quantization else ""
             raise UserError(
                 f"the encoder from {self.config.encoder_source!r} is not the one that this system was trained with "
-                f"(content {encoder.content_hash()}, expected {self.config.encoder_hash}); "
-                "give the right one with encoder_source"
+                f"(content {found}, expected {expected}); give the right one with encoder_source{quantiser}"
             )
         self.encoder = encoder
 

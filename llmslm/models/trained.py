@@ -41,11 +41,12 @@ class Lora:
     target_modules: str | list[str] = "all-linear"
     """Ends of layers' names, a regular expression for their whole names, or all linear layers but the head."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise a UserError where a number cannot be; not when it is made, since a parser of unions would hide it."""
         if self.rank < 1 or self.alpha < 1:
-            raise UserError(f"rank is {self.rank} and alpha {self.alpha}; expected 1 or more of both (train)")
+            raise UserError(f"rank is {self.rank} and alpha {self.alpha}; expected 1 or more of both")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; expected at least 0 and less than 1 (train)")
+            raise UserError(f"dropout is {self.dropout}; expected at least 0 and less than 1")
 
 
 Trained = Literal["full", "nothing"] | Lora
@@ -76,7 +77,7 @@ def restrict(model: PreTrainedModel, trained: Trained, source: str | None, revis
         key: the recipe's key of the model, for messages.
 
     Raises:
-        UserError: if the frozen weights would be random ones, or no layer has a name of target_modules.
+        UserError: if the frozen weights would be random ones, or the adapters' settings do not fit.
     """
     if trained == "full":
         return
@@ -189,6 +190,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def _add_adapters(model: PreTrainedModel, lora: Lora, source: str) -> None:
     from peft import LoraConfig
 
+    lora.check()
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

@@ -86,6 +86,10 @@ def test_what_stands_for_the_encoder_reads_the_prompts_that_it_learned(written):
     assert torch.equal(hidden[0, :1], states[1])
     with pytest.raises(UserError, match="cannot read other prompts"):
         encoder(ids[:, :2], torch.ones(2, 2, dtype=torch.long))
+    with pytest.raises(
+        UserError, match=r"reads the LLM's embeddings.*model\.alignment to .*Offsets, or leave model\.en"
+    ):
+        encoder.embed_tokens(ids, (ids > 0).long())
 
 
 def test_a_stopped_call_goes_on_where_it_was(recipe, monkeypatch):
@@ -98,6 +102,24 @@ def test_a_stopped_call_goes_on_where_it_was(recipe, monkeypatch):
     main(["features", "--config", recipe, "--out", "states"])
     assert {shard: shard.read_bytes() for shard in shards} == {shard: old for shard, (old, _) in before.items()}
     assert [s for s in shards if s.stat().st_mtime_ns != before[s][1]] == [shards[2]]
+
+
+def test_what_a_killed_run_left_of_a_shard_is_removed(recipe, monkeypatch):
+    shard = Path("states/train/00001.safetensors")
+    shard.unlink()
+
+    def stopped(_stored, path):
+        path.with_name(".tmpXYZ").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llmslm.data.shards.save_file", stopped)
+        patch.setattr("shutil.rmtree", lambda *_a, **_k: None)  # a killed process removes nothing
+        with pytest.raises(SystemExit):
+            main(["features", "--config", recipe, "--out", "states"])
+    main(["features", "--config", recipe, "--out", "states"])
+    assert shard.is_file()
+    assert not list(Path("states").rglob(".*"))
 
 
 def test_ranks_share_the_shards(tmp_path, monkeypatch):
@@ -136,7 +158,7 @@ def test_shards_hold_no_more_than_their_limit_and_one_example(limit):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--data.max_prompt_tokens=31", r"features in states are of another (train|validation) tokens"),
+        ("--data.max_prompt_tokens=31", r"of another (train|validation) tokens \(.*data\.max_prompt_tokens.*\): '"),
         ("--model.encoder.layer=0", r"of another layer \(model\.encoder\.layer\)"),
         ("--model.encoder.quantization=8bit", r"of another quantization \(model\.encoder\.quantization\): 'None'"),
         ("--model.encoder.revision=abc", r"of another revision \(model\.encoder\.revision\): 'None', here it is 'abc'"),
@@ -147,6 +169,13 @@ def test_a_cache_of_something_else_is_refused(recipe, capsys, change, message):
     with pytest.raises(SystemExit):
         fit(recipe, "llm_to_slm", "--model.encoder.features=states", change)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_split_that_was_not_written_is_named(recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["test", "--config", recipe, "--model.encoder.features=states"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "states has features of train and validation, none of test; leave model.encoder.features out" in line
 
 
 def test_a_cache_of_another_encoder_is_refused(recipe, capsys):

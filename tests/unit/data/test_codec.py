@@ -90,8 +90,21 @@ def test_a_long_prompt_is_refused_or_cut_where_the_recipe_says():
         assert row["cut_prompt_tokens"] == [6]
 
 
+def test_signatures_do_not_depend_on_what_was_encoded_last():
+    codec = make(max_prompt_tokens=6, truncate_prompt="right")
+    before = codec.signature(), codec.prompt_signature()
+    codec.encode(["0123456789"])
+    assert (codec.signature(), codec.prompt_signature()) == before
+
+
 def test_mistakes_in_the_recipe_are_named():
     with pytest.raises(UserError, match=r"has no \{prompt\} in it"):
         make(prompt_template="translate:")
     with pytest.raises(UserError, match="different tokenizers, but the alignment is SameTokenizer"):
         Codec(byte_tokenizer(), byte_tokenizer(), text_format=TextFormat(), is_encoder_decoder=False)
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(
+        UserError, match=r"has no end-of-sequence token.*encoder-only model can be model\.encoder\.source"
+    ):
+        Codec(endless, text_format=TextFormat(), is_encoder_decoder=False)

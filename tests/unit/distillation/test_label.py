@@ -237,7 +237,7 @@ def test_mistakes_are_named(trained, arguments, capsys):
             ["--max-new-tokens", "1"],
             "none of the 48 predictions for train passed the gate (42 unfinished, 0 short, 0 long, 6 empty)",
         ),
-        (["--checkpoint", "nowhere"], "the LLM (--checkpoint): model.source 'nowhere'"),
+        (["--checkpoint", "nowhere"], "expected a hub name or a folder with config.json and weights"),
         (["--data.sauce", "1"], "has no valid data section"),
         (["--data.source.init_args.validation", "null", "--out", "other"], "there is no validation file"),
         (["--splits", "validation", "--max-new-tokens", "0"], "--max-new-tokens 0"),

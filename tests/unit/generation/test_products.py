@@ -20,6 +20,19 @@ def test_the_numbers_are_the_same(layer: nn.Module, shape: tuple[int, ...]) -> N
     torch.testing.assert_close(fast, layer(x), rtol=1e-5, atol=1e-5)
 
 
+def test_weights_that_are_stored_otherwise_keep_their_own_product() -> None:
+    class Quantised(torch.Tensor):
+        """A quantiser's weights, whose product is its own."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            with torch._C.DisableTorchFunctionSubclass():
+                return 7 if func is nn.functional.linear else func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), fast_products(CPU):
+        assert nn.functional.linear(torch.randn(9, 24), torch.ones(40, 24).as_subclass(Quantised)) == 7
+
+
 def test_gradients_are_left_alone() -> None:
     layer = nn.Linear(24, 40)
     with fast_products(CPU):

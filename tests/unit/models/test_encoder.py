@@ -113,6 +113,8 @@ def test_errors_say_what_to_change(tmp_path):
         Encoder.from_source(str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"layer 7 does not exist in a model of 3 layers"):
         Encoder.from_source(tiny.folder("llama", tmp_path), layer=7)
+    with pytest.raises(UserError, match=r"the list of encoder layers is empty.*model\.encoder\.layer"):
+        Encoder.from_source(str(tmp_path / "llama"), layer=[])
 
 
 def test_no_family_is_asked_for_by_name():

@@ -251,6 +251,17 @@ def test_another_encoder_is_refused(tmp_path):
     other = tiny.folder("t5", tmp_path / "other")
     with pytest.raises(UserError, match="is not the one that this system was trained with"):
         LlmToSlm.from_pretrained(tmp_path / "system", encoder_source=other)
+    model.config.encoder_quantization = "8bit"
+    with pytest.raises(UserError, match="encoder_source, or install the quantiser that made its 8bit weights"):
+        model.attach_encoder(Encoder.from_source(other))
+
+
+def test_the_encoder_is_hashed_once_when_it_is_composed(tmp_path, monkeypatch):
+    hashed, once = [], Encoder.content_hash
+    monkeypatch.setattr(Encoder, "content_hash", lambda encoder: hashed.append(encoder) or once(encoder))
+    model = compose("t5", "t5", tmp_path)
+    assert hashed == [model.encoder]
+    assert model.config.encoder_hash
 
 
 def test_a_projector_that_does_not_fit_is_refused(tmp_path):

@@ -206,16 +206,11 @@ def test_weights_in_pickles_are_refused(tmp_path):
     ("trained", "found", "message"),
     [
         (LORA, None, r"model\.slm\.config makes random ones; give model\.slm\.source"),
+        (Lora(rank=0), "x", r"model\.slm\.train: rank is 0 and alpha 32; expected 1 or more of both"),
+        (Lora(dropout=1), "x", r"model\.slm\.train: dropout is 1; expected at least 0 and less than 1"),
         (Lora(target_modules=["nope"]), "x", r"model\.slm\.train: Target modules .*nope"),
     ],
 )
 def test_mistakes_are_named(trained, found, message):
     with pytest.raises(UserError, match=message):
         restrict(tiny.build("llama"), trained, found, None, "model.slm")
-
-
-def test_ranks_below_one_are_refused():
-    with pytest.raises(UserError, match=r"rank is 0 and alpha 32; expected 1 or more of both"):
-        Lora(rank=0)
-    with pytest.raises(UserError, match=r"dropout is 1; expected at least 0 and less than 1"):
-        Lora(dropout=1)
