@@ -10,6 +10,7 @@ evaluation predicts the same examples on all ranks. Rows are full, of random tok
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -50,6 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "7b": _LLAMA | _7B | {"num_key_value_heads": 32},
 }
 """Models by name, as configs of transformers."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""What torchrun sets for several ranks; one has the same."""
 KIND = "h200"
 """The GPU that predictions are for."""
 
@@ -94,15 +98,20 @@ def run_world(orders: Orders, limit_s: float) -> tuple[list[Row], str | None]:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         start += [f"--nproc-per-node={orders.world}", "-m", "evaluation.benchmarks.scaling_rank", name]
         with (folder / "log").open("w") as log:
-            process = subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(start, stdout=log, stderr=subprocess.STDOUT, env=os.environ | ONE_THREAD)
             try:
                 failure = _wait(process, limit_s)
             finally:
                 _stop(process)
         if failure:
-            lines = (folder / "log").read_text(encoding="utf-8", errors="replace").splitlines()
-            failure = "\n".join([failure, *lines[-40:]])
+            failure += "\n" + last_words((folder / "log").read_text(encoding="utf-8", errors="replace"))
         return read_lines(folder), failure
+
+
+def last_words(log: str) -> str:
+    """Return the last lines that the ranks wrote, without what torchrun says about it."""
+    own = itertools.takewhile(lambda line: "torch/distributed/elastic/" not in line, log.splitlines())
+    return "\n".join([line for line in own if line.strip()][-30:])
 
 
 def predicted(orders: Orders, case: Case) -> Row:
@@ -202,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps on the clock (default: 8), after 3")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--examples", type=int, default=1024, help="that are evaluated, 32 a batch (default: 1024)")
-    parser.add_argument("--limit", type=float, default=200, help="seconds for a world (default: 200)")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for a world (default: 240)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the record; written after each world")
     return parser
 
@@ -223,9 +232,11 @@ def main(args: list[str] | None = None) -> None:
     record |= settings | {"weak": options.weak, "strong": options.strong, "rows": [], "failures": {}}
     with _predicting(worlds) as predictions:
         for orders in worlds:
+            begin = time.monotonic()
             rows, failure = run_world(orders, options.limit)
+            sys.stderr.write(f"{orders.world} GPUs or processes: {time.monotonic() - begin:.0f} s\n")
             if failure:
-                sys.stderr.write(f"{orders.world}: {failure}\n")
+                sys.stderr.write(failure + "\n")
                 record["failures"][str(orders.world)] = failure
             trained = [row for row in rows if "placement" in row]
             for row in trained:
@@ -240,9 +251,8 @@ def main(args: list[str] | None = None) -> None:
 @contextmanager
 def _predicting(worlds: Sequence[Orders]) -> Iterator[dict[tuple[int, str, int], Future[Row]]]:
     """Predict all cases in processes beside the measurement: a large shape takes seconds."""
-    with ProcessPoolExecutor(
-        max(1, len(os.sched_getaffinity(0)) // 2), multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
-    ) as pool:
+    workers = max(1, min(16, len(os.sched_getaffinity(0)) // 2))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         yield {
             (orders.world, case.placement, case.rows): pool.submit(predicted, orders, case)
             for orders in worlds

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 
 from evaluation.examples import Examples
 from evaluation.predictions import predict
-from evaluation.ranks import Ranks, join_ranks
+from evaluation.ranks import PATIENCE, Ranks, join_ranks, leave_ranks
 from llmslm.checkpoint import codec_for
 from llmslm.data.codec import IGNORED, Codec, TextFormat
 from llmslm.data.tokenizer import TrainedBpe
@@ -268,7 +268,7 @@ def evaluate(orders: Orders, folder: Path) -> Row:
     Returns:
         gpus, examples and examples_per_s; loading and a first batch a rank are not on the clock.
     """
-    ranks = join_ranks()  # in the group that the training has made: a second one would read the first one's addresses
+    ranks = _evaluating(orders.world)
     device = torch.device("cuda", ranks.local_rank) if orders.gpu else torch.device("cpu")
     job = job_of(orders, Case("unsharded", 1))
     torch.manual_seed(0)
@@ -281,7 +281,19 @@ def evaluate(orders: Orders, folder: Path) -> Row:
     begin = time.perf_counter()
     predict(system, examples(orders.examples, orders), folder / "predictions.jsonl", **sizes)
     seconds = max(ranks.gather_all(time.perf_counter() - begin))
+    leave_ranks(ranks)
     return {"gpus": ranks.size, "examples": orders.examples, "examples_per_s": orders.examples / seconds}
+
+
+def _evaluating(world: int) -> Ranks:
+    """Leave the training's group and join one as the evaluation makes it, over gloo, where keys are not taken yet."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if world > 1:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.PrefixStore("evaluation", dist.TCPStore(*address, is_master=False))  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=world, timeout=PATIENCE)
+    return join_ranks()
 
 
 def examples(count: int, orders: Orders) -> Examples:
@@ -307,8 +319,6 @@ def main(args: list[str] | None = None) -> None:
         gc.collect()
         torch.cuda.empty_cache()
     _write(folder, rank, evaluate(orders, folder))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _write(folder: Path, rank: str, row: Row) -> None:

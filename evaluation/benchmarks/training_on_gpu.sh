@@ -8,8 +8,8 @@
 #
 # What fails does not stop the rest; the exit status is the number of failures. DATA is the folder of `make headline-data`
 # (its parts en_it and docstrings are read), WORK one for a model and its features, which a later call takes over. ONLY names
-# steps; TOTAL (seconds) cuts off what comes late. HARDWARE, ENCODER, T5, LARGE, ROWS, T5_ROWS, LARGE_ROWS, STEPS, PEERS,
-# CURVE, EVERY and PYTHON may be set, to try the script elsewhere.
+# steps; TOTAL (seconds) cuts off what comes late. HARDWARE, ENCODER, T5, LARGE, ROWS, T5_ROWS, LARGE_ROWS, CURVE_ROWS, STEPS,
+# PEERS, CURVE, EVERY and PYTHON may be set, to try the script elsewhere.
 out=${1:?a folder for the records is expected}
 python=${PYTHON:-python3} data=${DATA:-runs/headline/data} work=${WORK:-runs/training_on_gpu}
 hardware=${HARDWARE:-hardware/1gpu} steps=${STEPS:-80}
@@ -73,7 +73,7 @@ speed 350m-docstrings 100 "$steps" "" --config "$hardware" "$(files docstrings)"
 
 step loss-curve 150 "$python" -m evaluation.benchmarks.loss_curve --config headline/pretrain --steps "${CURVE:-200}" \
   --every "${EVERY:-50}" --seeds 1 2 3 -- --config "$hardware" "$(files en_it)" --model.system slm --model.dropout 0.0 \
-  --model.label_smoothing 0.0 --model.warmup_steps 50 --data.micro_batch_size 16
+  --model.label_smoothing 0.0 --model.warmup_steps 50 --data.micro_batch_size "${CURVE_ROWS:-16}"
 
 step plan-350m 90 "$python" -m llmslm plan --measure --config headline/pretrain --config "$hardware" $shape \
   --model.slm.config "$large"

@@ -12,6 +12,7 @@ without (`speedup`), those of llmslm over the Hugging Face trainer's (`speedup_o
 import argparse
 import copy
 import csv
+import gc
 import json
 import shlex
 import statistics
@@ -60,12 +61,11 @@ class Watch(Callback):
 
 def ours(config: str, steps: int, arguments: list[str], watch: Watch) -> Row:
     """Fit for some steps and return the median of what was logged, with the loss of the last step."""
-    torch.compiler.reset()  # of a run before: its blocks are not this one's
     with tempfile.TemporaryDirectory() as folder:
         logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={folder}"]
         limits = [f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=10", "--trainer.limit_val_batches=0"]
         root = f"--trainer.default_root_dir={folder}"
-        _reset_peak()
+        _start_anew()
         # Last, since an overlay among the arguments may set a number of steps, too.
         training.run(["fit", "--config", config, *arguments, root, *logger, *limits], callbacks=[watch])
         with next(Path(folder).rglob("metrics.csv")).open() as file:
@@ -127,7 +127,7 @@ def peer(watch: Watch, steps: int, batch_size: int) -> Row:
             report_to=[],
             disable_tqdm=True,
         )
-        _reset_peak()
+        _start_anew()
         clock.trainer = CountingTrainer(
             model=copy.deepcopy(watch.model),  # without the compiled blocks: its batches have a shape each
             args=settings,
@@ -167,8 +167,12 @@ def measured(
         yield row | {"speedup_of_llmslm": first["tokens_per_s"] / row["tokens_per_s"]}
 
 
-def _reset_peak() -> None:
+def _start_anew() -> None:
+    """Drop what the arm before holds: blocks, memory, the processes of its loader."""
+    torch.compiler.reset()
+    gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from evaluation.benchmarks.scaling import SHAPES, beside, cases_of, predicted, summary
+from evaluation.benchmarks.scaling import SHAPES, beside, cases_of, last_words, predicted, summary
 from evaluation.benchmarks.scaling_rank import Case, Orders, examples, job_of, read_lines, training_batch
 from llmslm.data.codec import IGNORED
 from llmslm.errors import UserError
@@ -106,3 +106,8 @@ def test_predictions_stand_beside_measurements():
     found = beside(measured(2, "sharded", 32, 1.0, peak=10.0), prediction)
     assert found["predicted_over_measured"] == {"peak_memory": 0.9, "step": 2.0, "step_at_best": 0.5}
     assert beside(measured(2, "sharded", 32, 1.0), prediction)["predicted_over_measured"]["peak_memory"] is None
+
+
+def test_the_words_of_the_ranks_are_shown_not_those_of_torchrun():
+    log = "start\n\nValueError: it broke\nE1128 torch/distributed/elastic/api.py failed\nTraceback of torchrun\n"
+    assert last_words(log) == "start\nValueError: it broke"
