@@ -9,10 +9,10 @@
 # What fails does not stop the rest; the exit status is the number of failures. DATA is the folder of `make headline-data`
 # (its parts en_it and docstrings are read), WORK one for a model and its features, which a later call takes over. ONLY names
 # steps; TOTAL (seconds) cuts off what comes late. HARDWARE, ENCODER, T5, LARGE, ROWS, T5_ROWS, LARGE_ROWS, CURVE_ROWS, STEPS,
-# PEERS, CURVE, EVERY and PYTHON may be set, to try the script elsewhere.
+# PEERS, CURVE, EVERY, SLOWER (times the limits) and PYTHON may be set, to try the script elsewhere.
 out=${1:?a folder for the records is expected}
 python=${PYTHON:-python3} data=${DATA:-runs/headline/data} work=${WORK:-runs/training_on_gpu}
-hardware=${HARDWARE:-hardware/1gpu} steps=${STEPS:-80}
+hardware=${HARDWARE:-hardware/1gpu} steps=${STEPS:-60}
 llama='model_type: llama, tie_word_embeddings: true'
 encoder=${ENCODER:-"{$llama, hidden_size: 768, intermediate_size: 2048, num_hidden_layers: 19, num_attention_heads: 12, num_key_value_heads: 12}"}
 large=${LARGE:-"{$llama, hidden_size: 1024, intermediate_size: 2816, num_hidden_layers: 26, num_attention_heads: 16, num_key_value_heads: 16}"}
@@ -24,7 +24,7 @@ export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # the Seq2SeqTrainer wo
 
 # Run a command, keep what it prints in FOLDER/log.txt, and its last JSON object, if it prints one, as a record.
 step() {
-  name=$1 limit=$2
+  name=$1 limit=$(($2 * ${SLOWER:-1}))
   shift 2
   case " ${ONLY:-$name} " in *" $name "*) ;; *) return ;; esac
   start=$(date +%s)
@@ -54,7 +54,7 @@ speed() {
 quiet='--trainer.logger=false --trainer.enable_progress_bar=false --trainer.enable_model_summary=false'
 pair="--model.system=llm_to_slm --model.encoder.source=$work/llm/system"
 
-speed encoder-decoder 190 "$steps" "--peer ${PEERS:-128 256 512}" --config headline/t5 --config "$hardware" "$(files en_it)" \
+speed encoder-decoder 220 "$steps" "--peer ${PEERS:-128 256 512}" --config headline/t5 --config "$hardware" "$(files en_it)" \
   --model.system llm --model.llm.config "$t5" --model.optimizer "$adamw" --data.micro_batch_size "${T5_ROWS:-64}"
 
 # An LLM of one step costs what a trained one does.
@@ -64,7 +64,7 @@ speed encoder-decoder 190 "$steps" "--peer ${PEERS:-128 256 512}" --config headl
   --trainer.default_root_dir "$work/llm"
 step features 120 "$python" -m llmslm features --config headline/pretrain --config "$hardware" "$(files en_it)" $pair $quiet \
   --out "$work/features"
-speed pair 120 "$steps" "--cached $work/features" --config "$hardware" "$(files en_it)" $pair \
+speed pair 120 $((2 * steps)) "--cached $work/features" --config "$hardware" "$(files en_it)" $pair \
   --data.micro_batch_size "${ROWS:-128}"
 
 shape="--model.system slm --model.dropout 0.0 --data.pack_tokens 1024 --data.max_prompt_tokens 512 --data.max_target_tokens 96"
