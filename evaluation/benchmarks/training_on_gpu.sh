@@ -9,7 +9,8 @@
 # What fails does not stop the rest; the exit status is the number of failures. DATA is the folder of `make headline-data`
 # (its parts en_it and docstrings are read), WORK one for a model and its features, which a later call takes over. ONLY names
 # steps; TOTAL (seconds) cuts off what comes late. HARDWARE, ENCODER, T5, LARGE, ROWS, T5_ROWS, LARGE_ROWS, CURVE_ROWS, STEPS,
-# PEERS, CURVE, EVERY, SLOWER (times the limits) and PYTHON may be set, to try the script elsewhere.
+# PEERS, CURVE, EVERY, SLOWER (times the limits) and PYTHON may be set, to try the script elsewhere. What a trial on a CPU read
+# and tokenised lies in $LLMSLM_CACHE under names made of the texts alone: copied along, it spares the GPU a minute or two.
 out=${1:?a folder for the records is expected}
 python=${PYTHON:-python3} data=${DATA:-runs/headline/data} work=${WORK:-runs/training_on_gpu}
 hardware=${HARDWARE:-hardware/1gpu} steps=${STEPS:-60}
@@ -58,7 +59,7 @@ speed encoder-decoder 220 "$steps" "--peer ${PEERS:-128 256 512}" --config headl
   --model.system llm --model.llm.config "$t5" --model.optimizer "$adamw" --data.micro_batch_size "${T5_ROWS:-64}"
 
 # An LLM of one step costs what a trained one does.
-[ -d "$work/llm/system" ] || step llm 90 "$python" -m llmslm fit --config headline/pretrain --config "$hardware" \
+[ -d "$work/llm/system" ] || step llm 120 "$python" -m llmslm fit --config headline/pretrain --config "$hardware" \
   "$(files en_it)" --model.system llm --model.llm.config "$encoder" --model.compile false --trainer.max_steps 1 \
   --trainer.limit_val_batches 0 --checkpoint.save_top_k 0 --checkpoint.save_last false $quiet \
   --trainer.default_root_dir "$work/llm"
