@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -38,6 +38,8 @@ from llmslm.provenance import provenance
 from llmslm.writing import write_text
 
 Row = dict[str, Any]
+Key = tuple[int, str, int]
+"""Of a training: GPUs, placement, rows a GPU."""
 
 VOCABULARY = 16384
 _LLAMA = {"model_type": "llama", "vocab_size": VOCABULARY, "tie_word_embeddings": True}
@@ -153,7 +155,7 @@ def summary(rows: Sequence[Row], weak: Sequence[int], strong: int) -> Row:
     }
 
 
-def _efficiencies(found: dict[tuple[int, str, int], Row], weak: Sequence[int], strong: int = 0) -> Iterator[Row]:
+def _efficiencies(found: dict[Key, Row], weak: Sequence[int], strong: int = 0) -> Iterator[Row]:
     for (gpus, placement, rows), row in found.items():
         if rows in weak or rows * gpus == strong:
             shares = {}
@@ -168,7 +170,7 @@ def _over(value: float, base: float | None) -> float | None:
     return value / base if base else None
 
 
-def _memory(found: dict[tuple[int, str, int], Row]) -> Iterator[Row]:
+def _memory(found: dict[Key, Row]) -> Iterator[Row]:
     for (gpus, placement, rows), row in found.items():
         whole = found.get((gpus, "unsharded", rows), {}).get("peak_memory_bytes")
         if placement != "unsharded" and whole:
@@ -234,22 +236,32 @@ def main(args: list[str] | None = None) -> None:
         for orders in worlds:
             begin = time.monotonic()
             rows, failure = run_world(orders, options.limit)
-            sys.stderr.write(f"{orders.world} GPUs or processes: {time.monotonic() - begin:.0f} s\n")
-            if failure:
-                sys.stderr.write(failure + "\n")
-                record["failures"][str(orders.world)] = failure
-            trained = [row for row in rows if "placement" in row]
-            for row in trained:
-                row |= beside(row, predictions[orders.world, row["placement"], row["rows"]].result())
+            sys.stderr.write(f"{orders.world} GPUs or processes: {time.monotonic() - begin:.0f} s\n{failure or ''}\n")
             record["rows"] += rows
+            record["failures"] |= {str(orders.world): failure} if failure else {}
             record |= {"summary": summary(record["rows"], options.weak, options.strong), "provenance": provenance()}
             write_text(options.out, json.dumps(record, indent=1) + "\n")
+        record["failures"] |= foretell(record["rows"], predictions)
+    write_text(options.out, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
     sys.exit(len(record["failures"]))
 
 
+def foretell(rows: Sequence[Row], predictions: Mapping[Key, Future[Row]]) -> dict[str, str]:
+    """Put predictions into the rows of trainings; return the errors of those that failed, by case."""
+    failures = {}
+    for row in rows:
+        if "placement" in row:
+            key = row["gpus"], row["placement"], row["rows"]
+            try:
+                row |= beside(row, predictions[key].result())
+            except Exception as error:  # what was measured stands without it
+                failures[f"prediction {key}"] = repr(error)
+    return failures
+
+
 @contextmanager
-def _predicting(worlds: Sequence[Orders]) -> Iterator[dict[tuple[int, str, int], Future[Row]]]:
+def _predicting(worlds: Sequence[Orders]) -> Iterator[dict[Key, Future[Row]]]:
     """Predict all cases in processes beside the measurement: a large shape takes seconds."""
     workers = max(1, min(16, len(os.sched_getaffinity(0)) // 2))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:

@@ -1,12 +1,13 @@
 """The benchmark of scaling: what a world runs, how worlds compare, and the batches that they train on."""
 
 import json
+from concurrent.futures import Future
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from evaluation.benchmarks.scaling import SHAPES, beside, cases_of, last_words, predicted, summary
+from evaluation.benchmarks.scaling import SHAPES, beside, cases_of, foretell, last_words, predicted, summary
 from evaluation.benchmarks.scaling_rank import Case, Orders, examples, job_of, read_lines, training_batch
 from llmslm.data.codec import IGNORED
 from llmslm.errors import UserError
@@ -106,6 +107,16 @@ def test_predictions_stand_beside_measurements():
     found = beside(measured(2, "sharded", 32, 1.0, peak=10.0), prediction)
     assert found["predicted_over_measured"] == {"peak_memory": 0.9, "step": 2.0, "step_at_best": 0.5}
     assert beside(measured(2, "sharded", 32, 1.0), prediction)["predicted_over_measured"]["peak_memory"] is None
+
+
+def test_a_prediction_that_fails_takes_no_measurement_with_it():
+    good, bad = Future(), Future()
+    good.set_result({"peak_memory_bytes": 9.0, "step_s": 2.0, "step_at_best_s": 0.5})
+    bad.set_exception(ValueError("no such shape"))
+    rows = [measured(2, "sharded", size, 1.0, peak=10.0) for size in (32, 2)] + [{"gpus": 2, "examples_per_s": 1.0}]
+    failures = foretell(rows, {(2, "sharded", 32): good, (2, "sharded", 2): bad})
+    assert failures == {"prediction (2, 'sharded', 2)": "ValueError('no such shape')"}
+    assert ["predicted" in row for row in rows] == [True, False, False]
 
 
 def test_the_words_of_the_ranks_are_shown_not_those_of_torchrun():
