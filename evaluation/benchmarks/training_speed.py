@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
@@ -109,7 +110,6 @@ class Clock(TrainerCallback):
 def peer(watch: Watch, steps: int, batch_size: int) -> Row:
     """Train the same model on the same rows with Seq2SeqTrainer, with bf16, a fused optimizer and rows by length."""
     clock, cuda = Clock(steps), torch.cuda.is_available()
-    lengths = token_counts(watch.rows, ("input_prompt_ids", "target_ids"))
     with tempfile.TemporaryDirectory() as folder:
         settings = Seq2SeqTrainingArguments(
             output_dir=folder,
@@ -131,7 +131,7 @@ def peer(watch: Watch, steps: int, batch_size: int) -> Row:
         clock.trainer = CountingTrainer(
             model=copy.deepcopy(watch.model),  # without the compiled blocks: its batches have a shape each
             args=settings,
-            train_dataset=watch.rows.add_column("length", lengths),
+            train_dataset=drawn(watch.rows, steps * batch_size),
             data_collator=watch.codec.collate,
             callbacks=[clock],
         )
@@ -139,6 +139,12 @@ def peer(watch: Watch, steps: int, batch_size: int) -> Row:
     (begin, before), (end, after) = clock.marks
     speed = (after - before) / (end - begin)
     return {"arm": "Seq2SeqTrainer", "steps": steps, "batch_size": batch_size, "tokens_per_s": speed, **_peak()}
+
+
+def drawn(rows: Dataset, count: int) -> Dataset:
+    """Draw rows at random and note the tokens of each as its length; more would be read before the first step."""
+    some = rows.shuffle(seed=0).select(range(min(count, len(rows)))).flatten_indices()
+    return some.add_column("length", token_counts(some, ("input_prompt_ids", "target_ids")))
 
 
 def measured(

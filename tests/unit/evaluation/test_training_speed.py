@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from datasets import Dataset
+
 from evaluation.benchmarks import training_speed
 from tests.unit import toy
 
@@ -19,6 +21,14 @@ def test_an_overlay_does_not_change_the_number_of_steps(workdir, capsys):
     ((row,),) = rows_of(capsys)
     assert (row["arm"], row["steps"]) == ("llmslm", 20)
     assert row["tokens_per_s"] > row["target_tokens_per_s"] > 0
+
+
+def test_rows_are_drawn_with_their_lengths():
+    rows = Dataset.from_dict({"input_prompt_ids": [[1] * n for n in range(9)], "target_ids": [[2]] * 9})
+    some = training_speed.drawn(rows, 4)
+    assert some["length"][:] == [len(row["input_prompt_ids"]) + 1 for row in some]
+    assert len(set(some["length"])) == 4
+    assert len(training_speed.drawn(rows, 40)) == 9
 
 
 def test_the_other_trainer_beside_it(workdir, capsys):
