@@ -145,6 +145,14 @@ class RandomSystem(SystemModule):
             self.codec = make_codec(self.model, self.job)
         return self.codec
 
+    def on_train_end(self) -> None:
+        """Drop the weights, which some strategies would bring to the host now."""
+        self.trainer.strategy.optimizers = []
+        self.model = None
+
+    def on_fit_end(self) -> None:
+        """Leave the model as it is: there is none."""
+
 
 class FullRows(LightningDataModule):
     """Batches of full rows of random tokens, other ones on each rank.
@@ -209,12 +217,10 @@ class Clock(Callback):
         self._marks.append(_mark(device))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the clock, save and load, and drop the weights: some strategies would bring them to the host."""
+        """Read the clock; save and load."""
         self.row = {"step_s": _median_s(self._marks, pl_module.device), **_peak(pl_module.device)}
         if self.folder is not None:
             self.row["checkpoint"] = save_and_load(trainer, self.folder / "benchmark.ckpt")
-        trainer.strategy.optimizers = []
-        pl_module.model = None  # type: ignore[assignment]
 
 
 def save_and_load(trainer: Trainer, path: Path) -> Row:
