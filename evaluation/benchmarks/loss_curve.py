@@ -154,17 +154,17 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=100, help="steps between two validations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and order")
     options = parser.parse_args(given[:split])
+    command = shlex.join(["python", "-m", "evaluation.benchmarks.loss_curve", *given])
     curves: dict[str, list[Curve]] = {"llmslm": [], "plain": []}
-    for seed in options.seeds:
+    for number, seed in enumerate(options.seeds, start=1):
         curve, watch = ours(options.config, seed, options.steps, options.every, given[split + 1 :])
         curves["llmslm"].append(curve)
         curves["plain"].append(plain(watch, seed, options.steps, options.every))
-    rows = [_row(step, curves) for step in sorted(curves["plain"][0])]
-    for row in rows:
-        sys.stdout.write("{step:>6}  llmslm {llmslm:.4f}  plain {plain:.4f}  sd {sd:.4f}\n".format(**row))
-    command = shlex.join(["python", "-m", "evaluation.benchmarks.loss_curve", *given])
-    about = {"command": command, "seeds": options.seeds, "rows": rows, "provenance": provenance()}
-    sys.stdout.write(json.dumps(about) + "\n")
+        rows = [_row(step, curves) for step in sorted(curves["plain"][0])]
+        about = {"command": command, "seeds": options.seeds[:number], "rows": rows, "provenance": provenance()}
+        print(json.dumps(about), flush=True)  # after each seed, so that one that does not end takes nothing with it
+        for row in rows:
+            sys.stderr.write("{step:>6}  llmslm {llmslm:.4f}  plain {plain:.4f}  sd {sd:.4f}\n".format(**row))
 
 
 def _row(step: int, curves: dict[str, list[Curve]]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """One step of a recipe: built without weights and run on tensors without memory, or with random weights on a device."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -46,8 +47,12 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
     parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
     options = job.encoder_options
+    # A copy: a composition without weights resets the attention of the configs that it is given.
     config = LlmToSlmConfig(
-        encoder_config=encoder.config, slm_config=slm_config, encoder_layer=options.get("layer", "last"), **parts
+        encoder_config=copy.deepcopy(encoder.config),
+        slm_config=slm_config,
+        encoder_layer=options.get("layer", "last"),
+        **parts,
     )
     model = LlmToSlm(config)
     auto = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM

@@ -160,6 +160,12 @@ def test_a_quantised_encoder_takes_fewer_bytes_but_for_its_embeddings():
     assert (four - embeddings) / (whole - embeddings) == pytest.approx(0.28, rel=0.01)
 
 
+def test_both_models_attend_as_they_do_in_training():
+    """The encoder's attention was the eager one, which holds the scores of all pairs of tokens."""
+    model = build(Job.of(RECIPE | {"model": RECIPE["model"] | {"llm": {"config": toy.LLAMA}}}))
+    assert model.encoder.config._attn_implementation == model.slm.config._attn_implementation == "sdpa"
+
+
 def test_stored_features_need_no_encoder():
     found = planned({"encoder": {"features": "folder"}})
     assert found["weights"]["frozen"] == found["memory_bytes"]["encoder"] == 0
