@@ -28,7 +28,7 @@ from llmslm.models.trained import (
     moved,
     save_adapters,
 )
-from llmslm.writing import raise_if_full
+from llmslm.writing import make_readable, raise_if_full
 
 CARD = "system.json"
 CARD_VERSION = 1
@@ -152,6 +152,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
+        for weights in aside.rglob("*.safetensors"):
+            make_readable(weights)
         old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
         if folder.exists():
             folder.rename(old)

@@ -39,12 +39,21 @@ def file_aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield aside
+        make_readable(aside)
         aside.replace(path)
     except OSError as error:
         raise_if_full(error, f"{path} was not written; free some space and run again")
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def make_readable(path: Path) -> None:
+    """Give a file the permissions of a new one: safetensors 0.8 keeps its files from all but their owner."""
+    probe = path.with_name(f"{path.name}.mode")
+    probe.touch()
+    path.chmod(probe.stat().st_mode)
+    probe.unlink()
 
 
 def raise_if_full(error: BaseException, advice: str) -> None:
