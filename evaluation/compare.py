@@ -4,14 +4,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.examples import Examples, load_examples, text_hash
 from evaluation.measure import NOT_MEASURED, measure
-from evaluation.predictions import ALONE, Prediction, forget, predict
+from evaluation.predictions import ALONE, PREDICTING, Prediction, forget, predict, source_hash
 from evaluation.ranks import Ranks, join_ranks, leave_ranks
 from evaluation.record import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
@@ -99,8 +99,8 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     """Compare systems on the same examples and write one record each.
 
     What an earlier call with the same systems, examples and settings predicted is taken over, also if it was
-    killed, if it was the same code on the same kind of machine. If its records are complete, too, they are returned as
-    they are.
+    killed or failed in scoring, if what predicts was the same code on the same kind of machine. If its records are
+    complete, too, they are returned as they are. Scores are written before anything is timed.
 
     Several ranks share the predictions; the first one alone scores, times and writes.
 
@@ -111,10 +111,11 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     if settings.controls:
         arms = [*arms, *_controls(arms, examples, settings)]
     budget = _budget(arms, settings)
-    origin, changed = ranks.from_first((provenance(), changes()))
-    code = [origin["commit"], changed, origin["versions"], [origin["hardware"][name] for name in ("cpu", "gpus")]]
+    origin, changed, source = ranks.from_first((provenance(), changes(), source_hash()))
+    versions = {name: origin["versions"].get(name) for name in PREDICTING}
+    code = [source, versions, [origin["hardware"][name] for name in ("cpu", "gpus")]]
     keys = [_prediction_key(arm, examples, [budget, settings.batch_size], code) for arm in arms]
-    comparison = _comparison_hash(keys, settings, origin)
+    comparison = _comparison_hash(keys, settings, origin, changed)
     paths = [settings.out / (_stem(arm, examples) + SUFFIX) for arm in arms]
     identified = all(arm.checkpoint for arm in arms)
     finished = identified and not origin["dirty"] and all(_is_of(path, comparison) for path in paths)
@@ -128,21 +129,32 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
         return []
     cut = _cut_references(arms, predictions)
     scored = _score_all(arms, predictions, examples, settings, cut)
-    timed = [arm.system for arm in arms if not arm.is_control]
-    measured = measure(timed, examples.prompts, budget, settings.speed_batch_sizes, settings.warmups, settings.runs)
-    for arm, rows, file, path in zip(arms, predictions, files, paths, strict=True):
-        record = {
+    records = [
+        {
             "schema_version": SCHEMA_VERSION,
-            "comparison": comparison,
             **_identity(arm, examples, settings, rows, budget),
             "length": _length(rows, cut),
             "predictions": file.relative_to(settings.out).as_posix(),
             **_quality(arm, examples, settings, scored),
-            **measured.get(arm.system.name, NOT_MEASURED),
             "provenance": origin,
         }
-        write_record(path, record)
+        for arm, rows, file in zip(arms, predictions, files, strict=True)
+    ]
+    if settings.runs:  # scores are kept, whatever becomes of the clock: they are those of a call that asks for none
+        unmeasured = _comparison_hash(keys, replace(settings, runs=0), origin, changed)
+        _write_records(paths, records, unmeasured, {})
+    timed = [arm.system for arm in arms if not arm.is_control]
+    measured = measure(timed, examples.prompts, budget, settings.speed_batch_sizes, settings.warmups, settings.runs)
+    _write_records(paths, records, comparison, measured)
     return paths
+
+
+def _write_records(
+    paths: Sequence[Path], records: Sequence[Record], comparison: str, measured: Mapping[str, Record]
+) -> None:
+    for path, record in zip(paths, records, strict=True):
+        costs = measured.get(record["system"], NOT_MEASURED)
+        write_record(path, {**record, "comparison": comparison, **costs})
 
 
 def _predict(arm: Arm, examples: Examples, file: Path, ranks: Ranks, **sizes: int) -> list[Prediction]:
@@ -175,9 +187,9 @@ def _budget(arms: Sequence[Arm], settings: Settings) -> int:
     return settings.max_new_tokens or max(limits, default=DEFAULT_BUDGET)
 
 
-def _comparison_hash(keys: Sequence[str], settings: Settings, origin: Mapping[str, Any]) -> str:
+def _comparison_hash(keys: Sequence[str], settings: Settings, origin: Mapping[str, Any], changed: str | None) -> str:
     chosen = {name: value for name, value in asdict(settings).items() if name != "out"}
-    return _hash([list(keys), chosen, origin["hardware"]])
+    return _hash([list(keys), chosen, origin["hardware"], origin["commit"], changed, origin["versions"]])
 
 
 def _prediction_key(arm: Arm, examples: Examples, sizes: Sequence[int], code: Sequence[Any]) -> str:

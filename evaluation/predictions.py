@@ -1,5 +1,6 @@
 """Predictions as they come: one JSON line each, written by batches, so that a killed evaluation goes on."""
 
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+import llmslm
 from evaluation.examples import Examples
 from evaluation.ranks import Ranks
 from evaluation.systems import EvaluatedSystem
@@ -18,6 +20,10 @@ from llmslm.errors import UserError
 from llmslm.writing import raise_if_full, write_text
 
 ALONE = Ranks()
+PREDICTING = ("python", "torch", "transformers", "tokenizers")
+"""Packages that decide about predictions; those that score or train do not."""
+MODULES = ("arms", "ctranslate2_system", "peers", "predictions", "systems")
+"""Of this package, the ones that do."""
 _SMALL = 10_000_000
 """Parameters up to which a system on a CPU gains little by several threads."""
 
@@ -108,6 +114,18 @@ def read_partial(path: Path) -> list[Prediction]:
         except (json.JSONDecodeError, TypeError):
             break
     return rows
+
+
+def source_hash() -> str:
+    """Hash the code that predicts: the library, and of the evaluation the systems (sha256, hex).
+
+    A mended metric or page leaves it as it is, so that what was predicted before is scored anew.
+    """
+    digest = hashlib.sha256()
+    here, library = Path(__file__).parent, Path(llmslm.__file__).parent
+    for path in (*(here / f"{name}.py" for name in MODULES), *sorted(library.rglob("*.py"))):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def forget(path: Path) -> None:

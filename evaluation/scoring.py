@@ -26,7 +26,9 @@ class Scored:
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Refuse unknown names, and metrics whose package or model is missing, before hours are spent on predictions.
+    """Refuse unknown names, and metrics whose package is missing or too old, before hours are spent on predictions.
+
+    Each is tried on a word, but for those that are models.
 
     Raises:
         UserError: naming the first one.
@@ -41,7 +43,20 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise UserError(f"metric {metric!r} was given; expected {expected} (--metrics)")
         if model:
             _check_model(name, model)
-    _known()
+        else:
+            _try(name)
+
+
+def _try(name: str) -> None:
+    """Score a word: a package of another release may be loaded, and fail when it is used."""
+    try:
+        score(_known()[name](["word"], ["word"]), resamples=2)
+    except Exception as error:  # whatever a package does
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"metric {name} cannot be computed here ({reason}); install the releases that constraints.txt names, or "
+            "leave it out (--metrics)"
+        ) from error
 
 
 def _check_model(name: str, model: str) -> None:

@@ -3,11 +3,12 @@
 import errno
 import json
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 
+from evaluation import predictions
 from evaluation.compare import Settings, compare
 from evaluation.predictions import predict, read_partial, read_predictions
 from evaluation.record import find_records, read_record
@@ -82,28 +83,64 @@ def test_a_small_system_predicts_on_one_thread(dummy, examples, tmp_path, monkey
         torch.set_num_threads(before)
 
 
+MACHINE = {"cpu": "x", "cores": 1, "threads": 1, "gpus": []}
+ORIGIN = {"commit": "a", "dirty": False, "date": "2026-01-01", "command": "", "versions": {}, "hardware": MACHINE}
+
+
 def test_predictions_of_other_code_are_not_taken_over(dummy, examples, settings, monkeypatch):
-    machine = {"cpu": "x", "cores": 1, "threads": 1, "gpus": []}
-    origin = {"dirty": False, "date": "2026-01-01", "command": "", "versions": {}, "hardware": machine}
-    systems = []
-    for change in ({"commit": "a"}, {"commit": "b"}, {"commit": "b"}, {"commit": "b", "versions": {"torch": "9"}}):
-        monkeypatch.setattr("evaluation.compare.provenance", lambda change=change: origin | change)
-        systems.append(dummy())
-        compare([Arm(systems[-1], checkpoint="one")], examples, replace(settings, runs=0, seed=len(systems)))
-    assert [system.calls for system in systems] == [5, 5, 0, 5]
-
-
-def test_predictions_of_a_tree_that_was_changed_are_not_taken_over(dummy, examples, settings, monkeypatch):
-    machine = {"cpu": "x", "cores": 1, "threads": 1, "gpus": []}
-    origin = {"commit": "a", "date": "2026-01-01", "command": "", "versions": {}, "hardware": machine}
     calls = []
-    for hashed in ("one change", "one change", "another", None):
-        monkeypatch.setattr("evaluation.compare.provenance", lambda hashed=hashed: origin | {"dirty": bool(hashed)})
-        monkeypatch.setattr("evaluation.compare.changes", lambda hashed=hashed: hashed)
+    for source, versions in (("a", {}), ("b", {}), ("b", {}), ("b", {"torch": "9"}), ("b", {"torch": "9"})):
+        monkeypatch.setattr("evaluation.compare.source_hash", lambda source=source: source)
+        monkeypatch.setattr("evaluation.compare.provenance", lambda versions=versions: ORIGIN | {"versions": versions})
         system = dummy()
-        compare([Arm(system, checkpoint="one")], examples, replace(settings, runs=0))
+        compare([Arm(system, checkpoint="one")], examples, replace(settings, runs=0, seed=len(calls) + 1))
         calls.append(system.calls)
-    assert calls == [5, 0, 5, 5]
+    assert calls == [5, 5, 0, 5, 0]
+
+
+@pytest.mark.parametrize("mended", [{"commit": "b"}, {"versions": {"rouge-score": "9"}}, {"dirty": True}])
+def test_what_was_predicted_before_scoring_was_mended_is_scored_anew(dummy, examples, settings, monkeypatch, mended):
+    fast = replace(settings, runs=0)
+    monkeypatch.setattr("evaluation.compare.provenance", lambda: ORIGIN)
+    broken = patch("evaluation.compare.statistics_of", side_effect=AttributeError("of an old package"))
+    with broken, pytest.raises(AttributeError, match="of an old package"):
+        compare([Arm(dummy(), checkpoint="one")], examples, fast)
+    monkeypatch.setattr("evaluation.compare.provenance", lambda: ORIGIN | mended)
+    again = dummy()
+    (path,) = compare([Arm(again, checkpoint="one")], examples, fast)
+    assert again.calls == 0
+    assert read_record(path)["provenance"] == ORIGIN | mended
+
+
+def test_the_hash_of_what_predicts_leaves_out_what_scores(monkeypatch, tmp_path):
+    package, library = tmp_path / "evaluation", tmp_path / "llmslm"
+    for name in (*(f"evaluation/{each}.py" for each in predictions.MODULES), "evaluation/scoring.py", "llmslm/x/y.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(predictions, "__file__", str(package / "predictions.py"))
+    monkeypatch.setattr(predictions.llmslm, "__file__", str(library / "__init__.py"))
+    hashes = [predictions.source_hash()]
+    for name in ("evaluation/scoring.py", "evaluation/peers.py", "llmslm/x/y.py"):
+        (tmp_path / name).write_text("changed")
+        hashes.append(predictions.source_hash())
+    assert hashes[0] == hashes[1]
+    assert len({*hashes}) == 3
+
+
+def test_scores_are_written_before_the_clock_runs(dummy, examples, settings, monkeypatch):
+    monkeypatch.setattr("evaluation.compare.provenance", lambda: ORIGIN)
+    arms = [Arm(dummy("llm"), checkpoint="one"), Arm(dummy("slm", 0.5), checkpoint="two")]
+    broken = patch("evaluation.compare.measure", side_effect=RuntimeError("out of memory"))
+    with broken, pytest.raises(RuntimeError, match="out of memory"):
+        compare(arms, examples, settings)
+    kept = [read_record(path) for path in find_records([settings.out])]
+    assert [record["speed"] for record in kept] == [[], []]
+    timed = list(map(read_record, compare(arms, examples, settings)))  # they do not pass for what was asked
+    assert all(record["speed"] for record in timed)
+    assert [record["scores"] for record in timed] == [record["scores"] for record in kept]
+    for arm in arms:
+        arm.system.fails_after = 0
+    compare(arms, examples, settings)  # and what is complete does
 
 
 def test_splits_of_a_task_do_not_replace_each_other(dummy, examples, settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from evaluation import metrics, scoring
+from evaluation import metrics
 from evaluation.compare import Settings, compare
 from evaluation.metrics.bertscore import Bertscore, bertscore_statistics
 from evaluation.metrics.comet import Comet, comet_statistics
@@ -125,10 +125,17 @@ def test_comet_mistakes(comet, tmp_path):
         check_metrics([f"comet={tmp_path}"])
 
 
-def test_a_package_that_cannot_be_loaded_is_found_before_anything_is_predicted(monkeypatch):
-    def load(*_):
+@pytest.mark.parametrize("old", ["rouge_score.rouge_scorer.RougeScorer.score_multi", "evaluation.scoring._known"])
+def test_a_package_that_does_not_work_is_found_before_anything_is_predicted(
+    dummy, examples, tmp_path, monkeypatch, old
+):
+    def fail(*_, **__):
         raise ImportError("cannot import name 'tokenizers' from 'rouge_score'")
 
-    monkeypatch.setattr(scoring, "_known", load)
-    with pytest.raises(ImportError, match="rouge_score"):
-        check_metrics(["bleu"])
+    monkeypatch.setattr(old, fail)
+    system = dummy()
+    with pytest.raises(
+        UserError, match=r"metric \w+ cannot be computed here \(ImportError: .*'rouge_score'\); install"
+    ):
+        compare([Arm(system)], examples, Settings(out=tmp_path))
+    assert not system.calls
