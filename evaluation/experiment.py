@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmslm.mlflow_store import EXPERIMENT, tracking_uri
+from llmslm.mlflow_store import EXPERIMENT, one_at_a_time, tracking_uri
 from llmslm.models.source import SYSTEM_FOLDER
 from llmslm.recipe import find_recipe, load_source
 from llmslm.writing import write_text
@@ -78,7 +78,8 @@ def parent_run(folder: Path, name: str) -> str:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri())
+    with one_at_a_time(uri := tracking_uri()):
+        client = MlflowClient(uri)
     remembered = folder / "mlflow_parent.txt"
     if remembered.is_file():
         try:

@@ -15,7 +15,7 @@ from evaluation.predictions import read_predictions
 from evaluation.record import SUFFIX, Record, parse_record, write_record
 from evaluation.registry import register_system
 from llmslm.errors import UserError
-from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, tracking_uri
+from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, one_at_a_time, tracking_uri
 from llmslm.provenance import hardware_name
 from llmslm.writing import write_text
 
@@ -65,7 +65,9 @@ def _answering() -> "Iterator[MlflowClient]":
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's 7 are four minutes of silence
     try:
-        yield MlflowClient(tracking_uri())
+        with one_at_a_time(uri := tracking_uri()):
+            client = MlflowClient(uri)
+        yield client
     except MlflowException as error:
         reason = str(error).splitlines()[0][:200]
         keys = "MLFLOW_TRACKING_URI, --mlflow-parent, --no-mlflow"

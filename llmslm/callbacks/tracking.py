@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from llmslm import provenance
 from llmslm.callbacks.outbox import Metric, Outbox
 from llmslm.callbacks.save_system import data_fingerprint
-from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, tracking_uri
+from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, one_at_a_time, tracking_uri
 
 UNSENT = Path("mlflow_unsent")
 """Folder in the working directory: metrics that wait for their server, one file a run."""
@@ -44,7 +44,9 @@ class MlflowLogger(MLFlowLogger):
         tags = dict(tags or {}) | ({PARENT_TAG: parent_run} if parent_run else {})
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; MLflow's own limits let a run hang for
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # many minutes
-        super().__init__(experiment_name, run_name, tracking_uri=tracking_uri(), tags=tags, run_id=run_id)
+        uri = tracking_uri()
+        with one_at_a_time(uri):
+            super().__init__(experiment_name, run_name, tracking_uri=uri, tags=tags, run_id=run_id)
         self._outbox: Outbox | None = None
 
     @rank_zero_only

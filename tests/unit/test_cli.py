@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock, Timeout
+from lightning.pytorch.loggers import MLFlowLogger
 
+from llmslm.callbacks.tracking import MlflowLogger
 from llmslm.cli import main
 from llmslm.recipe import read_recipe
 from llmslm.system import System
@@ -117,6 +120,24 @@ def test_mlflow_gets_parameters_config_commit_and_data(workdir):
     assert len(run.data.tags["data.fingerprint"]) == 16
     assert "git.commit" in run.data.tags
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(("store", "others_wait"), [("sqlite:///{}/mlflow.db", True), ("http://127.0.0.1:9", False)])
+def test_trainings_that_begin_at_once_open_a_new_store_in_turn(tmp_path, monkeypatch, store, others_wait):
+    """MLflow makes the tables of a new file when it is opened; a second process would fail on those half made."""
+    waiting = []
+
+    def opened(*_, **__):
+        try:
+            with FileLock(tmp_path / "mlflow.db.lock", timeout=0):
+                waiting.append(False)
+        except Timeout:
+            waiting.append(True)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.format(tmp_path))
+    monkeypatch.setattr(MLFlowLogger, "__init__", opened)
+    MlflowLogger()
+    assert waiting == [others_wait]
 
 
 def test_help_is_quick():
