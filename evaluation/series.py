@@ -3,6 +3,9 @@
 A series is a YAML file in `evaluation/series/`. A stage has a kind, arguments of that kind's command and the stages
 that it needs; its folder is `runs/<series>/<stage>/`, with `stage.json` (what was run, how long it took, whether it is
 complete) and `log.txt`. A stage is run again, from nothing, when its arguments, its recipes or a stage beneath changed.
+
+A rehearsal is a series, too: `like: NAME` takes the stages of another one, `more` gives them further arguments, and all
+of it is in `runs/<rehearsal>`, where the other series' folders are made a second time.
 """
 
 import fnmatch
@@ -19,7 +22,7 @@ import sys
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -40,6 +43,7 @@ USAGE = 2
 KINDS: Mapping[str, tuple[str, ...]] = {
     "data": ("evaluation.headline_data", "--out={folder}"),
     "prompts": ("evaluation.headline_prompts", "--out={folder}"),
+    "cut": ("evaluation.cut", "--out={folder}"),
     "fit": (
         *("llmslm", "fit", "--trainer.default_root_dir={folder}", "--save_system.recipe={label}"),
         *("--ckpt_path=last", "--trainer.enable_progress_bar=false"),
@@ -94,23 +98,46 @@ def load_series(name: str, overrides: Sequence[str] = ()) -> dict[str, Stage]:
     Raises:
         UserError: if there is no such series, or a stage of it is none.
     """
+    values = _read(name)
+    further = {**values.get("more", {}), **({"fit *": shlex.join(overrides)} if overrides else {})}
+    stages: dict[str, Stage] = {}
+    for label, text in expand(values["stages"], values.get("for", {})):
+        kinds = [kind for kind in KINDS if kind in text]
+        needs = tuple(text.get("needs", "").split())
+        if len(kinds) != 1 or not stages.keys() >= set(needs):
+            known = ", ".join(KINDS)
+            raise UserError(f"series {name}: stage {label!r} needs one of {known}, and stages above it in `needs`")
+        folder, kind = RUNS / values.get("like", name) / label, kinds[0]
+        more = [text for pattern, text in further.items() if fnmatch.fnmatchcase(f"{kind} {label}", pattern)]
+        arguments = shlex.split(text[kind]) + [_fill(part, {"folder": folder}) for part in shlex.split(" ".join(more))]
+        stages[label] = Stage(label, kind, tuple(arguments), needs, folder)
+    return stages
+
+
+def _read(name: str) -> dict[str, Any]:
+    """Read a series' file; what one leaves open that is like another is the other's."""
     import yaml
 
     path = FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
         raise UserError(f"no series {name!r}; expected one of {known} (--series)")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    stages: dict[str, Stage] = {}
-    for label, text in expand(values["stages"], values.get("for", {})):
-        kinds = [kind for kind in KINDS if kind in text]
-        needs = tuple(text.get("needs", "").split())
-        if len(kinds) != 1 or not stages.keys() >= set(needs):
-            raise UserError(f"{path}: stage {label!r} needs one of {', '.join(KINDS)}, and stages above it in `needs`")
-        folder = RUNS / name / label
-        more = [_fill(part, {"folder": folder}) for part in overrides] if kinds[0] == "fit" else []
-        stages[label] = Stage(label, kinds[0], (*shlex.split(text[kinds[0]]), *more), needs, folder)
-    return stages
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "like" not in values:
+        return values
+    other = _read(values["like"])
+    return other | values | {"stages": other["stages"] | values.get("stages", {})}
+
+
+@contextmanager
+def _place_of(name: str) -> Iterator[None]:
+    """A series that is like another runs in a folder of its own: the other's paths, in it, are not the other's."""
+    if "like" not in _read(name):
+        yield
+        return
+    (RUNS / name).mkdir(parents=True, exist_ok=True)
+    with chdir(RUNS / name):
+        yield
 
 
 def expand(
@@ -153,9 +180,13 @@ def list_stages(name: str, only: Sequence[str] = (), overrides: Sequence[str] = 
 
     Arguments are those of `run`, which would begin the stages that are not complete, from nothing where they changed.
     """
+    with _place_of(name):
+        return "\n".join(_lines(choose(load_series(name, overrides), only)))
+
+
+def _lines(stages: Iterable[Stage]) -> Iterator[str]:
     stamps: dict[str, str] = {}
-    lines = []
-    for stage in choose(load_series(name, overrides), only):
+    for stage in stages:
         stamps[stage.name] = stage.stamp(stamps[need] for need in stage.needs)
         state = read_state(stage.folder)
         if not state:
@@ -164,8 +195,7 @@ def list_stages(name: str, only: Sequence[str] = (), overrides: Sequence[str] = 
             word = "changed"
         else:
             word = "complete" if state["complete"] else "begun"
-        lines.append(f"{stage.name:32} {word:9} {state['seconds']:7.0f} s" if state else f"{stage.name:32} {word}")
-    return "\n".join(lines)
+        yield f"{stage.name:32} {word:9} {state['seconds']:7.0f} s" if state else f"{stage.name:32} {word}"
 
 
 def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[str] = ()) -> None:
@@ -180,7 +210,12 @@ def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[
     Raises:
         UserError: if stages fail; whatever does not need them is run all the same, unless arguments are wrong.
     """
-    left = {stage.name: stage for stage in choose(load_series(name, overrides), only)}
+    with _place_of(name):
+        _run(choose(load_series(name, overrides), only), jobs)
+
+
+def _run(stages: Iterable[Stage], jobs: int) -> None:
+    left = {stage.name: stage for stage in stages}
     stamps: dict[str, str] = {}
     running: dict[Future[None], Stage] = {}
     failed: list[str] = []

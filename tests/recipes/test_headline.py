@@ -12,6 +12,7 @@ from llmslm.recipe import read_recipe
 from llmslm.training import run
 
 STAGES = load_series("headline")
+REHEARSED = load_series("rehearsal")
 OTHERS = (
     "llm",
     "llm_alone",
@@ -54,6 +55,20 @@ def test_recipes_and_overlays_fit_together(name):
     if trained and trained["model_type"] == "t5":
         assert trained.keys() >= {"d_model", "dropout_rate"}
         assert not model["dropout"]  # T5 brings its own
+
+
+def test_a_rehearsal_has_all_stages_and_none_of_a_gpu():
+    assert REHEARSED.keys() == STAGES.keys()
+    for name, stage in REHEARSED.items():
+        assert (stage.needs, stage.folder) == (STAGES[name].needs, STAGES[name].folder)
+        if stage.kind in ("compare", "speed"):
+            options = _parser().parse_args(stage.command()[2:])
+            assert (options.device, options.dtype) == ("cpu", "float32")
+            assert options.limit <= 16
+        elif stage.kind == "fit":
+            given = dict(zip(stage.arguments[::2], stage.arguments[1::2], strict=True))  # the last one counts
+            assert (given["--config"], given["--model.compile"]) == ("hardware/cpu", "false")
+            assert int(given["--trainer.max_steps"]) <= 400
 
 
 def test_other_stages_have_arguments_of_their_commands():

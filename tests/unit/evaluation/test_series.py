@@ -141,6 +141,25 @@ def test_stages_that_run_at_a_time_have_a_gpu_each(here, monkeypatch):
     assert series._places(2).get() == {}
 
 
+def test_a_rehearsal_runs_all_stages_with_more_arguments_in_a_folder_of_its_own(here):
+    (here / "small.yaml").write_text(
+        "like: toy\nstages: {first: {alone: one}}\nmore: {append *: '{folder}', append b/*: --tiny}\n"
+    )
+    stages = series.load_series("small")
+    assert (stages["first"].kind, stages["first"].arguments) == ("alone", ("one",))
+    assert stages["a/second"].arguments == ("a", "runs/toy/a/second")
+    assert stages["b/second"].arguments == ("b", "runs/toy/b/second", "--tiny")
+    series.run("toy")
+    order(here)
+    series.run("small", jobs=2)
+    assert not (here / "order.txt").exists()
+    assert sorted(order(here / "runs/small")) == ["a", "b", "last", "one"]
+    assert "complete" in series.list_stages("small", only=["last"])
+    assert "not begun" not in series.list_stages("toy") + series.list_stages("small")
+    series.run("toy")  # and what it rehearses is complete still
+    assert not (here / "order.txt").exists()
+
+
 def test_mistakes_in_names(here):
     with pytest.raises(UserError, match=r"no series 'x'; expected one of toy \(--series\)"):
         series.run("x")
