@@ -56,6 +56,8 @@ def _add_compare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "models on this machine: comet=FILE.ckpt, bertscore=FOLDER[@LAYER]"
     )
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help=metrics)
+    reuse = "folder of further comparisons: what they predicted of the same systems and examples is not predicted again"
+    parser.add_argument("--reuse", type=_folder, metavar="DIR", help=reuse)
     parser.add_argument("--controls", action="store_true", help="also llm_to_slm with zero and with shuffled features")
     numbers = parser.add_argument_group("settings")
     budget = "token budget of a prediction (default: the longest target that the systems were trained on)"
@@ -103,7 +105,7 @@ def _compare(options: argparse.Namespace) -> None:
 
     names = (
         *("out", "max_new_tokens", "batch_size", "metrics", "seed", "resamples", "controls"),
-        *("speed_batch_sizes", "warmups", "runs"),
+        *("speed_batch_sizes", "warmups", "runs", "reuse"),
     )
     given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.task:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.examples import Examples, load_examples, text_hash
 from evaluation.measure import NOT_MEASURED, measure
-from evaluation.predictions import ALONE, PREDICTING, Prediction, forget, predict, source_hash
+from evaluation.predictions import ALONE, PREDICTING, Prediction, forget, predict, shared, source_hash
 from evaluation.ranks import Ranks, join_ranks, leave_ranks
 from evaluation.record import SCHEMA_VERSION, SUFFIX, Record, read_record, write_record
 from evaluation.scoring import DEFAULT_METRICS, Scored, as_record, check_metrics, score, statistics_of
@@ -50,6 +50,8 @@ class Settings:
     warmups: int = WARMUPS
     runs: int = RUNS
     """Measured rounds of each mode and batch size; 0 measures neither speed nor memory."""
+    reuse: Path | None = None
+    """Folder of further comparisons, whose predictions are taken over where they would be made again."""
 
 
 def compare_folders(
@@ -124,7 +126,8 @@ def compare(arms: Sequence[Arm], examples: Examples, settings: Settings, ranks: 
     stems = [f"{_stem(arm, examples)}.{key[:12]}" for arm, key in zip(arms, keys, strict=True)]
     files = [settings.out / "predictions" / f"{stem}.jsonl" for stem in stems]
     sizes = {"max_new_tokens": budget, "batch_size": settings.batch_size}
-    predictions = [_predict(arm, examples, file, ranks, **sizes) for arm, file in zip(arms, files, strict=True)]
+    places = zip(arms, files, strict=True)
+    predictions = [_predict(arm, examples, file, ranks, settings.reuse, **sizes) for arm, file in places]
     if not ranks.is_first:
         return []
     cut = _cut_references(arms, predictions)
@@ -157,10 +160,14 @@ def _write_records(
         write_record(path, {**record, "comparison": comparison, **costs})
 
 
-def _predict(arm: Arm, examples: Examples, file: Path, ranks: Ranks, **sizes: int) -> list[Prediction]:
+def _predict(
+    arm: Arm, examples: Examples, file: Path, ranks: Ranks, reuse: Path | None, **sizes: int
+) -> list[Prediction]:
     if arm.checkpoint is None:
         forget(file)
-    return predict(arm.system, examples, file, **sizes, ranks=ranks)
+        reuse = None
+    with shared(file, reuse if ranks.is_first else None):
+        return predict(arm.system, examples, file, **sizes, ranks=ranks)
 
 
 def _controls(arms: Sequence[Arm], examples: Examples, settings: Settings) -> list[Arm]:
@@ -188,7 +195,7 @@ def _budget(arms: Sequence[Arm], settings: Settings) -> int:
 
 
 def _comparison_hash(keys: Sequence[str], settings: Settings, origin: Mapping[str, Any], changed: str | None) -> str:
-    chosen = {name: value for name, value in asdict(settings).items() if name != "out"}
+    chosen = {name: value for name, value in asdict(settings).items() if name not in ("out", "reuse")}
     return _hash([list(keys), chosen, origin["hardware"], origin["commit"], changed, origin["versions"]])
 
 

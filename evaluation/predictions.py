@@ -17,11 +17,13 @@ from evaluation.examples import Examples
 from evaluation.ranks import Ranks
 from evaluation.systems import EvaluatedSystem
 from llmslm.errors import UserError
-from llmslm.writing import raise_if_full, write_text
+from llmslm.writing import raise_if_full, write_bytes, write_text
 
 ALONE = Ranks()
 PREDICTING = ("python", "torch", "transformers", "tokenizers")
 """Packages that decide about predictions; those that score or train do not."""
+LOCKS = ".predicting"
+"""Folder of the locks by which comparisons wait for each other."""
 MODULES = ("arms", "ctranslate2_system", "peers", "predictions", "systems")
 """Of this package, the ones that do."""
 _SMALL = 10_000_000
@@ -114,6 +116,28 @@ def read_partial(path: Path) -> list[Prediction]:
         except (json.JSONDecodeError, TypeError):
             break
     return rows
+
+
+@contextmanager
+def shared(path: Path, folder: Path | None) -> Iterator[None]:
+    """Begin with what another comparison in a folder predicted; one that would predict the same meanwhile waits.
+
+    Args:
+        path: a file of predictions, whose name tells all that decides about them.
+        folder: files of this name in it, however deep, are of the same predictions; None shares nothing.
+    """
+    if folder is None:
+        yield
+        return
+    from filelock import FileLock
+
+    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCKS / f"{path.name}.lock"):
+        sizes = {each: each.stat().st_size for each in (*folder.rglob(path.name), path) if each.is_file()}
+        longest = max(sizes, key=sizes.__getitem__, default=path)
+        if sizes.get(longest, 0) > sizes.get(path, 0):
+            write_bytes(path, longest.read_bytes())
+        yield
 
 
 def source_hash() -> str:

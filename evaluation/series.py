@@ -51,8 +51,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "label": ("llmslm", "label", "--out={folder}"),
     "features": ("llmslm", "features", "--out={folder}"),
     "logits": ("llmslm", "logits", "--out={folder}"),
-    "compare": ("evaluation", "compare", "--out={folder}"),
-    "speed": ("evaluation", "compare", "--out={folder}"),
+    "compare": ("evaluation", "compare", "--out={folder}", "--reuse={series}"),
+    "speed": ("evaluation", "compare", "--out={folder}", "--reuse={series}"),
 }
 """By kind: the module that is run, and its arguments before those of the stage."""
 ALONE = ("speed",)
@@ -77,7 +77,8 @@ class Stage:
     def command(self) -> list[str]:
         """Return the arguments of Python."""
         label = re.sub(r"_\d+$", "", self.name).replace("/", "-")  # seeds of one stage are one row of a leaderboard
-        start = [part.format(folder=self.folder, label=label) for part in KINDS[self.kind]]
+        places = {"folder": self.folder, "series": self.folder.parents[self.name.count("/")], "label": label}
+        start = [part.format(**places) for part in KINDS[self.kind]]
         return ["-m", *start, *self.arguments]
 
     def stamp(self, beneath: Iterable[str]) -> str:

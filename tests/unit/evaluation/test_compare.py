@@ -3,6 +3,7 @@
 import errno
 import json
 from dataclasses import replace
+from threading import Barrier, Thread
 from unittest.mock import Mock, patch
 
 import pytest
@@ -172,6 +173,36 @@ def test_finished_predictions_are_taken_over_and_other_systems_are_not(dummy, ex
     compare([Arm(again, checkpoint="one")], examples, fast)
     compare([Arm(other, checkpoint="two")], examples, fast)
     assert (first.calls, again.calls, other.calls) == (5, 0, 5)
+
+
+def test_predictions_of_another_comparison_are_taken_over(dummy, examples, settings, tmp_path):
+    fast = replace(settings, runs=0)
+    llm, slm = Arm(dummy(), checkpoint="one"), Arm(dummy("slm"), checkpoint="two")
+    first = compare([llm, slm], examples, replace(fast, out=tmp_path / "series/a"))
+    again, other, unnamed = dummy(), dummy("slm"), dummy("own")
+    arms = [Arm(again, checkpoint="one"), Arm(other, checkpoint="three"), Arm(unnamed)]
+    for times in (1, 2):  # what does not say what it is, is predicted anew
+        second = compare(arms, examples, replace(fast, out=tmp_path / "series/b", reuse=tmp_path / "series"))
+        assert (again.calls, other.calls, unnamed.calls) == (0, 5, 5 * times)
+    assert read_record(second[0])["hashes"] == read_record(first[0])["hashes"]
+    texts = [(path.parent / read_record(path)["predictions"]).read_text() for path in (first[0], second[0])]
+    assert texts[0] == texts[1]
+
+
+def test_a_comparison_waits_for_another_that_predicts_the_same(dummy, examples, settings, tmp_path):
+    fast = replace(settings, runs=0, reuse=tmp_path / "series")
+    both, systems = Barrier(2), [dummy(), dummy()]
+
+    def run(name, system):
+        both.wait()
+        compare([Arm(system, checkpoint="one")], examples, replace(fast, out=tmp_path / "series" / name))
+
+    threads = [Thread(target=run, args=pair) for pair in zip("ab", systems, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(system.calls for system in systems) == [0, 5]
 
 
 def test_complete_records_of_the_same_code_are_returned(dummy, examples, settings, monkeypatch):

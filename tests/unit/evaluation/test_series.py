@@ -180,9 +180,9 @@ def test_nothing_runs_beside_what_is_timed(here):
 
 
 def test_seeds_share_a_row_of_the_leaderboard(here, monkeypatch):
-    monkeypatch.setattr(series, "KINDS", {"append": ("module", "{label}")})
-    stage = series.Stage("a/b_labels_3", "append", (), (), here)
-    assert stage.command() == ["-m", "module", "a-b_labels"]
+    monkeypatch.setattr(series, "KINDS", {"append": ("module", "{label}", "{series}")})
+    stage = series.Stage("a/b_labels_3", "append", (), (), here / "a/b_labels_3")
+    assert stage.command() == ["-m", "module", "a-b_labels", str(here)]
     assert sys.executable not in stage.command()
 
 
