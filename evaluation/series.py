@@ -8,6 +8,7 @@ A rehearsal is a series, too: `like: NAME` takes the stages of another one, `mor
 of it is in `runs/<rehearsal>`, where the other series' folders are made a second time.
 """
 
+import fcntl
 import fnmatch
 import hashlib
 import itertools
@@ -38,6 +39,8 @@ RUNS = Path("runs")
 STATE, LOG = "stage.json", "log.txt"
 BEFORE = ".before"
 """Ending of the folder in which the result of a changed stage is kept, until the stage is run."""
+TICK_S = 10.0
+"""How often the seconds of a running stage are written down: a killed series has no later moment to do so."""
 USAGE = 2
 """Status of a command that was given wrong arguments."""
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -323,9 +326,7 @@ def perform(
     _say(f"{stage.name}: begins ({stage.folder / LOG})")
     state |= {"complete": False, "commit": provenance.commit()[0]}
     _write(stage.folder, state)
-    begin = time.monotonic()
-    status, last = _execute(stage, children, places)
-    state["seconds"] = round(state["seconds"] + time.monotonic() - begin, 1)
+    status, last = _execute(stage, state, children, places)
     _write(stage.folder, state | {"complete": not status})
     if status == USAGE:
         if changed:
@@ -339,22 +340,46 @@ def perform(
 
 
 def _execute(
-    stage: Stage, children: set[subprocess.Popen[bytes]], places: "SimpleQueue[dict[str, str]]"
+    stage: Stage,
+    state: dict[str, Any],
+    children: set[subprocess.Popen[bytes]],
+    places: "SimpleQueue[dict[str, str]]",
 ) -> tuple[int, str]:
-    """Run a stage's command; return its status and the last line of its log."""
+    """Run a stage's command, and count its seconds in its state; return its status and the last line of its log.
+
+    Raises:
+        UserError: if an earlier series was killed, and what it ran of the stage runs still.
+    """
     place = places.get()
+    before, begin = state["seconds"], time.monotonic()
     with (stage.folder / LOG).open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this program and the stage's have closed it
+        except BlockingIOError as error:
+            places.put(place)
+            raise UserError(f"stage {stage.name} is run by another process still; wait for it, or end it") from error
         environment = _environment() | place
         # a group of its own: what stops this program is passed on to a stage once, by this program
         child = subprocess.Popen(
             [sys.executable, *stage.command()], stdout=log, stderr=log, env=environment, process_group=0
         )
         children.add(child)
-        status = child.wait()
+        while (status := _ended(child)) is None:
+            state["seconds"] = round(before + time.monotonic() - begin, 1)
+            _write(stage.folder, state)
         children.discard(child)
     places.put(place)
+    state["seconds"] = round(before + time.monotonic() - begin, 1)
     lines = (stage.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return status, lines[-1] if lines else "its log is empty"
+
+
+def _ended(child: subprocess.Popen[bytes]) -> int | None:
+    """Wait a while for a process; return its status, or None if it runs still."""
+    try:
+        return child.wait(TICK_S)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

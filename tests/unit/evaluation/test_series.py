@@ -186,20 +186,51 @@ def test_seeds_share_a_row_of_the_leaderboard(here, monkeypatch):
     assert sys.executable not in stage.command()
 
 
-def test_told_to_stop_it_tells_its_stages(here):
-    stage = "import signal, time\ntold = []\nsignal.signal(signal.SIGTERM, lambda *_: told.append(1))\n"
-    stage += "while not told:\n    time.sleep(0.05)\ntime.sleep(0.5)\nprint('told', len(told), flush=True)\nexit(75)\n"
-    (here / "append_word.py").write_text(stage)
+def started(here):
+    """Start the series in a process of its own, and wait for its first stage."""
     path = os.pathsep.join([str(here), str(Path(series.__file__).parent.parent)])
     program = (
-        "from evaluation import series; from pathlib import Path; series.FOLDER = Path(); "
+        "from evaluation import series; from pathlib import Path; series.FOLDER = Path(); series.TICK_S = 0.1; "
         "series.KINDS = dict.fromkeys(('append', 'alone'), ('append_word', '{folder}')); series.run('toy')"
     )
     environment = os.environ | {"PYTHONPATH": path}
     run = subprocess.Popen([sys.executable, "-c", program], env=environment, start_new_session=True)
-    state = here / "runs/toy/first/stage.json"
-    while not state.is_file() or not (here / "runs/toy/first/log.txt").is_file():
+    while not (here / "runs/toy/first/log.txt").is_file():
         time.sleep(0.1)
+    return run
+
+
+def test_a_stage_that_outlives_a_killed_series_is_not_begun_beside_it(here):
+    stage = "import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.05)\n"
+    (here / "append_word.py").write_text(stage)
+    run = started(here)
+    time.sleep(1.5)
+    run.kill()
+    run.wait()
+    first = here / "runs/toy/first"
+    seconds = json.loads((first / "stage.json").read_text())["seconds"]
+    assert 0.3 < seconds < 50
+    with pytest.raises(UserError, match=r"^stage first is run by another process still; wait for it, or end it; not"):
+        series.run("toy")
+    (here / "go").touch()
+    while True:  # it ends by itself
+        try:
+            series.run("toy")
+        except UserError:
+            time.sleep(0.1)
+        else:
+            break
+    left = json.loads((first / "stage.json").read_text())
+    assert left["complete"]
+    assert left["seconds"] > seconds
+
+
+def test_told_to_stop_it_tells_its_stages(here):
+    stage = "import signal, time\ntold = []\nsignal.signal(signal.SIGTERM, lambda *_: told.append(1))\n"
+    stage += "while not told:\n    time.sleep(0.05)\ntime.sleep(0.5)\nprint('told', len(told), flush=True)\nexit(75)\n"
+    (here / "append_word.py").write_text(stage)
+    run = started(here)
+    state = here / "runs/toy/first/stage.json"
     time.sleep(0.5)
     for _ in range(3):  # as timeout does, to its child and to the group
         os.killpg(run.pid, signal.SIGTERM)
