@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, StoppingCriteria
 
 from llmslm.checkpoint import codec_for
 from llmslm.data.codec import TextFormat
@@ -16,6 +17,9 @@ from llmslm.errors import UserError
 from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.system import System
 from llmslm.verified_system import VerifiedSystem
+
+_NO_TOKEN = 2**31 - 1
+"""An id that no vocabulary has."""
 
 
 class PretrainedSystem(System):
@@ -122,9 +126,54 @@ def assisted(llm: System, assistant: System) -> AssistedSystem:
     return AssistedSystem(llm, assistant, **between)
 
 
-def prompt_lookup(llm: System, tokens: int = 10) -> GenerateSystem:
+class PromptLookupSystem(GenerateSystem):
+    """An llm that checks what followed the last words where they stood before (prompt lookup).
+
+    The end of sequence that may end a prompt is told here from the one that ends a text: transformers 5.17 does not,
+    and returns no token where nothing is found to draft behind such a prompt.
+
+    Args:
+        llm: the system whose predictions these are.
+        tokens: drafted at a time.
+    """
+
+    def __init__(self, llm: System, tokens: int) -> None:
+        super().__init__("prompt_lookup", llm, one_by_one=True, prompt_lookup_num_tokens=tokens)
+        self._ends_behind = not self.language_model.config.is_encoder_decoder
+        if self._ends_behind:
+            self.generation_settings |= {"eos_token_id": _NO_TOKEN, "min_new_tokens": None}
+
+    def _by_generate(self, inputs: dict[str, Any], *args: Any, **settings: Any) -> Tensor:
+        if not self._ends_behind:
+            return super()._by_generate(inputs, *args, **settings)
+        ids, eos, least = inputs["input_ids"], self._eos_ids(), settings["min_new_tokens"]
+        longer = MinNewTokensLengthLogitsProcessor(ids.shape[1], least, eos, device=ids.device)
+        further = {
+            "stopping_criteria": [EndsBehind(ids.shape[1], eos)],
+            "logits_processor": LogitsProcessorList([longer]),
+        }
+        return super()._by_generate(inputs | further, *args, **settings)
+
+
+class EndsBehind(StoppingCriteria):
+    """Ends a text at an end of sequence behind its prompt.
+
+    Args:
+        length: tokens of the prompt.
+        eos: ids that end a text.
+    """
+
+    def __init__(self, length: int, eos: Sequence[int]) -> None:
+        self._length, self._eos = length, torch.tensor(eos)
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
+        """Say of each row of (batch, length) ids whether it has ended."""
+        return torch.isin(input_ids[:, self._length :], self._eos.to(input_ids.device)).any(dim=1)
+
+
+def prompt_lookup(llm: System, tokens: int = 10) -> PromptLookupSystem:
     """Let the llm's own text draft: what followed the last words where they stood before (prompt lookup)."""
-    return GenerateSystem("prompt_lookup", llm, one_by_one=True, prompt_lookup_num_tokens=tokens)
+    return PromptLookupSystem(llm, tokens)
 
 
 def verified(llm: System, llm_to_slm: System) -> VerifiedSystem:

@@ -194,7 +194,10 @@ class System:
     ) -> Tensor:
         if on_tokens is not None or sampling is not None:
             raise UserError('streams and samples come from the engine; load the system with decoder="engine"')
-        stopping = StoppingCriteriaList([FirstToken(on_first_token)] if on_first_token else [])
+        inputs = dict(inputs)
+        stopping = StoppingCriteriaList(inputs.pop("stopping_criteria", []))
+        if on_first_token:
+            stopping.append(FirstToken(on_first_token))
         config = GenerationConfig.from_dict(
             self.language_model.generation_config.to_dict()
             | {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens or None, "max_length": None}
