@@ -11,6 +11,8 @@ from evaluation.targets import Target, read_targets, record_measurement
 from llmslm.provenance import hardware_name
 
 TRANSLATION, SUMMARY = "en_it", "summary"
+PREPARED = ("data", "prompts")
+"""Stages that are run beforehand, on a CPU."""
 SEEDS = ("quality", "quality_2", "quality_3")
 
 
@@ -105,7 +107,8 @@ def _above_slm(results: Results) -> float | None:
 
 
 def _longest(results: Results) -> float | None:
-    return max((state["seconds"] / 60 for name, state in results.stages.items() if name != "data"), default=None)
+    """Of the stages that need a GPU."""
+    return max((state["seconds"] / 60 for name, state in results.stages.items() if name not in PREPARED), default=None)
 
 
 def _fewest(results: Results) -> float | None:

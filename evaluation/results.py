@@ -279,17 +279,18 @@ def _task_parts(results: Results, task: str) -> list[str]:
 
 def _label_lines(results: Results, task: str) -> list[str]:
     """Say of each stage that labelled how many of the LLM's labels failed."""
-    return [_label_line(report) for name, report in sorted(results.labels.items()) if name.split("/")[0] == task]
+    reports = {name.partition("/")[2]: report for name, report in results.labels.items() if name.startswith(f"{task}/")}
+    return [_label_line(stage, reports[stage]) for stage in sorted(reports)]
 
 
-def _label_line(report: Mapping[str, Any]) -> str:
+def _label_line(stage: str, report: Mapping[str, Any]) -> str:
     about, gate = "training prompts", "the length gate"
     if report["gate"] is None:
         about, gate = "further prompts, without gold targets", "to be a text that ended"
     reasons = ", ".join(f"{count} {reason}" for reason, count in report["failed"].items() if count)
     failed = f"{100 * report['failed_share']:.1f} % failed {gate}" + (f" ({reasons})" if reasons else "")
     fate = "kept the gold target" if report["failed_became"] == "gold" else "were left out"
-    return f"Labels: {report['examples']} {about}; {failed} and {fate}.\n"
+    return f"Stage {stage}: {report['examples']} {about}; {failed} and {fate}.\n"
 
 
 def _shown(task: str) -> tuple[str, ...]:

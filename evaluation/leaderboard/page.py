@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,13 @@ def page(rows: Sequence[Row], parts: Sequence[Section]) -> str:
     )
     environment.filters["raw"] = Markup
     names = [name for name in SCORES if any(name in row.scores for row in rows)]
+    lines = [_fields(row, rows, names) for row in rows]
+    said = [any(field.sort is not None for field in fields) for fields in zip(*lines, strict=True)]
     return environment.get_template("page.html").render(
-        columns=_columns(names, _costs(rows)),
+        columns=list(compress(_columns(names, _costs(rows)), said)),
         systems=len({row.system for row in rows}),
         speed_titles=SPEED_TITLES,
-        lines=[{"row": row, "fields": _fields(row, rows, names)} for row in rows],
+        lines=[{"row": row, "fields": list(compress(line, said))} for row, line in zip(rows, lines, strict=True)],
         sections=parts,
         tasks=list(dict.fromkeys(row.task for row in rows)),
         machines=list(dict.fromkeys(row.hardware for row in rows)),

@@ -116,7 +116,8 @@ def leaderboard_rows(records: Iterable[Record]) -> list[Row]:
     """Make the rows of a leaderboard, ordered by task, machine and system.
 
     Records of one system that differ in their training seed alone are averaged. Of several records of the
-    same checkpoint the newest counts. Each row is compared with the llm's that it was tested against, or else with that
+    same checkpoint the newest counts that says something new: one that compares the same predictions with those of
+    another llm does not. Each row is compared with the llm's that it was tested against, or else with that
     which is most like it; rows that do not compare with that of the task's newest llm are marked.
     """
     records = list(records)
@@ -145,8 +146,20 @@ def best(rows: Sequence[Row], name: str) -> float | None:
 def _newest(records: Iterable[Record]) -> list[Record]:
     newest: dict[tuple[Any, ...], Record] = {}
     for record in sorted(records, key=lambda record: str(record["provenance"]["date"])):
-        newest[(*_group(record), record["hashes"]["checkpoint"])] = record
+        place = (*_group(record), record["hashes"]["checkpoint"])
+        if place not in newest or _says_more(record, newest[place]):
+            newest[place] = record
     return list(newest.values())
+
+
+def _says_more(record: Record, known: Record) -> bool:
+    """Whether a later record is more than the same predictions again, beside others of other systems."""
+    return bool(record["speed"]) or _scored(record) != _scored(known)
+
+
+def _scored(record: Record) -> tuple[str, dict[str, tuple[float | None, str]]]:
+    scores = {name: (entry["value"], entry["signature"]) for name, entry in record["scores"].items()}
+    return record["hashes"]["predictions"], scores
 
 
 def _group(record: Record) -> tuple[Any, ...]:

@@ -132,8 +132,10 @@ def _markdown(rows: Sequence[Row]) -> list[str]:
         columns["hardware"] = lambda row: row.hardware
     if any(row.marks for row in rows):
         columns["marks"] = lambda row: ", ".join(row.marks)
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return lines + ["| " + " | ".join(write(row) for write in columns.values()) + " |" for row in rows]
+    cells = {title: [write(row) for row in rows] for title, write in columns.items()}
+    shown = {title: texts for title, texts in cells.items() if set(texts) != {number(None)}}
+    lines = ["| " + " | ".join(shown) + " |", "|" + " --- |" * len(shown)]
+    return lines + ["| " + " | ".join(texts) + " |" for texts in zip(*shown.values(), strict=True)]
 
 
 def _name(row: Row) -> str:

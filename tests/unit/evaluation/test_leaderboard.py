@@ -66,6 +66,16 @@ def test_rows_are_ordered_and_compared_with_the_llm(folder):
     assert rows["llm_to_slm"].speedup["fixed"] == pytest.approx(llm / ours)
 
 
+def test_what_nothing_was_measured_of_has_no_column(dummy, examples, tmp_path, folder):
+    compare([Arm(dummy("llm"), "a")], examples, Settings(out=tmp_path / "untimed", **FAST | {"runs": 0}))
+    timed, untimed = (build([path], tmp_path / "out" / path.name) for path in (folder, tmp_path / "untimed"))
+    for built, has in ((timed, True), (untimed, False)):
+        heads = built.markdown.splitlines()[2], built.files["page"].read_text().partition("<tbody")[0]
+        for title in ("first token", "tokens/s", "memory", "speed-up fixed"):
+            assert [title in head for head in heads] == [has, has]
+        assert all("BLEU" in head and "length" in head for head in heads)
+
+
 def test_what_does_not_compare_is_marked(folder):
     for system in ("llm", "slm", "llm_to_slm"):
         edit(folder, system, clean)

@@ -8,6 +8,8 @@ import pytest
 from evaluation import headline_claims, results
 from evaluation.compare import Settings, compare
 from evaluation.headline_claims import claims
+from evaluation.leaderboard.rows import leaderboard_rows
+from evaluation.record import read_record
 from evaluation.series import load_series
 from evaluation.systems import Arm
 from evaluation.targets import read_targets
@@ -102,7 +104,24 @@ def test_the_clock_has_plots_of_its_own(runs, root):
     assert "zero_features" not in (folder / "en_it/leaderboard.md").read_text()
 
 
+def test_a_system_that_stands_in_several_comparisons_is_a_percentage_of_the_same_llm(runs, root, dummy, examples):
+    """The slm beside another llm is the same slm still."""
+    arms = [Arm(dummy("llm", 0.2), "t5"), Arm(dummy("slm", 0.4), "b")]
+    compare(arms, examples, Settings(out=runs / "en_it/quality_t5", **FAST | {"runs": 0}))
+    shutil.copy(runs / "en_it/quality/stage.json", runs / "en_it/quality_t5")
+    results.collect(runs, root / results.RECORDS)
+    rows = leaderboard_rows(map(read_record, results._of_quality(root)))
+    (slm,) = [row for row in rows if row.system == "slm"]
+    found = results.load(root / results.RECORDS)
+    assert slm.scores["chrf"].percent == pytest.approx(
+        found.one("en_it", "quality", "slm")["scores"]["chrf"]["versus_llm"]["percent"]
+    )
+
+
 def test_what_was_measured_goes_into_the_targets(runs, root, monkeypatch):
+    state = {"command": "python prompts", "seconds": 900, "commit": None, "complete": True}
+    (runs / "prompts").mkdir()
+    (runs / "prompts/stage.json").write_text(json.dumps(state))  # needs no GPU
     results.collect(runs, root / results.RECORDS)
     noted = {}
     monkeypatch.setattr(
@@ -129,11 +148,10 @@ def test_every_part_of_the_series_is_in_the_report(runs, root):
         (runs / "en_it" / name / "stage.json").write_text(json.dumps(state))
     results.collect(runs, root / results.RECORDS)
     page = results.report(results.load(root / results.RECORDS), [])
-    assert "Labels: 40 training prompts; 10.0 % failed the length gate (4 short) and kept the gold target." in page
-    assert (
-        "Labels: 30 further prompts, without gold targets; 0.0 % failed to be a text that ended and were left out."
-        in page
-    )
+    gated = "40 training prompts; 10.0 % failed the length gate (4 short) and kept the gold target."
+    ungated = "30 further prompts, without gold targets; 0.0 % failed to be a text that ended and were left out."
+    assert f"Stage labels: {gated}" in page
+    assert f"Stage labels_more: {ungated}" in page
     assert "| encoder-decoder SLM | slm" in page
     assert "## T5 1.1 as the LLM: English to Italian" in page
     assert "## SmolLM2-135M as the LLM: docstrings" in page
