@@ -48,6 +48,8 @@ from llmslm.target_logits import cross_entropy, target_logits
 SystemName = Literal["llm", "slm", "llm_to_slm"]
 Batch = dict[str, Any]
 ENCODER_KEY = "model.encoder."
+SANITY_TOKENS = 8
+"""Of a prediction before training, which only shows that validation runs."""
 
 
 @dataclass
@@ -362,6 +364,8 @@ class SystemModule(L.LightningModule):
         was_training = model.training
         system = System(self.system, model, self._built_codec, card={}, decoder="generate")
         limit = self._built_codec.text_format.max_target_tokens
+        if self.trainer.sanity_checking:  # an untrained model does not end before its limit
+            limit = min(limit, SANITY_TOKENS)
         with gathered(model):
             generations = system.generate([example["prompt"] for example in examples], max_new_tokens=limit)
         model.train(was_training)

@@ -1,5 +1,6 @@
 """The LightningModule under a real Trainer, where it differs from Lightning's defaults."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from lightning.pytorch import Callback
 
 from llmslm.errors import UserError
 from llmslm.models.blocks import blocks, compile_blocks
-from llmslm.module import SystemModule
+from llmslm.module import SANITY_TOKENS, SystemModule
 from llmslm.training import run
 from tests import tiny
 from tests.unit import toy
@@ -132,6 +133,24 @@ def test_ranks_share_the_examples_of_bleu(world_size):
         calls.append(len(generated))
     assert len(set(calls)) == 1
     assert sorted(counted) == sorted(example["target"] for batch in batches for example in batch)
+
+
+@pytest.mark.parametrize(("sanity_checking", "tokens"), [(True, SANITY_TOKENS), (False, 64)])
+def test_predictions_before_training_are_short(monkeypatch, sanity_checking, tokens):
+    """An untrained model writes as long as it may: seconds that say nothing."""
+    asked = []
+    made = SimpleNamespace(generate=lambda texts, max_new_tokens: asked.append(max_new_tokens) or [])
+    monkeypatch.setattr("llmslm.module.System", lambda *_, **__: made)
+    monkeypatch.setattr("llmslm.module.gathered", nullcontext)
+    codec = SimpleNamespace(text_format=SimpleNamespace(max_target_tokens=64))
+    module = SimpleNamespace(
+        system="slm",
+        trainer=SimpleNamespace(sanity_checking=sanity_checking),
+        _built=torch.nn.Linear(1, 1),
+        _built_codec=codec,
+    )
+    SystemModule.predict(module, [{"prompt": "a"}])
+    assert asked == [tokens]
 
 
 class Losses(Callback):
