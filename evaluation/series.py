@@ -29,6 +29,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from evaluation.requirements import requirements, unmet
 from llmslm import provenance
 from llmslm.errors import UserError
 from llmslm.recipe import find_recipe
@@ -214,6 +215,8 @@ def run(name: str, only: Sequence[str] = (), jobs: int = 1, overrides: Sequence[
     Raises:
         UserError: if stages fail; whatever does not need them is run all the same, unless arguments are wrong.
     """
+    for line in unmet(requirements()):
+        _say(f"beware: {line}")
     with _place_of(name):
         _run(choose(load_series(name, overrides), only), jobs)
 
