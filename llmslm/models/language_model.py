@@ -52,7 +52,7 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
     if model_source.source is not None:
         try:
             place, file = pretrained_model(model_source.source)
-            return AutoConfig.from_pretrained(place, revision=model_source.revision, **file)
+            return _with_decoder_layers(AutoConfig.from_pretrained(place, revision=model_source.revision, **file))
         except (OSError, ValueError) as error:
             raise UserError(_not_loaded(model_source, key, error)) from error
     values = copy.deepcopy(model_source.config or {})
@@ -66,9 +66,20 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
         values.setdefault("decoder_start_token_id", start)
     try:
-        return AutoConfig.for_model(model_type, **values)
+        return _with_decoder_layers(AutoConfig.for_model(model_type, **values))
     except (ValueError, TypeError) as error:
         raise UserError(f"{key}.config is not a valid {model_type!r} config: {' '.join(str(error).split())}") from error
+
+
+def _with_decoder_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Say under the name that transformers looks for how many layers the decoder has.
+
+    T5 calls them otherwise, and `generate` would make a cache of as many layers as the encoder has.
+    """
+    layers = getattr(config, "num_decoder_layers", None)
+    if layers is not None and not hasattr(config, "decoder_layers"):
+        config.decoder_layers = layers
+    return config
 
 
 def load_language_model(
@@ -89,10 +100,11 @@ def load_language_model(
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if model_source.source is None:
         return auto.from_config(config, dtype=dtype)
+    known = {"config": config} if config.is_encoder_decoder else {}
     try:
         place, file = pretrained_model(model_source.source)
         model, info = auto.from_pretrained(
-            place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **file
+            place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **known, **file
         )
     except (OSError, ValueError) as error:
         raise UserError(_not_loaded(model_source, key, error)) from error
