@@ -274,6 +274,7 @@ class SystemModule(L.LightningModule):
 
     def _keep_examples_apart(self) -> None:
         """Take the fastest attention that does, or end with an error."""
+        attend_by_mask(self._decodes)  # a fit that failed may have left the other
         stored = StoredEncoder(self.features).width if self.features else None
         check = partial(check_packing, self._built, reads_states=self.system == "llm_to_slm", stored_width=stored)
         check()

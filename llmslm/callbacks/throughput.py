@@ -29,7 +29,7 @@ class LogThroughput(Callback):
 
     def __init__(self) -> None:
         self._monitor: Throughput
-        self._flops = FlopCount(0, 0, 0, 0)
+        self._flops = FlopCount(0, 0, 0, 0, 0)
         self._begun = 0.0
         self._last = -1
         self._seen = {"batches": 0, "examples": 0, "tokens": 0, "flops": 0}
@@ -98,13 +98,14 @@ class FlopCount:
 
     Args:
         frozen: weights that each token of the encoder's prompt meets, forward only.
+        front: trained weights that each of these tokens' states meets on the way to the slm.
         prompt: trained weights that each token of the slm's prompt meets.
         target: trained weights that each target token meets, the head left out.
         head: weights of the language-model head, which target tokens alone meet.
     """
 
-    def __init__(self, frozen: int, prompt: int, target: int, head: int) -> None:
-        self.frozen, self.prompt, self.target, self.head = frozen, prompt, target, head
+    def __init__(self, frozen: int, front: int, prompt: int, target: int, head: int) -> None:
+        self.frozen, self.front, self.prompt, self.target, self.head = frozen, front, prompt, target, head
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FlopCount":
@@ -117,13 +118,14 @@ class FlopCount:
             frozen = 0 if model.encoder is None else matmul_weights(model.encoder)
             front = matmul_weights(model.projector) + matmul_weights(model.alignment) + matmul_weights(model.fusion)
         if not slm.config.is_encoder_decoder:
-            return cls(frozen, front + body, body, head)
+            return cls(frozen, front, body, body, head)
         encoder = matmul_weights(slm.get_encoder())
-        return cls(frozen, front + encoder, body - encoder, head)
+        return cls(frozen, front, encoder, body - encoder, head)
 
     def of_batch(self, sizes: BatchSizes) -> int:
         """Count a batch: 2 operations a weight and token forward, 4 backward."""
         forward = self.prompt * sizes.prompt + (self.target + self.head) * sizes.target
+        forward += self.front * sizes.encoder_prompt
         return 2 * self.frozen * sizes.encoder_prompt + 6 * forward
 
 

@@ -142,8 +142,8 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def packs(self) -> bool:
-        """Whether training rows hold several examples: the recipe asks for it, and the system can."""
-        return self.pack_tokens is not None and self.codec.can_pack
+        """Whether training rows hold several examples: the recipe asks for it, the system can, nothing is streamed."""
+        return self.pack_tokens is not None and self.codec.can_pack and isinstance(self._tokenised["train"], Dataset)
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the validation split, with their examples."""

@@ -4,6 +4,8 @@ A shard is a safetensors file with the rows of consecutive examples, one row a t
 and where, follows from the tokens of each example and the limit of a shard's bytes.
 """
 
+import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -152,15 +154,29 @@ def missing_shards(folder: Path, split: str, count: int) -> int:
 
 
 def _write_whole(stored: dict[str, Tensor], path: Path) -> None:
-    """Write a shard in a folder of its own, then put it in its place: a killed run leaves nothing that stays."""
-    aside = path.with_name(f".{path.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    """Write a shard in a folder of its own, then put it in its place: what a killed run leaves, a later one removes."""
+    start = f".{path.name}.{platform.node().replace('.', '-')}-"
+    for left in path.parent.glob(f"{start}*.part"):
+        if not _runs(int(left.name.removeprefix(start).removesuffix(".part"))):
+            shutil.rmtree(left, ignore_errors=True)
+    aside = path.with_name(f"{start}{os.getpid()}.part")
     try:
         with file_aside(aside / path.name) as part:
             save_file(stored, part)  # through a temporary file beside it, which nobody else removes
         (aside / path.name).replace(path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    """Say whether another process of this machine runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def _put(stored: dict[str, Tensor], tensors: Mapping[str, Tensor], rows: slice, total: int) -> None:

@@ -48,7 +48,7 @@ class Alignment(Component):
 
     prompt_layout: ClassVar[PromptLayout] = "tokens"
     needs_token_embeds: ClassVar[bool] = False
-    can_pack: ClassVar[bool] = True
+    can_pack: ClassVar[bool] = False
     """Whether it places the states of several prompts that stand in one row."""
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
@@ -58,6 +58,8 @@ class Alignment(Component):
 
 class SameTokenizer(Alignment):
     """Both sides read the same tokens: state k belongs to token k."""
+
+    can_pack: ClassVar[bool] = True
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
         """Place state k on the k-th token of the prompt."""
@@ -74,6 +76,7 @@ class EncoderTokenizer(Alignment):
 
     prompt_layout: ClassVar[PromptLayout] = "placeholders"
     needs_token_embeds: ClassVar[bool] = True
+    can_pack: ClassVar[bool] = True
 
     def __init__(self, encoder_hidden_size: int, slm_hidden_size: int) -> None:
         super().__init__(encoder_hidden_size, slm_hidden_size)
@@ -96,7 +99,6 @@ class Offsets(Alignment):
     """
 
     prompt_layout: ClassVar[PromptLayout] = "offsets"
-    can_pack: ClassVar[bool] = False
 
     def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, projected: ProjectedPrompt) -> AlignedPrompt:
         """Place the mean of states [start, stop) on the token whose span that is."""

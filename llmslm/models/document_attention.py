@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -51,6 +51,9 @@ def attend(
     Returns:
         (batch, len, heads, head_dim), and no weights.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as it does for PyTorch's own attention: rotary positions gave float32
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     if cu_seq_lens_q is None or dropout or not _runs_on(query):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -87,8 +90,14 @@ def may_attend(model: PreTrainedModel) -> bool:
     Not on other devices than CUDA's, nor where a config asks for another attention than the default one or has windows.
     """
     config = model.config
-    is_plain = config._attn_implementation == "sdpa" and getattr(config, "sliding_window", None) is None
+    is_plain = config._attn_implementation == "sdpa" and not has_windows(config)
     return is_plain and not config.is_encoder_decoder and model.device.type == "cuda"
+
+
+def has_windows(config: PreTrainedConfig) -> bool:
+    """Say whether some layers of a model see a part of what stands before, so that they want masks of their own."""
+    layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    return bool(layers) or getattr(config, "sliding_window", None) is not None
 
 
 def _runs_on(query: Tensor) -> bool:

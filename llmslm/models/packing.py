@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmslm.errors import UserError
 from llmslm.models import document_attention
 
-_LENGTH = 4
+_FIRST, _SECOND = 3, 5  # tokens of the two examples of a check
 
 
 def document_mask(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Tensor:
@@ -50,8 +50,7 @@ def causal_inputs(config: PreTrainedConfig, documents: Tensor, starts: Tensor | 
         starts: where each document begins; see `llmslm.models.document_attention.attend`.
     """
     within = config._attn_implementation == document_attention.NAME
-    has_windows = getattr(config, "sliding_window", None) is not None
-    if has_windows or not (within or config._attn_implementation == "sdpa"):
+    if document_attention.has_windows(config) or not (within or config._attn_implementation == "sdpa"):
         return {}
     mask = {"attention_mask": document_mask(documents, documents, causal=True)}
     return mask | ({"cu_seq_lens_q": starts, "max_length_q": documents.shape[1]} if within else {})
@@ -116,9 +115,8 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
     """
     was_training = model.training
     model.eval()
-    first, second = torch.arange(1, 1 + 2 * _LENGTH, device=model.device).view(2, 1, _LENGTH)
-    both = torch.cat([first, second], 1)
-    documents = torch.arange(2, device=model.device).repeat_interleave(_LENGTH).unsqueeze(0)
+    both = torch.arange(1, 1 + _FIRST + _SECOND, device=model.device).unsqueeze(0)
+    second, documents = both[:, _FIRST:], (both > _FIRST).long()
     alone_inputs, inputs, cross = {"input_ids": second}, {"input_ids": both}, None
     if model.config.is_encoder_decoder:
         alone_inputs["decoder_input_ids"], inputs["decoder_input_ids"] = second, both
@@ -126,23 +124,29 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
         if not reads_states:
             inputs["attention_mask"] = document_mask(documents, documents)
     else:
-        inputs["position_ids"] = torch.arange(_LENGTH, device=model.device).repeat(1, 2)
-        starts = torch.arange(0, 3 * _LENGTH, _LENGTH, dtype=torch.int32, device=model.device)
+        inputs["position_ids"] = document_positions(documents)
+        starts = torch.tensor([0, _FIRST, _FIRST + _SECOND], dtype=torch.int32, device=model.device)
         inputs |= {"document_starts": starts} if reads_states else causal_inputs(model.config, documents, starts)
     if reads_states:
         alone_inputs |= {"prompt_ids": second, "prompt_attention_mask": torch.ones_like(second)}
         inputs |= {"prompt_ids": both, "prompt_documents": documents, "documents": documents}
     if stored_width is not None:
-        count = 2 * _LENGTH * stored_width
-        states = torch.linspace(-1, 1, count, device=model.device).sin().view(1, 2 * _LENGTH, stored_width)
-        inputs["hidden_states"], alone_inputs["hidden_states"] = states, states[:, _LENGTH:]
+        count = both.numel() * stored_width
+        states = torch.linspace(-1, 1, count, device=model.device).sin().view(1, -1, stored_width)
+        inputs["hidden_states"], alone_inputs["hidden_states"] = states, states[:, _FIRST:]
     # Blocks that are compiled already would be compiled for these few tokens, and then for rows of any length.
     with torch.compiler.set_stance("force_eager"):
         alone = model(**alone_inputs, use_cache=False).logits
-        with cross_attending(model, cross):
-            packed = model(**inputs, use_cache=False).logits
+        try:
+            with cross_attending(model, cross):
+                packed = model(**inputs, use_cache=False).logits
+        except (RuntimeError, ValueError, TypeError, IndexError) as problem:
+            raise UserError(
+                f"{model.config.model_type} cannot read packed examples ({str(problem).splitlines()[0]}); "
+                "leave data.pack_tokens out"
+            ) from problem
     model.train(was_training)
-    error = (packed[:, _LENGTH:] - alone).norm() / alone.norm()
+    error = (packed[:, _FIRST:] - alone).norm() / alone.norm()
     if not error < 0.02:  # rounding alone stays below, also in bf16; another example's tokens do not
         raise UserError(
             f"{model.config.model_type} does not keep packed examples apart (relative error {error:.2g}); "

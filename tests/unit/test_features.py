@@ -1,6 +1,7 @@
 """The feature cache: training from it is training on the fly, without the LLM; what does not belong is refused."""
 
 import csv
+import os
 import re
 import shutil
 import types
@@ -117,9 +118,12 @@ def test_what_a_killed_run_left_of_a_shard_is_removed(recipe, monkeypatch):
         patch.setattr("shutil.rmtree", lambda *_a, **_k: None)  # a killed process removes nothing
         with pytest.raises(SystemExit):
             main(["features", "--config", recipe, "--out", "states"])
+    (left,) = Path("states/train").glob(".0*")
+    other = left.with_name(left.name.replace(f"-{os.getpid()}.", f"-{os.getppid()}."))
+    other.mkdir()  # of a process that runs: it writes the same shard
     main(["features", "--config", recipe, "--out", "states"])
     assert shard.is_file()
-    assert not list(Path("states").rglob(".*"))
+    assert list(Path("states").rglob(".*")) == [other]
 
 
 def test_ranks_share_the_shards(tmp_path, monkeypatch):

@@ -6,9 +6,11 @@ import pytest
 
 from llmslm.callbacks.throughput import FlopCount, matmul_weights
 from llmslm.data.codec import BatchSizes
+from llmslm.models.fusion import ReplaceEncoder
 from llmslm.training import run
 from tests import tiny
 from tests.unit import toy
+from tests.unit.models.compositions import compose
 
 
 def test_operations_are_those_of_the_weights_that_a_token_meets():
@@ -19,6 +21,14 @@ def test_operations_are_those_of_the_weights_that_a_token_meets():
     count = FlopCount.of(model)
     sizes = BatchSizes(examples=2, prompt=10, target=4, encoder_prompt=0, slots=20)
     assert count.of_batch(sizes) == 6 * (14 * body + 4 * head)
+
+
+def test_the_projector_meets_each_state(tmp_path):
+    model = compose("llama", "t5", tmp_path, ReplaceEncoder)
+    sizes = BatchSizes(examples=2, prompt=0, target=0, encoder_prompt=10, slots=20)
+    frozen, front = matmul_weights(model.encoder), matmul_weights(model.projector)
+    assert front > 0
+    assert FlopCount.of(model).of_batch(sizes) == 2 * 10 * frozen + 6 * 10 * front
 
 
 @pytest.mark.parametrize("packed", [True, False])

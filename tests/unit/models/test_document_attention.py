@@ -27,7 +27,13 @@ def one_by_one(query, key, value, starts, _, longest, __, *, scale, window_size)
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def takes():
+    """Precisions that the kernel takes."""
+    return {torch.float32, torch.bfloat16}
+
+
+@pytest.fixture
+def calls(monkeypatch, takes):
     """Let CPUs attend so, and list the calls."""
     made = []
 
@@ -35,7 +41,7 @@ def calls(monkeypatch):
         made.append(kwargs)
         return one_by_one(*args, **kwargs)
 
-    monkeypatch.setattr(document_attention, "_runs_on", lambda _: True)
+    monkeypatch.setattr(document_attention, "_runs_on", lambda query: query.dtype in takes)
     monkeypatch.setattr(document_attention, "may_attend", lambda _: True)
     monkeypatch.setattr(document_attention, "varlen_attn", kernel)
     return made
@@ -52,6 +58,21 @@ def test_a_model_has_the_loss_of_examples_on_their_own(family, calls):
     assert len(calls) == model.config.num_hidden_layers
     attend_by_mask(model)
     torch.testing.assert_close(summed_loss(model, packed), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_mixed_precision_reaches_the_kernel(family, calls, takes):
+    """Rotary positions make float32 of queries and keys; the kernel takes 16 bits alone."""
+    takes.remove(torch.float32)
+    model = tiny.build(family).eval()
+    batch = codec_of(model).collate_packed(ROWS, PackedShape(2, (10,), 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = summed_loss(model, batch)
+        attend_within_documents(model, lambda: check_packing(model))
+        calls.clear()
+        found = summed_loss(model, batch)
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("fusion", [Add, CrossAttend])
@@ -71,7 +92,8 @@ def test_compiled_blocks_hold_it_whole(calls, monkeypatch):
     attend_within_documents(model, lambda: None)
     for layer in model.model.layers:
         layer.compile(backend="eager", fullgraph=True, dynamic=False)
-    summed_loss(model, codec_of(model).collate_packed(ROWS, PackedShape(2, (10,), 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        summed_loss(model, codec_of(model).collate_packed(ROWS, PackedShape(2, (10,), 8)))
     torch.compiler.reset()
 
 
@@ -109,22 +131,33 @@ def test_starts_of_documents_have_room_left_over():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_kernel_has_the_loss_and_gradients_of_the_mask(compiled):
+def test_the_kernel_has_the_loss_and_gradients_of_the_mask(compiled, monkeypatch):
     torch.manual_seed(0)
-    model = tiny.build("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1).cuda().bfloat16()
+    model = tiny.build("llama", hidden_size=128, num_attention_heads=2, num_key_value_heads=1).cuda()
+    kernel, calls = document_attention.varlen_attn, []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(document_attention, "varlen_attn", counted)
     batch = codec_of(model).collate_packed(ROWS, PackedShape(2, (16,), 8))
     batch = {name: tensor.cuda() for name, tensor in batch.items()}
 
     def step():
         model.zero_grad()
-        loss = summed_loss(model, batch)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = summed_loss(model, batch)
         loss.backward()
         return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
     loss, gradients = step()
-    attend_within_documents(model, lambda: check_packing(model))
+    with torch.autocast("cuda", torch.bfloat16):
+        attend_within_documents(model, lambda: check_packing(model))
+    assert calls
     assert model.config._attn_implementation == NAME
     if compiled:
+        monkeypatch.undo()
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     found, ours = step()

@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig
 
 from llmslm.checkpoint import codec_for
 from llmslm.data.codec import IGNORED, PackedShape, TextFormat, target_positions
 from llmslm.errors import UserError
 from llmslm.models.blocks import blocks, compile_blocks
+from llmslm.models.document_attention import has_windows
 from llmslm.models.fusion import Add, CrossAttend, Prefix, PrefixOnly, Replace, ReplaceEncoder
 from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource
-from llmslm.models.packing import check_packing
+from llmslm.models.packing import causal_inputs, check_packing
 from llmslm.models.projector import Resampler
 from llmslm.module import SystemModule
 from tests import tiny
@@ -102,6 +104,34 @@ def test_states_that_are_compressed_do_not_pack(tmp_path):
     assert model.can_pack
     model.projector = Resampler(32, 32, states=2)
     assert not model.can_pack
+
+
+def test_what_cannot_read_a_packed_row_is_refused(monkeypatch):
+    model = tiny.build("llama")
+    forward = model.model.forward
+
+    def of_one_example(*args, attention_mask=None, **kwargs):
+        if attention_mask is not None:
+            raise ValueError("too many values to unpack")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", of_one_example)
+    with pytest.raises(UserError, match=r"llama cannot read packed examples \(too many values.*data\.pack_tokens"):
+        check_packing(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "has"),
+    [
+        ({}, False),
+        ({"sliding_window": 4}, True),
+        ({"layer_types": ["full_attention", "chunked_attention"], "num_hidden_layers": 2}, True),
+    ],
+)
+def test_layers_that_see_a_part_keep_the_masks_of_their_own(changes, has):
+    config = LlamaConfig(attn_implementation="sdpa", **changes)
+    assert has_windows(config) == has
+    assert bool(causal_inputs(config, torch.zeros(1, 3, dtype=torch.long), None)) != has
 
 
 def test_what_mixes_the_states_of_a_row_is_refused(tmp_path):
