@@ -203,13 +203,12 @@ def started(here):
 def test_a_stage_that_outlives_a_killed_series_is_not_begun_beside_it(here):
     stage = "import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.05)\n"
     (here / "append_word.py").write_text(stage)
+    first = here / "runs/toy/first"
     run = started(here)
-    time.sleep(1.5)
+    while not (seconds := series.read_state(first).get("seconds")):  # they are counted while it runs
+        time.sleep(0.05)
     run.kill()
     run.wait()
-    first = here / "runs/toy/first"
-    seconds = json.loads((first / "stage.json").read_text())["seconds"]
-    assert 0.3 < seconds < 50
     with pytest.raises(UserError, match=r"^stage first is run by another process still; wait for it, or end it; not"):
         series.run("toy")
     (here / "go").touch()
@@ -222,7 +221,7 @@ def test_a_stage_that_outlives_a_killed_series_is_not_begun_beside_it(here):
             break
     left = json.loads((first / "stage.json").read_text())
     assert left["complete"]
-    assert left["seconds"] > seconds
+    assert left["seconds"] >= seconds
 
 
 def test_told_to_stop_it_tells_its_stages(here):
