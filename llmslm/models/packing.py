@@ -146,8 +146,9 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
                 "leave data.pack_tokens out"
             ) from problem
     model.train(was_training)
-    error = (packed[:, _FIRST:] - alone).norm() / alone.norm()
-    if not error < 0.02:  # rounding alone stays below, also in bf16; another example's tokens do not
+    error = (packed[:, _FIRST:].float() - alone.float()).norm() / alone.float().norm()
+    # Rounding alone stays below, and other kernels round otherwise; another example's tokens do not.
+    if not error < (0.02 if alone.dtype == torch.float32 else 0.05):
         raise UserError(
             f"{model.config.model_type} does not keep packed examples apart (relative error {error:.2g}); "
             "leave data.pack_tokens out"
