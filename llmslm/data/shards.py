@@ -155,11 +155,12 @@ def missing_shards(folder: Path, split: str, count: int) -> int:
 
 def _write_whole(stored: dict[str, Tensor], path: Path) -> None:
     """Write a shard in a folder of its own, then put it in its place: what a killed run leaves, a later one removes."""
-    start = f".{path.name}.{platform.node().replace('.', '-')}-"
+    start, here = f".{path.name}.", platform.node()
     for left in path.parent.glob(f"{start}*.part"):
-        if not _runs(int(left.name.removeprefix(start).removesuffix(".part"))):
+        host, _, pid = left.name.removeprefix(start).removesuffix(".part").rpartition("-")
+        if host == here and not _runs(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
-    aside = path.with_name(f"{start}{os.getpid()}.part")
+    aside = path.with_name(f"{start}{here}-{os.getpid()}.part")
     try:
         with file_aside(aside / path.name) as part:
             save_file(stored, part)  # through a temporary file beside it, which nobody else removes

@@ -238,8 +238,9 @@ class CrossAttend(Fusion):
             mask = projected.mask.bool()[:, None, None, :]
         else:
             mask = document_mask(own.documents, projected.documents)
+        states = projected.prompt_embeds.to(own.inputs_embeds.dtype)
         for layer in self._read_layers:
-            layer.read(projected.prompt_embeds.to(own.inputs_embeds.dtype), mask)
+            layer.read(states, mask)
         return own
 
     def can_pack(self, slm: PreTrainedModel) -> bool:

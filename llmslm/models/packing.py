@@ -145,7 +145,8 @@ def check_packing(model: PreTrainedModel, *, reads_states: bool = False, stored_
                 f"{model.config.model_type} cannot read packed examples ({str(problem).splitlines()[0]}); "
                 "leave data.pack_tokens out"
             ) from problem
-    model.train(was_training)
+        finally:  # training may go on by another attention
+            model.train(was_training)
     error = (packed[:, _FIRST:].float() - alone.float()).norm() / alone.float().norm()
     # Rounding alone stays below, and other kernels round otherwise; another example's tokens do not.
     if not error < (0.02 if alone.dtype == torch.float32 else 0.05):

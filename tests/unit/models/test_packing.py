@@ -107,7 +107,7 @@ def test_states_that_are_compressed_do_not_pack(tmp_path):
 
 
 def test_what_cannot_read_a_packed_row_is_refused(monkeypatch):
-    model = tiny.build("llama")
+    model = tiny.build("llama").train()
     forward = model.model.forward
 
     def of_one_example(*args, attention_mask=None, **kwargs):
@@ -118,6 +118,7 @@ def test_what_cannot_read_a_packed_row_is_refused(monkeypatch):
     monkeypatch.setattr(model.model, "forward", of_one_example)
     with pytest.raises(UserError, match=r"llama cannot read packed examples \(too many values.*data\.pack_tokens"):
         check_packing(model)
+    assert model.training
 
 
 @pytest.mark.parametrize(
