@@ -29,6 +29,8 @@ speed() {
     --warmups 2 --runs "${RUNS:-5}" --out "$out/h200-$name.json" "$@"
 }
 
+step tests 300 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 tests/unit/generation/test_cuda.py \
+  tests/unit/generation/test_verified_cuda.py tests/unit/generation/test_kernels.py tests/unit/generation/test_block_kernels.py
 speed batches 60 --systems llm --llm gpt2 --slm gpt2 --batch ${BATCHES:-1 8 32 64 256 1024}
 # A process each: what a later system of a process adds to the workspaces that are there is less than its own peak.
 speed large 60 --systems llm --llm "${LARGE:-llama-22x2048}" --slm "${SMALL:-llama-4x512}"
@@ -44,6 +46,4 @@ step growth 120 "$python" -m evaluation.benchmarks.memory_growth --device "$devi
   --prompts "${COUNT:-1000}" --out "$out/h200-growth.json"
 step verified 120 "$python" -m evaluation.benchmarks.verified_block --device "$device" --llm "${VERIFIER:-llama-24x576}" \
   --slm "${DRAFTER:-llama-4x256}" --out "$out/h200-verified-block.json"
-step tests 300 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 \
-  tests/unit/generation/test_cuda.py tests/unit/generation/test_verified_cuda.py
 exit $failed
