@@ -69,6 +69,9 @@ class FusedStep(TorchStep):
         self.options: dict[str, Any] = {"EARLY": early}
         if early:
             self.options["launch_pdl"] = True
+            # Weights are read before the predecessor has ended, and it may have written them.
+            if decoder.embedding.is_cuda:
+                torch.cuda.synchronize(decoder.embedding.device)
 
     def embedded(self) -> Tensor:
         """See `TorchStep.embedded`."""

@@ -33,7 +33,7 @@ def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, ba
     state.valid.fill_(True)
     run = _encoder_decoder if encoder_decoder else _causal
     lean, own = run(model, decoder, state, ids, start)
-    lean, own = lean.double(), own.double()
+    lean, own = lean.detach().double(), own.detach().double()
     own_spread = (own - own.mean(dim=-1, keepdim=True)).norm()
     return float((lean - own).norm() / own_spread.clamp(min=1e-9))
 

@@ -83,6 +83,14 @@ def made_decoder(**fields: Any) -> Decoder:
     )
 
 
+def linear_of(*fields: Any) -> Linear:
+    """A linear whose weights are there: kernels that start early read them before their predecessor has ended."""
+    linear = Linear(*fields)
+    if COMPILED:
+        torch.cuda.synchronize()
+    return linear
+
+
 def close(ours: torch.Tensor, plain: torch.Tensor) -> None:
     tolerance = TOLERANCE[plain.dtype]
     torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max()))
@@ -110,7 +118,7 @@ def test_products(dtype: torch.dtype, norm: str, activation: str | None, batch: 
     ):
         height = rows * (2 if gated else 1)
         bias = drawn(height, dtype=dtype) if biased else None
-        linear = Linear(drawn(height, columns, dtype=dtype) / columns**0.5, bias, activation, gated)
+        linear = linear_of(drawn(height, columns, dtype=dtype) / columns**0.5, bias, activation, gated)
         close(ours.linear(x, linear, before, residual), plain.linear(x, linear, before, residual))
 
 
@@ -125,9 +133,9 @@ def test_products_whose_input_takes_several_passes(
     ours, plain = steps(made_decoder(), made_state(batch, 4))
     x, residual = drawn(batch, columns, dtype=dtype), drawn(batch, 21, dtype=dtype)
     for bias, added in ((None, None), (drawn(21, dtype=dtype), residual)):
-        linear = Linear(drawn(21, columns, dtype=dtype) / columns**0.5, bias)
+        linear = linear_of(drawn(21, columns, dtype=dtype) / columns**0.5, bias)
         close(ours.linear(x, linear, None, added), plain.linear(x, linear, None, added))
-    gated = Linear(drawn(42, columns, dtype=dtype) / columns**0.5, None, "silu", True)
+    gated = linear_of(drawn(42, columns, dtype=dtype) / columns**0.5, None, "silu", True)
     close(ours.linear(x, gated), plain.linear(x, gated))
 
 
@@ -144,7 +152,7 @@ def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: 
     ):
         height = rows * (2 if gated else 1)
         bias = drawn(height, dtype=HALF) if biased else None
-        linear = Linear(drawn(height, columns, dtype=HALF) / columns**0.5, bias, activation, gated)
+        linear = linear_of(drawn(height, columns, dtype=HALF) / columns**0.5, bias, activation, gated)
         assert fused_rows.suits(x, linear, before)
         ours, plain = steps(made_decoder(), made_state(batch, 4))
         close(ours.linear(x, linear, before, residual), plain.linear(x, linear, before, residual))
@@ -162,7 +170,7 @@ def test_products_by_the_matrix_units_in_several_passes(
     x, residual = drawn(batch, columns, dtype=HALF), drawn(batch, 21, dtype=HALF)
     ours, plain = steps(made_decoder(), made_state(batch, 4))
     for bias, added in ((None, None), (drawn(21, dtype=HALF), residual)):
-        linear = Linear(drawn(21, columns, dtype=HALF) / columns**0.5, bias)
+        linear = linear_of(drawn(21, columns, dtype=HALF) / columns**0.5, bias)
         assert fused_rows.suits(x, linear, None)
         close(ours.linear(x, linear, None, added), plain.linear(x, linear, None, added))
     assert not fused_rows.suits(x, linear, NORMS["rms"](columns, HALF))
@@ -175,7 +183,7 @@ def _raises() -> float:
 @pytest.mark.parametrize(("measure", "reason"), [(lambda: 0.5, "logits are off by 0.5"), (_raises, "no such instruc")])
 def test_products_by_the_matrix_units_that_fail_are_done_without(measure, reason, monkeypatch) -> None:
     monkeypatch.setattr(fused_rows, "_trusted", True)
-    x, linear = torch.zeros(4, 64, dtype=HALF), Linear(torch.zeros(16, 64, dtype=HALF))
+    x, linear = torch.zeros(4, 64, dtype=HALF), linear_of(torch.zeros(16, 64, dtype=HALF))
     fused_rows.try_out(lambda: 0.01, 0.05)
     assert fused_rows.suits(x, linear, None)
     with pytest.warns(UserWarning, match=f"computed the slower way: {reason}"):
@@ -243,7 +251,7 @@ def test_rows_may_stand_at_different_places(kind: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 16), (8, 17), (2, 47)])
 def test_attention_over_the_encoders_states(dtype: torch.dtype, batch: int, length: int) -> None:
-    inner = CrossAttention(0, 3, 12, 0.3, Linear(drawn(1, 1)))
+    inner = CrossAttention(0, 3, 12, 0.3, linear_of(drawn(1, 1)))
     state = made_state(batch, length, dtype=dtype, kv_heads=3, head_dim=12, cross_heads=3)
     state.cross.copy_(torch.randn_like(state.cross))
     kept = length - torch.arange(batch, device=DEVICE).clamp(max=length - 1)
