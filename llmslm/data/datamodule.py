@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmslm.data import features, logits
-from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
+from llmslm.data.codec import Codec, PackedShape, TextFormat, targets_of
 from llmslm.data.loader import BatchLoader, StreamLoader, batches_of_steps
 from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
 from llmslm.data.shards import RowsWithStored
@@ -122,7 +122,9 @@ class TextDataModule(L.LightningDataModule):
             room = capacities(sides, self.pack_tokens)
             sampler = PackedBatchSampler(sides, batch_size, room, **self._dealing())
             # Rows end in padding; half as many again as on average stand in hardly any batch.
-            shape = PackedShape(batch_size, room, batch_size * math.ceil(1 + 1.5 * sampler.examples_per_row))
+            examples = batch_size * math.ceil(1 + 1.5 * sampler.examples_per_row)
+            targets = sampler.most_of_a_batch(token_counts(dataset, ("target_ids",)))
+            shape = PackedShape(batch_size, room, examples, targets)
             packed = partial(collate, shape=shape)
             return BatchLoader(
                 self._training_rows(dataset), sampler, self._trained, collate_fn=packed, **self._workers()
@@ -328,16 +330,14 @@ def collate_training(rows: list[dict[str, Any]], codec: Codec, shape: PackedShap
     """Collate a batch, packed into `shape` if given, and count here what the device should not be asked for.
 
     Returns:
-        The codec's tensors, target_positions (2, n): row and column of each target, and sizes. Where the rows carry
-        logits of the LLM also these, (n, ...), in the same order: packing keeps that of the rows.
+        The codec's tensors, sizes, and target_positions and targets of `targets_of`. Where the rows carry logits of
+        the LLM also these, (n, ...), one for each target, in the same order: packing keeps that of the rows.
     """
     batch = codec.collate(rows) if shape is None else codec.collate_packed(rows, shape)
     stored = [name for name in logits.COLUMNS.values() if name in rows[0]]
     batch |= {name: torch.cat([row[name] for row in rows]) for name in stored}
-    return batch | {
-        "target_positions": torch.stack(target_positions(batch["labels"])),
-        "sizes": codec.sizes(rows, batch),
-    }
+    room = 0 if shape is None or stored else shape.targets
+    return batch | targets_of(batch["labels"], room) | {"sizes": codec.sizes(rows, batch)}
 
 
 def collate_with_examples(rows: list[dict[str, Any]], codec: Codec) -> dict[str, Any]:

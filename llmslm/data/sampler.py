@@ -143,6 +143,13 @@ class PackedBatchSampler(LengthBatchSampler):
         """How many a row holds on average."""
         return sum(len(row) for row in self._rows) / max(1, len(self._rows))
 
+    def most_of_a_batch(self, counts: np.ndarray) -> int:
+        """Return what hardly any batch exceeds of something that example i has counts[i] of."""
+        of_rows = np.array([counts[row].sum() for row in self._rows])
+        rows = self.batch_size
+        likely = rows * of_rows.mean() + 5 * rows**0.5 * of_rows.std()
+        return math.ceil(min(likely, rows * of_rows.max()))
+
     def _training_batches(self) -> list[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._rows))
         wanted = len(self) * self.world_size
