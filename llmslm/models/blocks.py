@@ -3,6 +3,8 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmslm.models.projector import Projector
+
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the transformer blocks of a model and of all models in it, outermost first.
@@ -18,7 +20,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
-    """Compile each block in place and return their number.
+    """Compile each block in place, and the projector, and return the number of blocks.
 
     Blocks of one class share one compilation, so this takes as long for 8 layers as for 80. Shapes that vary from step
     to step are compiled a second time as dynamic.
@@ -29,6 +31,6 @@ def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
             which share a class, are then not taken for one whose shapes vary.
     """
     found = blocks(model)
-    for block in found:
-        block.compile(dynamic=False if fixed_shapes else None)
+    for module in (*found, *(module for module in model.modules() if isinstance(module, Projector))):
+        module.compile(dynamic=False if fixed_shapes else None)
     return len(found)
