@@ -121,8 +121,7 @@ class TextDataModule(L.LightningDataModule):
             sides = np.stack([token_counts(dataset, side) for side in self.codec.packed_sides], axis=1)
             room = capacities(sides, self.pack_tokens)
             sampler = PackedBatchSampler(sides, batch_size, room, **self._dealing())
-            # Rows end in padding; half as many again as on average stand in hardly any batch.
-            examples = batch_size * math.ceil(1 + 1.5 * sampler.examples_per_row)
+            examples = sampler.most_of_a_batch(np.ones(len(dataset), dtype=int)) + batch_size  # rows end in padding
             targets = sampler.most_of_a_batch(token_counts(dataset, ("target_ids",)))
             shape = PackedShape(batch_size, room, examples, targets)
             packed = partial(collate, shape=shape)

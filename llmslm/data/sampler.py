@@ -138,11 +138,6 @@ class PackedBatchSampler(LengthBatchSampler):
     def __len__(self) -> int:
         return max(1, len(self._rows) // (self.batch_size * self.world_size))
 
-    @property
-    def examples_per_row(self) -> float:
-        """How many a row holds on average."""
-        return sum(len(row) for row in self._rows) / max(1, len(self._rows))
-
     def most_of_a_batch(self, counts: np.ndarray) -> int:
         """Return what hardly any batch exceeds of something that example i has counts[i] of."""
         of_rows = np.array([counts[row].sum() for row in self._rows])
