@@ -6,7 +6,7 @@ than the device to run them. A graph is launched in one call.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from llmslm.generation.graphs import capture
 
 Batch = Mapping[str, Tensor]
+Result = tuple[Tensor, tuple[Tensor | None, ...]]
+"""A loss, and the gradient of each parameter, None where it has none."""
+_MOST = 4  # shapes; packed rows have one or two
 
 
 class GraphedLoss:
-    """The loss of batches of one shape, and its gradients, by one graph.
+    """The loss of batches of a few shapes, and its gradients, by a graph for each shape.
 
-    It is captured where two batches of the same shape follow each other, in place of an earlier one. A batch of another
-    shape is computed as ever, and so are all if capturing fails. On other devices than CUDA nothing is captured; a
-    replay then computes.
+    A graph is captured where a shape comes for the second time. Batches of rare shapes are computed as ever, and so are
+    all if capturing fails. On other devices than CUDA nothing is captured; a replay then computes.
 
     Args:
         compute: from a batch to its loss, a scalar; must not look at tensors' values from the host.
@@ -29,60 +31,51 @@ class GraphedLoss:
     """
 
     def __init__(self, compute: Callable[[Batch], Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        self._compute, self.parameters = compute, [p for p in parameters if p.requires_grad]
-        self._device = self.parameters[0].device
-        self._captures = True
-        self._last: Any = None
-        self._inputs: Batch = {}
-        self._replay: Callable[[], Any] | None = None
+        self._compute, self._parameters = compute, [p for p in parameters if p.requires_grad]
+        self._device = self._parameters[0].device
+        self._graphs: dict[Any, _Graph] = {}
+        self._seen: set[Any] = set()
+        self._most = _MOST
+        self._pool: Any = None
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, whose backward must come before the next batch."""
-        shapes, last = _shapes(batch), self._last
-        self._last = shapes
-        if shapes == last and self._captures and not self._is_for(batch):
-            self._capture(batch)
-        if not self._is_for(batch):
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
+        if shapes in self._seen and shapes not in self._graphs and len(self._graphs) < self._most:
+            self._capture(shapes, batch)
+        self._seen.add(shapes)
+        graph = self._graphs.get(shapes)
+        if graph is None:
             return self._loss(batch)
-        loss: Tensor = _Replayed.apply(self, batch, *self.parameters)
+        loss: Tensor = _Replayed.apply(graph, batch, *self._parameters)
         return loss
 
-    def run(self, batch: Batch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """Return the loss and the gradient of each parameter, None where it has none; the next run overwrites them."""
-        assert self._replay is not None
-        for name, tensor in batch.items():
-            self._inputs[name].copy_(tensor)
-        result: tuple[Tensor, tuple[Tensor | None, ...]] = self._replay()
-        return result
+    def _capture(self, shapes: Any, batch: Batch) -> None:
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
 
-    def _is_for(self, batch: Batch) -> bool:
-        return self._replay is not None and _shapes(self._inputs) == _shapes(batch)
+        def both() -> Result:
+            with torch.enable_grad():
+                loss = self._loss(inputs)
+            return loss.detach(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
 
-    def _capture(self, batch: Batch) -> None:
-        self._replay = None  # the memory of the graph before, for the next one
-        self._inputs = {name: tensor.clone() for name, tensor in batch.items()}
         if self._device.type != "cuda":
-            self._replay = self._both
+            self._graphs[shapes] = _Graph(inputs, both)
             return
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             # The loader's thread pins memory meanwhile.
-            graph, result = capture(self._both, self._device, others_go_on=True)
+            graph, result = capture(both, self._device, pool=self._pool, others_go_on=True)
         except Exception as error:
-            self._captures = False
+            self._most = 0
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"training steps are launched kernel by kernel: {reason}", UserWarning, stacklevel=2)
+            warnings.warn(f"training steps are launched kernel by kernel: {reason}", UserWarning, stacklevel=3)
             return
 
-        def replay() -> Any:
+        def replay() -> Result:
             graph.replay()
             return result
 
-        self._replay = replay
-
-    def _both(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        with torch.enable_grad():
-            loss = self._loss(self._inputs)
-        return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        self._graphs[shapes] = _Graph(inputs, replay)
 
     def _loss(self, batch: Batch) -> Tensor:
         kind = self._device.type
@@ -93,16 +86,21 @@ class GraphedLoss:
             return self._compute(batch)
 
 
-def _shapes(batch: Batch) -> dict[str, Any]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()}
+class _Graph(NamedTuple):
+    """What a replay reads, and the replay; it overwrites the results of replays before, of any shape."""
+
+    inputs: Batch
+    replay: Callable[[], Result]
 
 
 class _Replayed(torch.autograd.Function):
     """Forward computes the gradients, too; backward scales them and hands them over."""
 
     @staticmethod
-    def forward(ctx: Any, graphed: GraphedLoss, batch: Batch, *_: nn.Parameter) -> Tensor:
-        loss, ctx.gradients = graphed.run(batch)
+    def forward(ctx: Any, graph: _Graph, batch: Batch, *_: nn.Parameter) -> Tensor:
+        for name, tensor in batch.items():
+            graph.inputs[name].copy_(tensor)
+        loss, ctx.gradients = graph.replay()
         return loss.clone()
 
     @staticmethod

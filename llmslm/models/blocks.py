@@ -1,5 +1,6 @@
 """The blocks of a system's models: the unit of compilation, sharding and activation checkpointing."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,10 +28,12 @@ def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
 
     Args:
         model: whose blocks are compiled.
-        fixed_shapes: whether each block sees one shape alone, as with packed rows; an encoder-decoder's two sides,
-            which share a class, are then not taken for one whose shapes vary.
+        fixed_shapes: whether blocks see a few shapes alone, as with packed rows; an encoder-decoder's two sides, which
+            share a class, are then not taken for one whose shapes vary.
     """
     found = blocks(model)
+    if fixed_shapes:  # a few of them: further ones are no reason to give up
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for module in (*found, *(module for module in model.modules() if isinstance(module, Projector))):
         module.compile(dynamic=False if fixed_shapes else None)
     return len(found)
