@@ -163,7 +163,7 @@ class PackedBatchSampler(LengthBatchSampler):
         self.kinds = [PackedRows(batch_size, capacities, self._packed(order, sides, capacities))]
         """Rows of each length, the shortest first; a batch has rows of one."""
         if parts > 1:
-            of_part = tuple(capacity // parts for capacity in capacities)
+            of_part = tuple(_even(capacity // parts) for capacity in capacities)
             fits = (sides[order] <= of_part).all(axis=1)
             short = PackedRows(batch_size * parts, of_part, self._packed(order[fits], sides, of_part))
             if len(short.rows) >= short.a_batch:
@@ -189,6 +189,11 @@ class PackedBatchSampler(LengthBatchSampler):
         # A split that is smaller than one round of batches is repeated.
         wanted = len(self) * self.world_size
         return [batches[i % len(batches)] for i in range(wanted)]
+
+
+def _even(tokens: int) -> int:
+    """Round down to a multiple of 8, as kernels of attention in 16 bits want lengths."""
+    return tokens - tokens % 8 if tokens >= 8 else tokens
 
 
 def best_fit(sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:

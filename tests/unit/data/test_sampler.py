@@ -131,7 +131,7 @@ def test_short_examples_are_packed_into_parts_of_rows(size, batch_size, world_si
         for batch in batches:
             kind = next(kind for kind in sampler.kinds if (lengths[batch] <= kind.capacities).all())
             assert len(pack_rows([tuple(lengths[i]) for i in batch], kind.capacities)) <= kind.a_batch
-            assert {kind.a_batch * capacity for capacity in kind.capacities} == {64 * batch_size, 48 * batch_size}
+            assert kind.capacities in ((64, 48), (16, 8))
     assert sorted(i for kind in sampler.kinds for row in kind.rows for i in row) == list(range(size))
     counts = Counter(i for batch in dealt for i in batch)
     if sum(kind.batches for kind in sampler.kinds) >= world_size:
