@@ -108,7 +108,17 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 61, 48), (3, 33, 31), (8, 7, 100)])
-def test_products(dtype: torch.dtype, norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
+def test_products(
+    dtype: torch.dtype,
+    norm: str,
+    activation: str | None,
+    batch: int,
+    rows: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not COMPILED:  # the interpreter cannot do what `test_products_by_the_matrix_units` is about in bfloat16
+        monkeypatch.setattr(fused_rows, "_trusted", False)
     ours, plain = steps(made_decoder(), made_state(batch, 4))
     x, before = drawn(batch, columns, dtype=dtype), NORMS[norm](columns, dtype)
     for gated, biased, residual in (
@@ -130,6 +140,7 @@ def test_products_whose_input_takes_several_passes(
     columns += 8192 if COMPILED else 0
     if not COMPILED:
         monkeypatch.setattr(fused, "_WIDEST", 16)
+        monkeypatch.setattr(fused_rows, "_trusted", False)
     ours, plain = steps(made_decoder(), made_state(batch, 4))
     x, residual = drawn(batch, columns, dtype=dtype), drawn(batch, 21, dtype=dtype)
     for bias, added in ((None, None), (drawn(21, dtype=dtype), residual)):
@@ -139,11 +150,21 @@ def test_products_whose_input_takes_several_passes(
     close(ours.linear(x, gated), plain.linear(x, gated))
 
 
+@pytest.mark.parametrize("variant", fused_rows.VARIANTS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize(("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 100)])
-def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
-    """The units take inputs that are rounded once normed, as the models' own layers do."""
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 300)])
+def test_products_by_the_matrix_units(
+    variant: str,
+    norm: str,
+    activation: str | None,
+    batch: int,
+    rows: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The units take inputs that are rounded once normed, or weights that are once the norm's gain is in them."""
+    monkeypatch.setattr(fused_rows, "VARIANT", variant)
     x, before = drawn(batch, columns, dtype=HALF), NORMS[norm](columns, HALF)
     for gated, biased, residual in (
         (False, False, None),
