@@ -8,7 +8,7 @@ the sums.
 """
 
 # Triton reads a kernel's annotations as types of its own; branches on constants cost nothing once compiled.
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 # ruff: noqa: ANN001, ANN201, ANN202, C901, RUF005
 
 import triton
