@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
@@ -106,6 +106,7 @@ def job_of(orders: Orders, case: Case) -> Job:
         "compile": orders.compile,
     }
     limits = {"max_prompt_tokens": orders.prompt_tokens, "max_target_tokens": orders.target_tokens}
+    limits["pack_tokens"] = sum(limits.values())  # rows are full, as packed ones are: without a mask
     strategy = "ddp" if case.placement == "unsharded" else sharding
     trainer = {"precision": orders.precision, "devices": orders.world, "strategy": strategy}
     return Job.of({"model": model, "data": {"micro_batch_size": case.rows, **limits}, "trainer": trainer})
@@ -336,7 +337,7 @@ def _write(folder: Path, rank: str, row: Row) -> None:
 def _strategy(orders: Orders, case: Case) -> Strategy | str:
     if case.placement != "unsharded":
         return Fsdp(encoder=case.placement)
-    return "ddp" if orders.world > 1 else "auto"
+    return DDPStrategy(gradient_as_bucket_view=True) if orders.world > 1 else "auto"  # as `llmslm fit` has it
 
 
 def _mark(device: torch.device) -> Any:
