@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core import rank_zero
 
 from llmslm.callbacks.predictions import WritePredictions
@@ -90,10 +91,15 @@ class Cli(LightningCLI):
         config.ckpt_path = resolve(config.ckpt_path, config.checkpoint.dirpath)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Write the Trainer's checkpoints safely, whatever its strategy; draw a bar that does not slow it down."""
+        """Write the Trainer's checkpoints safely, whatever its strategy; draw a bar that does not slow it down.
+
+        Copies (DDP) reduce gradients where they lie: without a view into DDP's buckets each rank holds them twice.
+        """
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
+        if isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy._ddp_kwargs["gradient_as_bucket_view"] = True
         bar, chosen = trainer.progress_bar_callback, self._get(self.config_init, "trainer.callbacks") or []
         if bar is not None and bar not in chosen:
             trainer.callbacks[trainer.callbacks.index(bar)] = TrainingProgress()  # type: ignore[attr-defined]

@@ -41,13 +41,15 @@ class Watch(Callback):
     module: SystemModule
     data: TextDataModule
     model: nn.Module
+    device: torch.device
     clip: float | None
     examples, batches = 0, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copy the model before it is compiled."""
+        """Copy the model before it is compiled, and note its device, which it leaves after the fit."""
         assert isinstance(pl_module, SystemModule)
         assert pl_module.model is not None
+        self.device = pl_module.device
         self.module, self.data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
         self.model, self.clip = copy.deepcopy(pl_module.model), trainer.gradient_clip_val
 
@@ -85,15 +87,15 @@ def ours(config: str, seed: int, steps: int, every: int, arguments: list[str]) -
 
 def plain(watch: Watch, seed: int, steps: int, every: int) -> Curve:
     """Train the same weights by the plain loop, and return the validation losses at the same steps."""
-    module, data = watch.module, watch.data
-    model = watch.model.to(module.device).train()
+    module, data, device = watch.module, watch.data, watch.device
+    model = watch.model.to(device).train()
     torch.manual_seed(seed)
     optimizer = module.optimizer_factory([p for p in model.parameters() if p.requires_grad])
     scheduler = get_scheduler(module.schedule, optimizer, module.warmup_steps, steps)
     size = round(watch.examples / watch.batches)
     curve: Curve = {}
     for step, batch in zip(range(1, steps + 1), _shuffled(data, size, seed), strict=False):
-        loss = _loss(model, _on(batch, module.device), module.label_smoothing)
+        loss = _loss(model, _on(batch, device), module.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         if watch.clip:
@@ -101,7 +103,7 @@ def plain(watch: Watch, seed: int, steps: int, every: int) -> Curve:
         optimizer.step()
         scheduler.step()
         if step % every == 0:
-            curve[step] = _validation_loss(model, data, module.device)
+            curve[step] = _validation_loss(model, data, device)
     return curve
 
 

@@ -1,12 +1,14 @@
 """How training of llm_to_slm scales over the GPUs of one machine, with `llmslm plan`'s predictions beside it.
 
-    python -m evaluation.benchmarks.scaling --encoder 1b --weak 32 2 --strong 64 --worlds 1 2 --out h200-scaling-1b.json
-    python -m evaluation.benchmarks.scaling --encoder 7b --weak 32 2 --strong 64 --out h200-scaling-7b.json
+    python -m evaluation.benchmarks.scaling --compile --encoder 1b --weak 32 2 --strong 128 --worlds 1 2 --out 1b.json
+    python -m evaluation.benchmarks.scaling --compile --encoder 7b --weak 32 2 --strong 128 --out 7b.json
 
 For each world (1, 2, 4, 8 GPUs, as many as there are; processes on a CPU) torchrun starts the ranks, which train random
 weights with the Trainer: the encoder sharded (FSDP2), replicated beside a sharded slm, and unsharded (DDP), each with a
-fixed batch a GPU (weak scaling) and a fixed global batch (strong). A sharded checkpoint is saved and loaded, and the
-evaluation predicts the same examples on all ranks. Rows are full, of random tokens. The last line is one JSON object.
+fixed batch a GPU (weak scaling) and a fixed global batch (strong). Eager, and of few rows, a step takes as long as the
+host takes to give it out: compile, and let the strong batch be one that fills a GPU. A sharded checkpoint is saved and
+loaded, and the evaluation predicts the same examples on all ranks. Rows are full, of random tokens. The last line is
+one JSON object.
 """
 
 import argparse
@@ -213,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps on the clock (default: 8), after 3")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--examples", type=int, default=1024, help="that are evaluated, 32 a batch (default: 1024)")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for a world (default: 240)")
+    parser.add_argument("--limit", type=float, default=480, help="seconds for a world (default: 480)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the record; written after each world")
     return parser
 

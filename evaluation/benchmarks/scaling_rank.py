@@ -24,8 +24,9 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -36,6 +37,7 @@ from evaluation.ranks import PATIENCE, Ranks, join_ranks, leave_ranks
 from llmslm.checkpoint import codec_for
 from llmslm.data.codec import IGNORED, Codec, TextFormat
 from llmslm.data.tokenizer import TrainedBpe
+from llmslm.models.blocks import compile_blocks
 from llmslm.models.language_model import ModelSource
 from llmslm.module import SystemModule
 from llmslm.parallel import Fsdp
@@ -106,6 +108,7 @@ def job_of(orders: Orders, case: Case) -> Job:
         "compile": orders.compile,
     }
     limits = {"max_prompt_tokens": orders.prompt_tokens, "max_target_tokens": orders.target_tokens}
+    limits["pack_tokens"] = sum(limits.values())  # rows are full, as packed ones are: without a mask
     strategy = "ddp" if case.placement == "unsharded" else sharding
     trainer = {"precision": orders.precision, "devices": orders.world, "strategy": strategy}
     return Job.of({"model": model, "data": {"micro_batch_size": case.rows, **limits}, "trainer": trainer})
@@ -144,6 +147,12 @@ class RandomSystem(SystemModule):
                 self.model = build(self.job)
             self.codec = make_codec(self.model, self.job)
         return self.codec
+
+    def on_fit_start(self) -> None:
+        """Compile blocks for the one shape that each sees: those of encoder and slm may be of one class."""
+        super().on_fit_start()
+        if self.compile_blocks:
+            compile_blocks(self._built, fixed_shapes=True)
 
     def on_train_end(self) -> None:
         """Drop the weights, which some strategies would bring to the host now."""
@@ -206,10 +215,12 @@ class Clock(Callback):
         self.folder = folder
         self.row: Row = {}
         self._marks: list[Any] = []
+        self._graphs = [counters["stats"]["unique_graphs"]]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Mark the end of a step, without waiting for the device."""
         device = pl_module.device
+        self._graphs.append(counters["stats"]["unique_graphs"])
         if trainer.global_step < WARMUPS:
             return
         if trainer.global_step == WARMUPS and device.type == "cuda":
@@ -219,6 +230,8 @@ class Clock(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the clock; save and load."""
         self.row = {"step_s": _median_s(self._marks, pl_module.device), **_peak(pl_module.device)}
+        before, warm, end = self._graphs[0], self._graphs[WARMUPS], self._graphs[-1]
+        self.row["compiled"] = {"warm_up": warm - before, "on_the_clock": end - warm}
         if self.folder is not None:
             self.row["checkpoint"] = save_and_load(trainer, self.folder / "benchmark.ckpt")
 
@@ -242,7 +255,8 @@ def train(orders: Orders, case: Case, folder: Path | None) -> Row:
 
     Returns:
         gpus, placement, rows, step_s (the median of the slowest rank), tokens_per_s (of all ranks; a prompt's tokens
-        count once), peak_memory_bytes of the fullest GPU (None on a CPU), and checkpoint where it was asked for.
+        count once), peak_memory_bytes of the fullest GPU (None on a CPU), compiled (graphs, of rank 0), and checkpoint
+        where it was asked for.
     """
     torch.compiler.reset()  # shapes of the case before would make this one's dynamic
     job, clock = job_of(orders, case), Clock(folder)
@@ -336,7 +350,7 @@ def _write(folder: Path, rank: str, row: Row) -> None:
 def _strategy(orders: Orders, case: Case) -> Strategy | str:
     if case.placement != "unsharded":
         return Fsdp(encoder=case.placement)
-    return "ddp" if orders.world > 1 else "auto"
+    return DDPStrategy(gradient_as_bucket_view=True) if orders.world > 1 else "auto"  # as `llmslm fit` has it
 
 
 def _mark(device: torch.device) -> Any:

@@ -145,10 +145,11 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
         if step == warmups and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         begin = _now(device)
-        optimizer.zero_grad(set_to_none=True)
-        for _ in range(job.accumulate):
+        for micro_batch in range(job.accumulate):
             with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
                 value = loss(model, job, tensors, entropy)
+            if micro_batch == 0:  # where the Trainer does it
+                optimizer.zero_grad(set_to_none=True)
             (value / job.accumulate).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

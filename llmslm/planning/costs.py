@@ -4,6 +4,7 @@ Every operation is held against the roofline (arithmetic, bytes moved, time to l
 from its first to its last use.
 """
 
+import math
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,18 @@ DEVICES = {
 }
 
 
+_MIB = 2**20
+
+
+def allocated(size: float) -> float:
+    """Return the bytes that PyTorch's CUDA allocator counts for a tensor of so many.
+
+    From 10 MiB on a tensor has a block of whole 2 MiB, of which what is left is cut off only if it is more than 1 MiB.
+    """
+    block = math.ceil(size / (2 * _MIB)) * 2 * _MIB
+    return block if size >= 10 * _MIB and block - size <= _MIB else size
+
+
 @dataclass
 class Cost:
     """Of one pass."""
@@ -50,10 +63,12 @@ class Cost:
     """Of matrix products and attention alone: what is left if all else is fused into them."""
     flops: float = 0.0
     operations: int = 0
-    live_bytes: int = 0
+    live_bytes: float = 0
     """Storages that exist now."""
-    peak_bytes: int = 0
+    peak_bytes: float = 0
     """The most that existed at once."""
+    forward_bytes: float = 0
+    """The most that existed at once before the backward."""
 
 
 class Counter(TorchDispatchMode):
@@ -91,7 +106,7 @@ class Counter(TorchDispatchMode):
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, allocated(storage.nbytes())
         if key in self._known:
             return
         self._known.add(key)
@@ -99,7 +114,7 @@ class Counter(TorchDispatchMode):
         self.cost.peak_bytes = max(self.cost.peak_bytes, self.cost.live_bytes)
         weakref.finalize(storage, self._free, key, size)
 
-    def _free(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: float) -> None:
         self._known.discard(key)
         self.cost.live_bytes -= size
 

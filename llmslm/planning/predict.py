@@ -17,7 +17,7 @@ from llmslm.errors import UserError
 from llmslm.models.blocks import blocks
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.trained import base_names
-from llmslm.planning.costs import Cost
+from llmslm.planning.costs import Cost, allocated
 from llmslm.planning.job import Job, World
 from llmslm.planning.step import build, recomputed_bytes, trial
 
@@ -36,6 +36,8 @@ class Sizes:
     """Weights outside of the blocks that train: embeddings, head, projector."""
     block: int
     """The largest block through which gradients go."""
+    tensors: tuple[int, ...]
+    """What is trained, tensor by tensor."""
     frozen_block: int
     frozen_root: int
     """Weights of the frozen encoder outside of its blocks: its embeddings."""
@@ -45,11 +47,16 @@ class Sizes:
         """Weights that lie in float32 beside the encoder."""
         return self.trained + self.base
 
+    def trained_bytes(self, shard: int) -> float:
+        """Return what a copy of all that is trained takes in float32: weights, gradients, a moment."""
+        return sum(allocated(numel * 4 / shard) for numel in self.tensors)
+
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Sizes":
         """Count a system, built with or without memory."""
         encoder = model.encoder if isinstance(model, LlmToSlm) else None
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        tensors = tuple(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(tensors)
         frozen = [] if encoder is None else list(encoder.parameters())
         base = sum(p.numel() for name, p in model.named_parameters() if name in base_names(model))
         ours = blocks(model.slm if isinstance(model, LlmToSlm) else model)
@@ -62,6 +69,7 @@ class Sizes:
             base,
             trained + base - sum(own),
             max(own, default=0),
+            tensors,
             max(fixed, default=0),
             sum(p.numel() for p in frozen) - sum(fixed),
         )
@@ -84,6 +92,8 @@ def predict(job: Job, world: World) -> dict[str, Any]:
         targets; what limits it.
     """
     half = job.mixed and job.is_sharded  # blocks are gathered in it
+    # Of one rank that does not accumulate, gradients go before the backward makes new ones; others add to theirs.
+    anew = not job.is_sharded and world.gpus == job.accumulate == 1
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # a speed that is not ours
         warnings.filterwarnings(
@@ -93,10 +103,11 @@ def predict(job: Job, world: World) -> dict[str, Any]:
         sizes = Sizes.of(model).quantised(job.encoder_options.get("quantization"))
         prompt, target = job.lengths(model)
         dtype = torch.bfloat16 if half else torch.float32
-        cost = trial(build(job, dtype), job, world.device)
+        cost = trial(build(job, dtype), job, world.device, anew=anew)
         if job.compiled:
-            cost.peak_bytes -= recomputed_bytes(job, dtype)
-    memory = _memory(job, world, sizes, cost)
+            again = recomputed_bytes(job, dtype)
+            cost.peak_bytes, cost.forward_bytes = cost.peak_bytes - again, cost.forward_bytes - again
+    memory = _memory(job, world, sizes, cost, anew)
     seconds = _seconds(job, world, sizes, cost)
     tokens = job.rows * (prompt + target) * world.gpus * job.accumulate
     return {
@@ -127,38 +138,36 @@ def check(job: Job, world: World) -> None:
 # --- what sharding divides, gathers and sends -------------------------------------------------------------------------
 
 
-def _memory(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:
-    """Count bytes per GPU: in the backward's worst moment, or in the optimizer's."""
+def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool) -> dict[str, float]:
+    """Count bytes per GPU: in the worst moment of forward and backward, or in the optimizer's.
+
+    The Trainer drops gradients between forward and backward: activations grow beside those of the step before.
+    """
     shard = world.shard if job.is_sharded else 1
     width = 2 if job.mixed else 4
     encoder_shard = {"sharded": shard, "replicated": 1, "offloaded": float("inf")}[
         job.encoder if job.is_sharded else "replicated"
     ]
+    trained, encoding = sizes.trained_bytes(shard), 0.0
     parts: dict[str, float] = {
-        "weights": sizes.sharded * 4 / shard,
+        "weights": trained + sizes.base * 4 / shard,
         "encoder": sizes.frozen_bytes / encoder_shard,
-        "gradients": sizes.trained * 4 / shard,
-        "optimizer": sizes.trained * job.moment_bytes / shard,
+        "gradients": trained,  # of copies (DDP) in buckets, into which gradients are views
+        "optimizer": trained * job.moment_bytes / 4,
         "gathered": 0.0,
-        "activations": float(cost.peak_bytes),
+        "activations": max(cost.forward_bytes, cost.peak_bytes - trained) if anew else cost.peak_bytes,
     }
     if job.is_sharded:
         kept = 2 * sizes.block if job.reshard_after_forward else sizes.sharded - sizes.root
-        unit = max(kept, 0 if job.encoder == "replicated" else sizes.frozen_root + 2 * sizes.frozen_block)
         # In the backward the last unit's weights and its gradients in float32 wait to be reduced.
-        parts["gathered"] = (sizes.root + unit) * width + max(sizes.root, 2 * sizes.block) * 4
+        parts["gathered"] = (sizes.root + kept) * width + max(sizes.root, 2 * sizes.block) * 4
+        if job.encoder != "replicated":  # while it reads; it is free again when the activations are most
+            encoding = (sizes.root + sizes.frozen_root + 2 * sizes.frozen_block) * width
         if job.accumulate > 1:  # gradients wait whole until the last micro-batch
             parts["gathered"] += sizes.trained * 4 * (shard - 1) / shard
-    elif world.gpus > 1:
-        parts["gathered"] = sizes.trained * 4.0  # DDP's buckets
-    held = parts["weights"] + parts["encoder"] + parts["optimizer"]
-    # Without shards the gradients are among what the trial counted; with them it dropped each one as it was there.
-    backward = held + parts["gathered"] + parts["activations"] + (parts["gradients"] if job.is_sharded else 0)
-    step = held + parts["gradients"] + (0 if job.fused_optimizer else sizes.trained * 4 / shard)
-    if not job.is_sharded:
-        step += parts["gathered"]
-        parts["activations"] = max(0.0, cost.peak_bytes - parts["gradients"])
-    return parts | {"peak": max(backward, step)}
+    held = parts["weights"] + parts["encoder"] + parts["optimizer"] + parts["gradients"]
+    step = 0 if job.fused_optimizer else trained
+    return parts | {"peak": held + max(parts["gathered"] + parts["activations"], encoding, step)}
 
 
 def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmslm.models.blocks import blocks
 from llmslm.models.configuration import LlmToSlmConfig
+from llmslm.models.document_attention import has_windows
 from llmslm.models.encoder import Encoder
 from llmslm.models.head import logits_at
 from llmslm.models.modeling import LlmToSlm
@@ -21,6 +25,9 @@ from llmslm.planning.costs import Cost, Counter, Device
 from llmslm.planning.job import Job, Values
 from llmslm.target_logits import cross_entropy
 
+_WITHOUT_MASKS = "without masks"
+ALL_ATTENTION_FUNCTIONS.register(_WITHOUT_MASKS, sdpa_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_WITHOUT_MASKS, lambda *_args, **_kwargs: None)
 _PARTS = {"projector": "MlpProjector", "alignment": "SameTokenizer", "fusion": "Add"}
 
 
@@ -112,18 +119,37 @@ def loss(
     return cross_entropy(logits, torch.ones_like(columns))
 
 
-def trial(model: PreTrainedModel, job: Job, device: Device) -> Cost:
-    """Run forward and backward of one micro-batch and count; call it under a FakeTensorMode."""
+def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
+    """Run forward and backward of one micro-batch and count; call it under a FakeTensorMode.
+
+    Args:
+        model: the system.
+        job: what of the recipe counts.
+        device: whose arithmetic it is.
+        anew: gradients take memory when they are made; else each goes at once into memory that is there.
+    """
     if job.activation_checkpointing:
         checkpoint_activations(model.slm if isinstance(model, LlmToSlm) else model, preserve_rng_state=False)
-    if job.is_sharded:
+    if not anew:
         for parameter in model.parameters():
-            if parameter.requires_grad:  # reduced and divided as soon as it is there
+            if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    _attend(model, job)
     tensors = batch(model, job)
     with Counter(device) as counter, torch.autocast("cpu", torch.bfloat16, enabled=job.mixed, cache_enabled=False):
-        loss(model, job, tensors, _one_pass if job.compiled else cross_entropy).backward()
+        value = loss(model, job, tensors, _one_pass if job.compiled else cross_entropy)
+        counter.cost.forward_bytes = counter.cost.peak_bytes
+        value.backward()
     return counter.cost
+
+
+def _attend(model: PreTrainedModel, job: Job) -> None:
+    """Read packed rows as `attend_within_documents` does on a GPU: no layer keeps a mask."""
+    decodes = model.slm if isinstance(model, LlmToSlm) else model
+    config = decodes.config
+    is_plain = config._attn_implementation == "sdpa" and not has_windows(config)
+    if job.pack_tokens is not None and is_plain and not config.is_encoder_decoder:
+        decodes.set_attn_implementation(_WITHOUT_MASKS)
 
 
 def recomputed_bytes(job: Job, dtype: torch.dtype) -> int:
@@ -142,6 +168,7 @@ def recomputed_bytes(job: Job, dtype: torch.dtype) -> int:
 
 def _kept_bytes(model: PreTrainedModel, job: Job) -> int:
     """Count the storages that a forward keeps for its backward."""
+    _attend(model, job)
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -22,12 +22,21 @@ def test_two_ranks_train_save_load_and_evaluate(tmp_path, capsys):
     trained = [row for row in record["rows"] if "placement" in row]
     assert [(row["gpus"], row["rows"]) for row in trained] == [(1, 2), (1, 4)] * 3 + [(2, 2)] * 3
     assert all(row["step_s"] > 0 and row["predicted"]["peak_memory_bytes"] > 0 for row in trained)
+    assert all(row["compiled"] == {"warm_up": 0, "on_the_clock": 0} for row in trained)
     saved = [row["checkpoint"] for row in trained if "checkpoint" in row]
     assert len(saved) == 2
     assert all(one["save_s"] > 0 and one["load_s"] > 0 and one["bytes"] > 100_000 for one in saved)
     evaluated = [row for row in record["rows"] if "examples_per_s" in row]
     assert [(row["gpus"], row["examples"]) for row in evaluated] == [(1, 64), (2, 64)]
     assert record["provenance"]["versions"]["torch"]
+
+
+def test_blocks_are_compiled_once_for_a_shape_before_the_clock_starts():
+    values = vars(orders()) | {"cases": [Case("sharded", 2), Case("unsharded", 4)], "compile": True}
+    rows, failure = scaling.run_world(Orders(**values), 240)
+    assert failure is None
+    once = {"warm_up": 3, "on_the_clock": 0}  # a block of the encoder, one of the slm, the loss
+    assert [row.get("compiled") for row in rows] == [once, once, None]
 
 
 def test_a_world_that_fails_says_why_and_keeps_what_it_has(tmp_path):

@@ -18,6 +18,7 @@ from llmslm.callbacks.tracking import MlflowLogger
 from llmslm.cli import main
 from llmslm.recipe import read_recipe
 from llmslm.system import System
+from llmslm.training import Cli, run
 from tests import tiny
 from tests.unit import toy
 from tests.unit.data.tokenizers import bytes_of
@@ -163,6 +164,14 @@ def test_help_is_quick():
         loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         assert not loaded & {"torch", "transformers", "lightning", "mlflow", "datasets", "evaluate"}
         assert time.perf_counter() - start < 30  # a hang, not a speed: what counts is that nothing heavy is loaded
+
+
+@pytest.mark.parametrize("name", ["ddp", '{"class_path": "lightning.pytorch.strategies.DDPStrategy"}'])
+def test_copies_hold_each_gradient_once(workdir, monkeypatch, name):
+    started = []
+    monkeypatch.setattr(Cli, "_run_subcommand", lambda self, _: started.append(self.trainer))
+    run(["fit", "--config", toy.write_recipe(workdir), f"--trainer.strategy={name}"])
+    assert started[0].strategy._ddp_kwargs["gradient_as_bucket_view"] is True
 
 
 def test_unknown_names_are_refused(workdir, capsys):

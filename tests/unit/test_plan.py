@@ -7,7 +7,7 @@ import torch
 
 from llmslm.cli import main
 from llmslm.errors import UserError
-from llmslm.planning.costs import DEVICES
+from llmslm.planning.costs import DEVICES, allocated
 from llmslm.planning.job import Job, World
 from llmslm.planning.predict import Sizes, check, predict
 from llmslm.planning.step import batch as full_batch
@@ -84,6 +84,19 @@ def test_shards_divide_what_is_held():
     assert offloaded["memory_bytes"]["encoder"] == 0
 
 
+def test_copies_hold_each_gradient_once():
+    found = predict(job(strategy="ddp"), world(2, 1))["memory_bytes"]
+    assert found["peak"] == sum(size for kind, size in found.items() if kind != "peak")
+    assert found["gathered"] == 0
+
+
+def test_the_forward_runs_beside_the_gradients_of_the_step_before():
+    wide = {"system": "slm", "slm": {"config": toy.LLAMA | {"hidden_size": 256, "intermediate_size": 1024}}}
+    found = planned(wide, {"micro_batch_size": 1})
+    # Weights, gradients and moments, and what the forward casts for its backward: 16 and 2 bytes a weight.
+    assert found["memory_bytes"]["peak"] > 17.5 * found["weights"]["trained"]
+
+
 def test_a_large_encoder_is_planned_without_its_weights():
     llama = toy.LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     llama |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -147,6 +160,19 @@ def test_packed_rows_are_as_long_as_they_are_packed():
     assert encoder_decoder["row_tokens"] == {"prompt": 96, "target": 48}
     unpacked = planned({"fusion": {"class_path": "llmslm.models.fusion.Prefix"}}, {"pack_tokens": 96})
     assert unpacked["row_tokens"] == {"prompt": 16, "target": 8}
+
+
+def test_packed_rows_keep_no_mask():
+    same = {"max_prompt_tokens": 128, "max_target_tokens": 128}
+    packed, padded = (planned({"system": "slm"}, same | more) for more in ({"pack_tokens": 256}, {}))
+    assert packed["row_tokens"] == padded["row_tokens"]
+    masks = 4 * 256 * 256 * 2  # of rows, in the one block
+    assert packed["memory_bytes"]["activations"] == padded["memory_bytes"]["activations"] - masks
+
+
+@pytest.mark.parametrize(("mib", "block"), [(9.5, 9.5), (10, 10), (11, 12), (11.5, 12), (10.5, 10.5), (12, 12)])
+def test_the_allocator_has_blocks_of_two_mib(mib, block):
+    assert allocated(mib * 2**20) == block * 2**20
 
 
 def test_a_quantised_encoder_takes_fewer_bytes_but_for_its_embeddings():
