@@ -1,7 +1,7 @@
 """The LightningModule: one training loop for the llm, the slm and the llm_to_slm system."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -27,6 +28,7 @@ from llmslm.data.sources import Split
 from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
 from llmslm.distillation.loss import Distillation
 from llmslm.errors import UserError
+from llmslm.graphed import GraphedLoss
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
 from llmslm.models.document_attention import attend_by_mask, attend_within_documents
@@ -141,6 +143,7 @@ class SystemModule(L.LightningModule):
         self.logits = Path(distillation.logits) if distillation.logits and system != "llm" else None
         self.compile_blocks = compile
         self._cross_entropy = cross_entropy
+        self._graphed: GraphedLoss | None = None
         self.model: PreTrainedModel | None = None
         self.codec: Codec | None = None
         self.val_loss = MeanMetric()
@@ -265,12 +268,14 @@ class SystemModule(L.LightningModule):
             self._keep_examples_apart()
         if self.compile_blocks:
             compile_blocks(self._built, fixed_shapes=packs)
-            # The number of targets varies. Eager, it is most of a small slm's step: five passes over float32 logits.
-            self._cross_entropy = torch.compile(cross_entropy, dynamic=True)
+            # Eager, it is most of a small slm's step: five passes over float32 logits.
+            self._cross_entropy = torch.compile(cross_entropy, dynamic=None if packs else True)
+        self._graphed = GraphedLoss(self._entropy, self._built.parameters()) if packs and self._may_be_graphed else None
 
     def on_fit_end(self) -> None:
-        """Decode by masks, as everywhere else."""
+        """Decode by masks, as everywhere else, and give the graph's memory back."""
         attend_by_mask(self._decodes)
+        self._graphed = None
 
     def _keep_examples_apart(self) -> None:
         """Take the fastest attention that does, or end with an error."""
@@ -285,6 +290,17 @@ class SystemModule(L.LightningModule):
     def _decodes(self) -> PreTrainedModel:
         """The language model that is trained."""
         return self._built.slm if isinstance(self._built, LlmToSlm) else self._built
+
+    @property
+    def _may_be_graphed(self) -> bool:
+        """Whether nothing happens between forward and backward, on one GPU; half precision scales the loss there."""
+        trainer = self.trainer
+        alone = isinstance(trainer.strategy, SingleDeviceStrategy) and self.device.type == "cuda"
+        return self.compile_blocks and alone and getattr(trainer.precision_plugin, "scaler", None) is None
+
+    def _entropy(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What training minimises where there is nothing but targets."""
+        return self.loss_terms(dict(tensors), self.label_smoothing)[0]["cross_entropy"]
 
     def _tell_parameters(self) -> None:
         counts = count_parameters(self._built)
@@ -308,11 +324,15 @@ class SystemModule(L.LightningModule):
         terms = {"cross_entropy": entropy}
         if len(inputs) < len(batch):
             terms["divergence"] = self.distillation.divergence(logits, **{n: batch[n] for n in COLUMNS.values()})
-        return terms, targets.numel()
+        return terms, batch["sizes"].target if "sizes" in batch else targets.numel()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute and log train/loss, with label smoothing where the recipe has it (val/loss is without)."""
-        terms, tokens = self.loss_terms(batch, self.label_smoothing)
+        if self._graphed is not None and not set(COLUMNS.values()) & set(batch):
+            tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+            terms, tokens = {"cross_entropy": self._graphed(tensors)}, batch["sizes"].target
+        else:
+            terms, tokens = self.loss_terms(batch, self.label_smoothing)
         loss = self.distillation.mix(**terms)
         bar = self.trainer.progress_bar_callback
         drawn_each_step = bar is not None and not isinstance(bar, TrainingProgress)

@@ -16,16 +16,16 @@ def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int)
 
     Args:
         model: any of the three systems'.
-        batch: tensors of `Codec.collate` or `Codec.collate_packed`, target_positions beside them if they are known.
+        batch: tensors of `Codec.collate` or `Codec.collate_packed`, beside them those of `targets_of` if known.
         pad_id: what stands for ignored labels among a decoder's inputs.
 
     Returns:
-        logits (n, vocabulary) of the n target tokens, row by row, and their ids (n,).
+        logits (n, vocabulary) of the n target tokens, row by row, and their ids (n,), -100 = ignored.
     """
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     labels = tensors.pop("labels")
     rows, columns = tensors.pop("target_positions") if "target_positions" in batch else target_positions(labels)
-    targets = labels[rows, columns]
+    targets = tensors.pop("targets") if "targets" in batch else labels[rows, columns]
     cross = None
     if model.config.is_encoder_decoder:
         ends = tensors.pop("target_documents", None)
@@ -47,7 +47,10 @@ def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy in nats, computed in float32, of logits (n, vocabulary) and targets (n,)."""
+    """Return the mean cross-entropy in nats, computed in float32, of logits (n, vocabulary) and targets (n,).
+
+    Targets of -100 are ignored.
+    """
     return nn.functional.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
 
 

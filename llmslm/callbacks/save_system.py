@@ -1,7 +1,8 @@
 """At the end of training: the best weights become a system folder that evaluation and `llmslm generate` load."""
 
+import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,10 +23,12 @@ class SaveSystem(Callback):
 
     Args:
         recipe: name of the recipe, for the card; the command line sets it.
+        dtype: of the weights in the folder; in bfloat16 an LLM that will be frozen takes half the room. What is trained
+            further is loaded in float32 all the same.
     """
 
-    def __init__(self, recipe: str | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: str | None = None, dtype: Literal["float32", "bfloat16"] = "float32") -> None:
+        self.recipe, self.dtype = recipe, dtype
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what belongs to the weights, so that any checkpoint can become a system without the recipe."""
@@ -48,6 +51,8 @@ class SaveSystem(Callback):
             model.generation_config = module.model.generation_config
         else:
             module.load_state_dict(state, strict=False)
+        if self.dtype != "float32":
+            model = copy.deepcopy(model).to(getattr(torch, self.dtype))
         save_system(Path(trainer.default_root_dir) / SYSTEM_FOLDER, model, module.codec, self.card(trainer))
 
     def card(self, trainer: Trainer) -> dict[str, Any]:

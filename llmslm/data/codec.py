@@ -62,6 +62,8 @@ class PackedShape(NamedTuple):
     """Tokens of a row, on each side of `Codec.packed_sides`."""
     examples: int = 0
     """How many have room in `document_starts`, paddings too; doubled where that is not enough."""
+    targets: int = 0
+    """How many target tokens have room in `targets_of`; doubled likewise."""
 
 
 class Codec:
@@ -445,6 +447,24 @@ def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return row and column, (n,) each, of the labels (batch, len) that count."""
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     return rows, columns
+
+
+def targets_of(labels: Tensor, room: int = 0) -> dict[str, Tensor]:
+    """Return target_positions (2, n), row and column of each label (batch, len) that counts, and targets (n,), its id.
+
+    There is room for as many as is told, so that batches have one shape: what is left over are ignored targets.
+    """
+    positions = torch.stack(target_positions(labels))
+    targets = labels[*positions]
+    while room and room < len(targets):
+        room *= 2
+    over = max(0, room - len(targets))
+    # The second column: what predicts a decoder-only model's target stands before it.
+    nowhere = torch.tensor([[0], [1]]).expand(2, over)
+    return {
+        "target_positions": torch.cat([positions, nowhere], dim=1),
+        "targets": torch.nn.functional.pad(targets, (0, over), value=IGNORED),
+    }
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -18,9 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmslm.data import features, logits
-from llmslm.data.codec import Codec, PackedShape, TextFormat, target_positions
+from llmslm.data.codec import Codec, PackedShape, TextFormat, targets_of
 from llmslm.data.loader import BatchLoader, StreamLoader, batches_of_steps
-from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler
+from llmslm.data.sampler import LengthBatchSampler, PackedBatchSampler, PackedRows
 from llmslm.data.shards import RowsWithStored
 from llmslm.data.sources import Source, Split
 from llmslm.data.sources.base import FEATURES, load_pairs
@@ -29,6 +30,9 @@ from llmslm.data.tokenizer import TrainedBpe, load_tokenizer, same_tokenizer
 from llmslm.errors import UserError
 
 TEXT_COLUMNS = ("id", "prompt", "target")
+
+SHORT_ROW = 128
+"""Tokens of the rows of short examples, where rows are longer and attention is by masks."""
 
 
 class TextDataModule(L.LightningDataModule):
@@ -120,10 +124,11 @@ class TextDataModule(L.LightningDataModule):
         if isinstance(dataset, Dataset) and self.pack_tokens is not None and self.packs:
             sides = np.stack([token_counts(dataset, side) for side in self.codec.packed_sides], axis=1)
             room = capacities(sides, self.pack_tokens)
-            sampler = PackedBatchSampler(sides, batch_size, room, **self._dealing())
-            # Rows end in padding; half as many again as on average stand in hardly any batch.
-            shape = PackedShape(batch_size, room, batch_size * math.ceil(1 + 1.5 * sampler.examples_per_row))
-            packed = partial(collate, shape=shape)
+            # An encoder-decoder attends by masks, decoder-only models within examples where they can.
+            parts = max(1, self.pack_tokens // SHORT_ROW) if self.codec.is_encoder_decoder else 1
+            sampler = PackedBatchSampler(sides, batch_size, room, parts=parts, **self._dealing())
+            targets = token_counts(dataset, ("target_ids",))
+            packed = partial(collate, shapes=[packed_shape(kind, targets) for kind in sampler.kinds])
             return BatchLoader(
                 self._training_rows(dataset), sampler, self._trained, collate_fn=packed, **self._workers()
             )
@@ -324,20 +329,32 @@ def encode(batch: dict[str, list[str]], codec: Codec) -> dict[str, list[Any]]:
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def collate_training(rows: list[dict[str, Any]], codec: Codec, shape: PackedShape | None = None) -> dict[str, Any]:
-    """Collate a batch, packed into `shape` if given, and count here what the device should not be asked for.
+def packed_shape(kind: PackedRows, targets: np.ndarray) -> PackedShape:
+    """Return the shape of batches of packed rows, of examples with so many target tokens, (examples,)."""
+    examples = kind.most_of_a_batch(np.ones_like(targets)) + kind.a_batch  # rows end in padding
+    return PackedShape(kind.a_batch, kind.capacities, examples, kind.most_of_a_batch(targets))
+
+
+def collate_training(rows: list[dict[str, Any]], codec: Codec, shapes: Sequence[PackedShape] = ()) -> dict[str, Any]:
+    """Collate a batch, and count here what the device should not be asked for.
+
+    Args:
+        rows: of ids.
+        codec: whose they are.
+        shapes: rows are packed into the first of these in which all of them fit; without them they are not packed.
 
     Returns:
-        The codec's tensors, target_positions (2, n): row and column of each target, and sizes. Where the rows carry
-        logits of the LLM also these, (n, ...), in the same order: packing keeps that of the rows.
+        The codec's tensors, sizes, and target_positions and targets of `targets_of`. Where the rows carry logits of
+        the LLM also these, (n, ...), one for each target, in the same order: packing keeps that of the rows.
     """
+    longest = [max(sum(len(row[name]) for name in side) for row in rows) for side in codec.packed_sides]
+    fitting = (shape for shape in shapes if all(np.less_equal(longest, shape.capacities)))
+    shape = next(fitting) if shapes else None
     batch = codec.collate(rows) if shape is None else codec.collate_packed(rows, shape)
     stored = [name for name in logits.COLUMNS.values() if name in rows[0]]
     batch |= {name: torch.cat([row[name] for row in rows]) for name in stored}
-    return batch | {
-        "target_positions": torch.stack(target_positions(batch["labels"])),
-        "sizes": codec.sizes(rows, batch),
-    }
+    room = 0 if shape is None or stored else shape.targets
+    return batch | targets_of(batch["labels"], room) | {"sizes": codec.sizes(rows, batch)}
 
 
 def collate_with_examples(rows: list[dict[str, Any]], codec: Codec) -> dict[str, Any]:

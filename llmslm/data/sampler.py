@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -93,6 +94,29 @@ class LengthBatchSampler(Sampler[list[int]]):
         return [part.tolist() for part in np.array_split(order, len(self) * self.world_size)]
 
 
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of one length, several examples a row."""
+
+    a_batch: int
+    """How many of them make a batch."""
+    capacities: tuple[int, ...]
+    """Tokens of a row, on each side."""
+    rows: list[list[int]]
+    """The examples of each row."""
+
+    @property
+    def batches(self) -> int:
+        """Full batches of these rows, or the one that they do not fill."""
+        return max(1, len(self.rows) // self.a_batch)
+
+    def most_of_a_batch(self, counts: np.ndarray) -> int:
+        """Return what hardly any batch exceeds of something that example i has counts[i] of."""
+        of_rows = np.array([counts[row].sum() for row in self.rows])
+        likely = self.a_batch * of_rows.mean() + 5 * self.a_batch**0.5 * of_rows.std()
+        return math.ceil(min(likely, self.a_batch * of_rows.max()))
+
+
 class PackedBatchSampler(LengthBatchSampler):
     """Training batches of examples that fill `batch_size` rows, several examples a row.
 
@@ -103,6 +127,9 @@ class PackedBatchSampler(LengthBatchSampler):
         lengths: (examples,) or (examples, sides), tokens of each example, on each side that a row has.
         batch_size: rows a batch and rank.
         capacities: tokens of a row, on each side.
+        parts: of a row, in which examples that are short enough are packed, so that fewer of them share a row; a batch
+            has rows or parts of rows, as many tokens of either. What attends by a mask takes time for all pairs of
+            positions of a row.
         seed: of the shuffle.
         rank: this process.
         world_size: number of processes.
@@ -119,6 +146,7 @@ class PackedBatchSampler(LengthBatchSampler):
         batch_size: int,
         capacities: tuple[int, ...],
         *,
+        parts: int = 1,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -132,23 +160,40 @@ class PackedBatchSampler(LengthBatchSampler):
                 )
         super().__init__(sides.sum(axis=1), batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
         order = np.random.default_rng(seed).permutation(len(sides))
+        self.kinds = [PackedRows(batch_size, capacities, self._packed(order, sides, capacities))]
+        """Rows of each length, the shortest first; a batch has rows of one."""
+        if parts > 1:
+            of_part = tuple(_even(capacity // parts) for capacity in capacities)
+            fits = (sides[order] <= of_part).all(axis=1)
+            short = PackedRows(batch_size * parts, of_part, self._packed(order[fits], sides, of_part))
+            if len(short.rows) >= short.a_batch:
+                whole = PackedRows(batch_size, capacities, self._packed(order[~fits], sides, capacities))
+                self.kinds = [short, whole] if whole.rows else [short]
+
+    def _packed(self, order: np.ndarray, sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:
         windows = [order[begin : begin + self.WINDOW] for begin in range(0, len(order), self.WINDOW)]
-        self._rows = [window[row] for window in windows for row in best_fit(sides[window], capacities)]
+        return [window[row].tolist() for window in windows for row in best_fit(sides[window], capacities)]
 
     def __len__(self) -> int:
-        return max(1, len(self._rows) // (self.batch_size * self.world_size))
-
-    @property
-    def examples_per_row(self) -> float:
-        """How many a row holds on average."""
-        return sum(len(row) for row in self._rows) / max(1, len(self._rows))
+        return max(1, sum(kind.batches for kind in self.kinds) // self.world_size)
 
     def _training_batches(self) -> list[list[int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self._rows))
-        wanted = len(self) * self.world_size
+        generator = np.random.default_rng((self.seed, self.epoch))
+        batches = []
+        for kind in self.kinds:
+            order = generator.permutation(len(kind.rows))
+            for number in range(kind.batches):
+                numbers = order[number * kind.a_batch : (number + 1) * kind.a_batch]
+                batches.append([example for row in numbers for example in kind.rows[row]])
+        batches = [batches[i] for i in generator.permutation(len(batches))]
         # A split that is smaller than one round of batches is repeated.
-        parts = np.resize(order, (wanted, self.batch_size))
-        return [np.concatenate([self._rows[i] for i in part]).tolist() for part in parts]
+        wanted = len(self) * self.world_size
+        return [batches[i % len(batches)] for i in range(wanted)]
+
+
+def _even(tokens: int) -> int:
+    """Round down to a multiple of 8, as kernels of attention in 16 bits want lengths."""
+    return tokens - tokens % 8 if tokens >= 8 else tokens
 
 
 def best_fit(sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:

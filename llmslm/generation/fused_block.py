@@ -98,11 +98,19 @@ class FusedVerifiedBlock(VerifiedBlock):
 
     def run(self, size: int, largest: int | None = None) -> None:
         """See `VerifiedBlock.run`."""
+        self.propose(size)
+        self.verify(size)
+
+    def propose(self, size: int) -> None:
+        """Write drafted tokens behind those of each row."""
         logits, last = self.draft.next_logits, self._placed(self.draft, 1)
         for drafted in range(size):
             if drafted:
                 logits = self.draft.block_step.read(last.tokens, last.positions, 0)[:, 0]
             self._take(logits, last)
+
+    def verify(self, size: int) -> None:
+        """Read them by the LLM, and keep what holds."""
         block = self._placed(self.llm, size + 1)
         logits = self.llm.block_step.read(block.tokens, block.positions, 0).flatten(0, 1)
         self._keep_largest(logits, block.steps, size)

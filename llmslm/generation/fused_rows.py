@@ -1,4 +1,4 @@
-"""Products of several rows by the kernels of `row_kernels.py`: which of them they serve, and by which tiles."""
+"""Products of several rows by the matrix units' kernels: which of them they serve, and by which tiles."""
 
 import warnings
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from llmslm.generation import kernels, row_kernels
+from llmslm.generation import direct_kernels, kernels, row_kernels
 from llmslm.generation.plan import Linear, Norm
 
 FEWEST_ROWS, MOST_ROWS = 3, 16  # fewer rows are bound by their weights' bytes, more are a matter for cuBLAS
@@ -17,7 +18,46 @@ _WIDEST = 2048  # input width up to which a program holds the whole input
 _PASS = 1024  # of an input that is wider
 _BLOCK_N = 16  # outputs of a program at a time: what one instruction of the matrix units gives
 _PROGRAMS = 132 * 2  # that a GPU has room for; more tiles take turns
+_MANY_OUTPUTS = 8192  # from here on a program gives more outputs: a wave of programs reads each row of inputs
 _trusted = True
+
+
+@dataclass(frozen=True)
+class DirectTile:
+    """How programs of `direct_linear_kernel` cover a matrix: warps, passes of 32 inputs each, tiles of 8 outputs.
+
+    `swapped` makes the outputs, and not the rows, the side of which an instruction takes 8 at least.
+    """
+
+    slices: int
+    chunks: int
+    tiles: int
+    swapped: bool
+
+
+@dataclass(frozen=True)
+class Direct:
+    """A way to choose direct tiles: warps for inputs up to 1024 and above, and which side is which."""
+
+    narrow: int
+    wide: int
+    swapped: bool = False
+
+    def tile(self, outputs: int, inputs: int) -> DirectTile:
+        """Choose the tile for a matrix (outputs, inputs)."""
+        slices = self.narrow if inputs <= 1024 else self.wide
+        tiles = (1 if self.swapped else 2) * (2 if outputs >= _MANY_OUTPUTS else 1)
+        return DirectTile(slices, triton.cdiv(inputs, 32 * slices), tiles, self.swapped)
+
+
+VARIANTS: dict[str, Direct | None] = {
+    "tiles": None,  # those of `row_kernels.py`
+    "direct-2": Direct(2, 4),
+    "direct-4": Direct(4, 8),
+    "direct-8": Direct(8, 8),
+    "swapped-4": Direct(4, 8, swapped=True),
+}
+VARIANT = "tiles"  # to be the fastest of them by `evaluation/benchmarks/row_products.py`; then the others can go
 
 
 @dataclass(frozen=True)
@@ -78,25 +118,24 @@ def rows_product(
     """
     batch, inputs = x.shape
     outputs = linear.weight.shape[0] // (2 if linear.gated else 1)
-    tile, weight = row_tile(outputs, inputs), linear.weight
+    variant, weight = VARIANTS[VARIANT], linear.weight
     bias, added = weight if linear.bias is None else linear.bias, x if residual is None else residual
     y = x.new_empty(batch, outputs)
-    common: dict[str, Any] = {
+    common: dict[str, Any] = {"BIAS": linear.bias is not None, "RESIDUAL": residual is not None, **options}
+    tile = row_tile(outputs, inputs)
+    by_tiles: dict[str, Any] = {
         "ROWS": 8 if batch <= 8 else 16,
         "BLOCK_N": _BLOCK_N,
         "SLICES": tile.slices,
         "WIDTH": tile.width,
-        "BIAS": linear.bias is not None,
-        "RESIDUAL": residual is not None,
         "num_warps": tile.slices,
-        **options,
     }
     if tile.slices * tile.width < inputs:
         row_kernels.long_rows_linear_kernel[(tile.programs,)](
-            x, weight, y, bias, added, outputs, inputs, batch, **common
+            x, weight, y, bias, added, outputs, inputs, batch, **by_tiles, **common
         )
         return y
-    row_kernels.rows_linear_kernel[(tile.programs,)](
+    arguments = (
         x,
         weight,
         y,
@@ -109,10 +148,26 @@ def rows_product(
         0.0 if norm is None else norm.eps,
         1.0 if norm is None else norm.scale,
         batch,
-        NORM=0 if norm is None else 1 + norm.centred,
-        NORM_BIAS=norm is not None and norm.bias is not None,
-        ACTIVATION=kernels.ACTIVATIONS[linear.activation],
-        GATED=linear.gated,
+    )
+    common |= {
+        "NORM": 0 if norm is None else 1 + norm.centred,
+        "NORM_BIAS": norm is not None and norm.bias is not None,
+        "ACTIVATION": kernels.ACTIVATIONS[linear.activation],
+        "GATED": linear.gated,
+    }
+    if variant is None:
+        row_kernels.rows_linear_kernel[(tile.programs,)](*arguments, **by_tiles, **common)
+        return y
+    direct = variant.tile(outputs, inputs)
+    direct_kernels.direct_linear_kernel[(triton.cdiv(outputs, 8 * direct.tiles),)](
+        *arguments,
+        X_TILES=2 if direct.swapped or batch > 8 else 1,
+        W_TILES=direct.tiles,
+        SLICES=direct.slices,
+        CHUNKS=direct.chunks,
+        SWAP=direct.swapped,
+        PARTS=tl.bfloat16 if x.is_cuda else tl.float32,  # the interpreter has no products in bfloat16
+        num_warps=direct.slices,
         **common,
     )
     return y

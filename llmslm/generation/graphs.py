@@ -59,31 +59,55 @@ class Captured:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
         buffers = tuple(value.clone() for value in inputs)
-        # Libraries set up their workspaces, and kernels are compiled, on a first run outside the capture.
-        side = _warm_up_stream(self.device)
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self.function(*buffers)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        stream = torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
-                output = self.function(*buffers)
-        except BaseException:
-            _undo(stream, self.pool)
-            raise
+        function = functools.partial(self.function, *buffers)
+        graph, output = capture(function, self.device, pool=self.pool, generators=self.generators)
         return graph, buffers, output
 
 
-def _undo(stream: torch.cuda.Stream, pool: Any) -> None:
-    """What torch leaves as it was during a capture that fails: current stream and, before 2.12, pool."""
+def capture(
+    function: Callable[[], Any],
+    device: torch.device,
+    *,
+    pool: Any = None,
+    generators: tuple[torch.Generator, ...] = (),
+    others_go_on: bool = False,
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run a function once and capture it; return the graph, and what the function returns, which replays write.
+
+    Args:
+        function: must not look at tensors' values from the host.
+        device: CUDA's.
+        pool: see `Captured`.
+        generators: of random numbers that the function draws, beside the device's own.
+        others_go_on: whether other threads use the device meanwhile: they may, but what they do is not looked at.
+    """
+    # Libraries set up their workspaces, and kernels are compiled, on a first run outside the capture.
+    side = _warm_up_stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    stream, mode = torch.cuda.current_stream(), "thread_local" if others_go_on else "global"
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+            output = function()
+    except BaseException:
+        _undo(stream, pool, (torch.cuda.default_generators[stream.device_index], *generators))
+        raise
+    return graph, output
+
+
+def _undo(stream: torch.cuda.Stream, pool: Any, generators: tuple[torch.Generator, ...]) -> None:
+    """What torch leaves as it was during a capture that fails: current stream, generators and, before 2.12, pool."""
     torch.cuda.set_stream(stream)
-    if pool is not None:
-        with contextlib.suppress(RuntimeError):  # no pool is in use
-            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    with contextlib.suppress(RuntimeError):  # no pool is in use
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+    for generator in generators:  # a copy of its state does not wait for a capture's end
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 @functools.cache

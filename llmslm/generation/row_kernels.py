@@ -16,7 +16,7 @@ from llmslm.generation.kernels import _activated
 
 
 @triton.jit
-def _inputs(x_ptr, column, rows, batch, K, norm_weight, norm_bias, eps, scale, NORM: tl.constexpr, BIAS: tl.constexpr):
+def _inputs(x_ptr, column, rows, batch, K, gain, shift, eps, scale, NORM: tl.constexpr, BIAS: tl.constexpr):
     """Rows of x (batch, K), normed, as (slices, inputs, rows), in the precision in which they came."""
     inside = (column < K)[:, :, None] & (rows < batch)[None, None, :]
     came = tl.load(x_ptr + rows[None, None, :] * K + column[:, :, None], mask=inside, other=0.0)
@@ -26,10 +26,9 @@ def _inputs(x_ptr, column, rows, batch, K, norm_weight, norm_bias, eps, scale, N
         x = tl.where(inside, x - mean[None, None, :], 0.0)
     if NORM > 0:
         rstd = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + eps)
-        gain = tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
         x = x * rstd[None, None, :] * gain[:, :, None]
         if BIAS:
-            x += tl.load(norm_bias + column, mask=column < K, other=0.0).to(tl.float32)[:, :, None]
+            x += shift[:, :, None]
         x = x * scale
     return x.to(came.dtype)
 
@@ -61,6 +60,8 @@ def rows_linear_kernel(
     EARLY: tl.constexpr,
 ):
     """What `linear_kernel` computes; K is at most SLICES * WIDTH."""
+    if EARLY:
+        gdc_launch_dependents()  # first of all: what is made ready before the wait holds on to what is loaded
     rows = tl.arange(0, ROWS)
     column = tl.arange(0, SLICES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     stride = tl.num_programs(0) * BLOCK_N
@@ -72,10 +73,15 @@ def rows_linear_kernel(
     v = w
     if GATED:
         v = tl.load(plain_ptr + at, mask=inside, other=0.0)
+    gain = tl.zeros([SLICES, WIDTH], tl.float32)
+    shift = tl.zeros([SLICES, WIDTH], tl.float32)
+    if NORM > 0:
+        gain = tl.load(norm_weight + column, mask=column < K, other=0.0).to(tl.float32)
+    if NORM_BIAS:
+        shift = tl.load(norm_bias + column, mask=column < K, other=0.0).to(tl.float32)
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
-    x = _inputs(x_ptr, column, rows, batch, K, norm_weight, norm_bias, eps, scale, NORM, NORM_BIAS)
+    x = _inputs(x_ptr, column, rows, batch, K, gain, shift, eps, scale, NORM, NORM_BIAS)
     for start in range(tl.program_id(0) * BLOCK_N, N, stride):
         n = start + tl.arange(0, BLOCK_N)
         n_in = n < N

@@ -1,7 +1,10 @@
 """The blocks of a system's models: the unit of compilation, sharding and activation checkpointing."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from llmslm.models.projector import Projector
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -18,17 +21,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
-    """Compile each block in place and return their number.
+    """Compile each block in place, and the projector, and return the number of blocks.
 
     Blocks of one class share one compilation, so this takes as long for 8 layers as for 80. Shapes that vary from step
     to step are compiled a second time as dynamic.
 
     Args:
         model: whose blocks are compiled.
-        fixed_shapes: whether each block sees one shape alone, as with packed rows; an encoder-decoder's two sides,
-            which share a class, are then not taken for one whose shapes vary.
+        fixed_shapes: whether blocks see a few shapes alone, as with packed rows; an encoder-decoder's two sides, which
+            share a class, are then not taken for one whose shapes vary.
     """
     found = blocks(model)
-    for block in found:
-        block.compile(dynamic=False if fixed_shapes else None)
+    if fixed_shapes:  # a few of them: further ones are no reason to give up
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    for module in (*found, *(module for module in model.modules() if isinstance(module, Projector))):
+        module.compile(dynamic=False if fixed_shapes else None)
     return len(found)

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmslm.errors import UserError
 from llmslm.fsdp1 import translated
+from llmslm.graphed import GraphedLoss
 from llmslm.models.blocks import compile_blocks
 from llmslm.parallel import make_mesh, parallelize
 from llmslm.planning.costs import DEVICES, Device
@@ -140,14 +142,19 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
         entropy = torch.compile(cross_entropy)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=job.fused_optimizer)
     tensors = batch(model, job, device)
+
+    def compute(inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
+            return loss(model, job, dict(inputs), entropy)
+
+    loss_of = GraphedLoss(compute, trained) if job.is_graphed(model, world.gpus) else compute
     times = []
     for step in range(warmups + steps):
-        if step == warmups and device.type == "cuda":
+        if step == 1 and device.type == "cuda":  # all is compiled; what a graph takes counts in its capture alone
             torch.cuda.reset_peak_memory_stats(device)
         begin = _now(device)
         for micro_batch in range(job.accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
-                value = loss(model, job, tensors, entropy)
+            value = loss_of(tensors)
             if micro_batch == 0:  # where the Trainer does it
                 optimizer.zero_grad(set_to_none=True)
             (value / job.accumulate).backward()

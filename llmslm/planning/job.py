@@ -117,13 +117,21 @@ class Job:
         """The recipe's `model.encoder`."""
         return self.model.get("encoder") or {}
 
+    def is_graphed(self, model: PreTrainedModel, gpus: int) -> bool:
+        """Whether forward and backward of a step are one CUDA graph; see `llmslm.graphed`."""
+        packs = self.pack_tokens is not None and _can_pack(model)
+        return self.compiled and packs and gpus == 1 and not self.is_sharded
+
     def lengths(self, model: PreTrainedModel) -> tuple[int, int]:
         """Return tokens of prompts and of targets in a row; packed examples keep the proportion of the two."""
         prompt, target = self.prompt_tokens, self.target_tokens
-        can_pack = model.can_pack if isinstance(model, LlmToSlm) else True
-        if self.pack_tokens is None or not can_pack:
+        if self.pack_tokens is None or not _can_pack(model):
             return prompt, target
         if not model.config.is_encoder_decoder:
             prompt = round(self.pack_tokens * prompt / (prompt + target))
             return prompt, self.pack_tokens - prompt
         return self.pack_tokens, max(target, math.ceil(self.pack_tokens * target / prompt))
+
+
+def _can_pack(model: PreTrainedModel) -> bool:
+    return model.can_pack if isinstance(model, LlmToSlm) else True

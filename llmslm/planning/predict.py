@@ -107,7 +107,7 @@ def predict(job: Job, world: World) -> dict[str, Any]:
         if job.compiled:
             again = recomputed_bytes(job, dtype)
             cost.peak_bytes, cost.forward_bytes = cost.peak_bytes - again, cost.forward_bytes - again
-    memory = _memory(job, world, sizes, cost, anew)
+    memory = _memory(job, world, sizes, cost, anew, job.is_graphed(model, world.gpus))
     seconds = _seconds(job, world, sizes, cost)
     tokens = job.rows * (prompt + target) * world.gpus * job.accumulate
     return {
@@ -138,7 +138,7 @@ def check(job: Job, world: World) -> None:
 # --- what sharding divides, gathers and sends -------------------------------------------------------------------------
 
 
-def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool) -> dict[str, float]:
+def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool, graphed: bool) -> dict[str, float]:
     """Count bytes per GPU: in the worst moment of forward and backward, or in the optimizer's.
 
     The Trainer drops gradients between forward and backward: activations grow beside those of the step before.
@@ -152,7 +152,8 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool) -> dic
     parts: dict[str, float] = {
         "weights": trained + sizes.base * 4 / shard,
         "encoder": sizes.frozen_bytes / encoder_shard,
-        "gradients": trained,  # of copies (DDP) in buckets, into which gradients are views
+        # Of copies (DDP) in buckets, into which gradients are views; a graph has its own, which are copied out.
+        "gradients": trained * (2 if graphed else 1),
         "optimizer": trained * job.moment_bytes / 4,
         "gathered": 0.0,
         "activations": max(cost.forward_bytes, cost.peak_bytes - trained) if anew else cost.peak_bytes,

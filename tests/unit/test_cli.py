@@ -12,6 +12,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import MLFlowLogger
+from safetensors.torch import load_file
 
 from llmslm.callbacks.tracking import MlflowLogger
 from llmslm.cli import main
@@ -62,6 +63,18 @@ def test_checkpoints_hold_what_was_trained(workdir):
     optimizer = state["optimizer_states"][0]["state"]
     trained = System.load("runs/toy/llm_to_slm").model
     assert len(optimizer) == len([p for p in trained.parameters() if p.requires_grad])
+
+
+def test_a_system_may_be_saved_in_half_the_room(workdir):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "llm", "--save_system.dtype=bfloat16")
+    stored = load_file("runs/toy/llm/system/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    fit(recipe, "llm_to_slm")
+    model = System.load("runs/toy/llm_to_slm").model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    last = torch.load("runs/toy/llm/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert {tensor.dtype for tensor in last.values()} == {torch.float32}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(workdir):

@@ -47,7 +47,9 @@ def test_blocks_are_found_in_each_family(family, count):
 
 
 def test_blocks_of_a_composition_are_those_of_both_models(tmp_path):
-    assert len(blocks(compose("t5", "llama", tmp_path))) == 3 + 3
+    model = compose("t5", "llama", tmp_path)
+    assert len(blocks(model)) == compile_blocks(model) == 3 + 3
+    assert model.projector._compiled_call_impl is not None
 
 
 def test_label_smoothing_and_dropout_change_training_not_validation(recipe, tmp_path):

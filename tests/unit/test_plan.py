@@ -248,3 +248,12 @@ def test_the_folder_of_a_run_is_planned_as_its_model(tmp_path):
     tiny.build("llama").save_pretrained(tmp_path / "run" / "system")
     model = RECIPE["model"] | {"encoder": {"source": str(tmp_path / "run")}}
     assert build(Job.of(RECIPE | {"model": model})).encoder.hidden_size == 32
+
+
+@pytest.mark.parametrize("system", ["llm", "slm", "llm_to_slm"])
+def test_a_graph_has_gradients_of_its_own(system):
+    compiled = RECIPE["model"] | {"system": system, "compile": True}
+    packed = RECIPE | {"model": compiled, "data": RECIPE["data"] | {"pack_tokens": 32}}
+    one = predict(Job.of(packed), ONE)
+    assert one["memory_bytes"]["gradients"] == 2 * 4 * one["weights"]["trained"]
+    assert predict(Job.of(packed), world(2, 1))["memory_bytes"]["gradients"] == 4 * one["weights"]["trained"]

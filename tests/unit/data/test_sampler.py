@@ -116,6 +116,35 @@ def test_packed_rows_hold_each_example_once(size, batch_size, world_size, seed):
         assert len(counts) > size / 2
 
 
+@settings(max_examples=40, deadline=None)
+@given(**shapes)
+def test_short_examples_are_packed_into_parts_of_rows(size, batch_size, world_size, seed):
+    lengths = np.random.default_rng(seed).lognormal(2, 0.7, (size, 2)).clip(1, 40).astype(int)
+    dealt = []
+    for rank in range(world_size):
+        options = {"parts": 4, "seed": seed, "rank": rank, "world_size": world_size}
+        sampler = PackedBatchSampler(lengths, batch_size, (64, 48), **options)
+        sampler.epoch = 2
+        batches = list(sampler)
+        dealt += batches
+        assert len(batches) == len(sampler)
+        for batch in batches:
+            kind = next(kind for kind in sampler.kinds if (lengths[batch] <= kind.capacities).all())
+            assert len(pack_rows([tuple(lengths[i]) for i in batch], kind.capacities)) <= kind.a_batch
+            assert kind.capacities in ((64, 48), (16, 8))
+    assert sorted(i for kind in sampler.kinds for row in kind.rows for i in row) == list(range(size))
+    counts = Counter(i for batch in dealt for i in batch)
+    if sum(kind.batches for kind in sampler.kinds) >= world_size:
+        assert max(counts.values()) == 1
+
+
+def test_few_long_examples_are_a_batch_all_the_same():
+    lengths = np.array([[5, 5]] * 200 + [[40, 9]] * 3)
+    sampler = PackedBatchSampler(lengths, 8, (64, 48), parts=4)
+    assert [len(kind.rows) < kind.a_batch for kind in sampler.kinds] == [False, True]
+    assert {200, 201, 202} in [set(batch) for batch in sampler]
+
+
 def test_packing_leaves_little_room():
     lengths = np.random.default_rng(0).integers(4, 200, (5000, 1))
     rows = best_fit(lengths, (512,))

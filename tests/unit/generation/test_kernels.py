@@ -108,7 +108,17 @@ NORMS = {
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 61, 48), (3, 33, 31), (8, 7, 100)])
-def test_products(dtype: torch.dtype, norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
+def test_products(
+    dtype: torch.dtype,
+    norm: str,
+    activation: str | None,
+    batch: int,
+    rows: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not COMPILED:  # the interpreter cannot do what `test_products_by_the_matrix_units` is about in bfloat16
+        monkeypatch.setattr(fused_rows, "_trusted", False)
     ours, plain = steps(made_decoder(), made_state(batch, 4))
     x, before = drawn(batch, columns, dtype=dtype), NORMS[norm](columns, dtype)
     for gated, biased, residual in (
@@ -130,6 +140,7 @@ def test_products_whose_input_takes_several_passes(
     columns += 8192 if COMPILED else 0
     if not COMPILED:
         monkeypatch.setattr(fused, "_WIDEST", 16)
+        monkeypatch.setattr(fused_rows, "_trusted", False)
     ours, plain = steps(made_decoder(), made_state(batch, 4))
     x, residual = drawn(batch, columns, dtype=dtype), drawn(batch, 21, dtype=dtype)
     for bias, added in ((None, None), (drawn(21, dtype=dtype), residual)):
@@ -139,11 +150,8 @@ def test_products_whose_input_takes_several_passes(
     close(ours.linear(x, gated), plain.linear(x, gated))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize(("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 100)])
-def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
-    """The units take inputs that are rounded once normed, as the models' own layers do."""
+def hold_rows(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
+    """Hold products by the matrix units against torch."""
     x, before = drawn(batch, columns, dtype=HALF), NORMS[norm](columns, HALF)
     for gated, biased, residual in (
         (False, False, None),
@@ -156,6 +164,27 @@ def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: 
         assert fused_rows.suits(x, linear, before)
         ours, plain = steps(made_decoder(), made_state(batch, 4))
         close(ours.linear(x, linear, before, residual), plain.linear(x, linear, before, residual))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 100)])
+def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
+    """The units take inputs that are rounded once normed, as the models' own layers do."""
+    hold_rows(norm, activation, batch, rows, columns)
+
+
+@pytest.mark.parametrize("variant", [name for name in fused_rows.VARIANTS if name != fused_rows.VARIANT])
+@pytest.mark.parametrize("norm", ["rms", "layer"] if COMPILED else NORMS)  # a compiler takes a second for each
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns"), [(5, 33, 304)] if COMPILED else [(3, 61, 48), (8, 33, 31), (16, 7, 300)]
+)
+def test_products_by_other_variants(
+    variant: str, norm: str, batch: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or weights that are rounded once the norm's gain is in them."""
+    monkeypatch.setattr(fused_rows, "VARIANT", variant)
+    hold_rows(norm, "silu", batch, rows, columns)
 
 
 @pytest.mark.parametrize(("batch", "columns"), [(3, 40), (5, 33), (9, 17)])

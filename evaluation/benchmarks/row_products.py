@@ -1,0 +1,364 @@
+"""Where the time of a block of the verified mode goes: each product of a few rows, by each kernel there is, and parts.
+
+    python -m evaluation.benchmarks.row_products --out rows.json
+
+Products: chains of one shape with weights of their own, and of a whole LLM's shapes in order, each a CUDA graph whose
+kernels start early, as the engine's do. `one` is the kernel of single rows, the others are those of `fused_rows`; what
+each is off from float64 stands beside. Parts: graphs of a block, of its drafting, of its verifying and of the LLM's own
+step, whole and with kernels left out. Microseconds; the last line is one JSON object.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.decoding.shapes import SHAPES, build
+from llmslm.generation.plan import Decoder, Linear, Norm
+from llmslm.generation.state import CacheShape, DecodeState
+from llmslm.generation.step import TorchStep
+from llmslm.provenance import provenance
+from llmslm.writing import write_text
+
+ONE = "one"
+Clock = Callable[[Callable[[], Any]], float]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of a layer's products: outputs and inputs; with a norm before it or the residual behind it."""
+
+    name: str
+    outputs: int
+    inputs: int
+    normed: bool = False
+    gated: bool = False
+
+    def linear(self, device: torch.device, dtype: torch.dtype) -> Linear:
+        """It with random weights."""
+        height = self.outputs * (2 if self.gated else 1)
+        weight = torch.randn(height, self.inputs, device=device) / self.inputs**0.5
+        return Linear(weight.to(dtype), None, "silu" if self.gated else None, self.gated)
+
+
+def layer(width: int, wide: int, *, gated: bool) -> list[Product]:
+    """The products of a layer."""
+    return [
+        Product("qkv", 3 * width, width, normed=True),
+        Product("out", width, width),
+        Product("up", wide, width, normed=True, gated=gated),
+        Product("down", width, wide),
+    ]
+
+
+LAYERS = {
+    "llama-24x576": (layer(576, 1536, gated=True), Product("head", 16384, 576, normed=True), 24),
+    "t5-24x512": (layer(512, 2048, gated=False), Product("head", 32128, 512, normed=True), 24),
+    "gpt2": (layer(768, 3072, gated=False), Product("head", 50257, 768, normed=True), 12),
+    "llama-4x256": (layer(256, 704, gated=True), Product("head", 16384, 256, normed=True), 4),
+}
+
+
+class Products:
+    """Products of one shape or of a layer's, by one variant.
+
+    Args:
+        variant: `ONE` or one of `fused_rows.VARIANTS`.
+        rows: of the input.
+        device: where; elsewhere than on CUDA, Triton's interpreter runs the kernels.
+    """
+
+    def __init__(self, variant: str, rows: int, device: torch.device) -> None:
+        from llmslm.generation.fused import FusedStep
+
+        self.variant, self.rows, self.device = variant, rows, device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+        tiny = torch.zeros(8, 8, device=device, dtype=self.dtype)
+        shape = CacheShape(1, 1, 4, 8)
+        decoder = Decoder(embedding=tiny, head=Linear(tiny), sublayers=[], shape=shape)
+        state = DecodeState(
+            shape,
+            batch=rows,
+            capacity=4,
+            encoder_capacity=0,
+            mode="plain",
+            penalise=False,
+            device=device,
+            dtype=self.dtype,
+        )
+        self.step, self.plain = FusedStep(decoder, state, early=device.type == "cuda"), TorchStep(decoder, state)
+
+    def run(self, x: Tensor, linear: Linear, norm: Norm | None, residual: Tensor | None) -> Tensor:
+        """One product."""
+        from llmslm.generation import fused_rows
+
+        if self.variant == ONE:
+            with changed(fused_rows, "_trusted", value=False):
+                return self.step.linear(x, linear, norm, residual)
+        with changed(fused_rows, "VARIANT", value=self.variant):
+            return fused_rows.rows_product(x, linear, norm, residual, self.step.options)
+
+    def norm(self, width: int) -> Norm:
+        """A random one."""
+        weight = torch.rand(width, device=self.device) + 0.5
+        return Norm(weight.to(self.dtype), None, 1e-5, False)
+
+    def drawn(self, width: int) -> Tensor:
+        """Random input, of a root mean square that is not 1."""
+        return (3 * torch.randn(self.rows, width, device=self.device)).to(self.dtype)
+
+    def off(self, product: Product) -> float:
+        """By how much one product is off from float64, relatively."""
+        x, linear = self.drawn(product.inputs), product.linear(self.device, self.dtype)
+        norm = self.norm(product.inputs) if product.normed else None
+        residual = None if product.normed else self.drawn(product.outputs)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        ours = self.run(x, linear, norm, residual).double()
+        wide = Linear(linear.weight.double(), None, linear.activation, linear.gated)
+        wide_norm = norm and Norm(norm.weight.double(), None, norm.eps, norm.centred)
+        exact = self.plain.linear(x.double(), wide, wide_norm, None if residual is None else residual.double())
+        return float((ours - exact).norm() / exact.norm())
+
+    def chain(self, products: list[Product], times: int) -> Callable[[], Any]:
+        """Products one after another, each with weights of its own and after the one before it."""
+        weights = [[product.linear(self.device, self.dtype) for product in products] for _ in range(times)]
+        widths = {product.inputs for product in products} | {product.outputs for product in products}
+        norms, inputs = {w: self.norm(w) for w in widths}, {w: self.drawn(w) for w in widths}
+
+        def work() -> Tensor:
+            x = inputs[products[0].inputs]
+            residual = {product.outputs: inputs[product.outputs] for product in products if not product.normed}
+            for linears in weights:
+                for product, linear in zip(products, linears, strict=True):
+                    size = self.rows * product.inputs
+                    # A product that is too narrow for the next one only comes before it.
+                    given = x if x.numel() < size else x.flatten()[:size].view(self.rows, product.inputs)
+                    given = given if given.shape[1] == product.inputs else inputs[product.inputs]
+                    if product.normed:
+                        x = self.run(given, linear, norms[product.inputs], None)
+                    else:
+                        x = residual[product.outputs] = self.run(given, linear, None, residual[product.outputs])
+            return x
+
+        return work
+
+
+@contextmanager
+def changed(owner: Any, name: str, *, value: Any) -> Iterator[None]:
+    """An attribute that has another value for a while."""
+    own = vars(owner).get(name, changed)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is changed:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+@torch.no_grad()
+def graph_microseconds(work: Callable[[], Any], rounds: int = 7, replays: int = 10) -> float:
+    """What a CUDA graph of this work takes: the median of rounds of replays in a row."""
+    torch.cuda.synchronize()
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = work()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / replays)
+    del kept
+    return statistics.median(times)
+
+
+def measure_products(model: str, variant: str, rows: int, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
+    """Microseconds a kernel of each shape and of the whole, and what each shape is off from float64."""
+    layer_products, head, layers = LAYERS[model]
+    products, shapes = Products(variant, rows, device), [*layer_products, head]
+    found = []
+    for product in shapes:
+        times = 12 if product is head else 120
+        microseconds = clock(products.chain([product], times)) / times
+        found.append({"product": product.name, "us": microseconds, "off": products.off(product)})
+    whole = clock(products.chain(layer_products, layers)) / (layers * len(layer_products))
+    found.append({"product": "layers", "us": whole, "off": 0.0})
+    return [{"model": model, "variant": variant, "rows": rows, **entry} for entry in found]
+
+
+def _compile(model: str, variant: str, rows: int) -> None:
+    """Leave the kernels of these products in Triton's cache."""
+    layer_products, head, _ = LAYERS[model]
+    products = Products(variant, rows, torch.device("cuda"))
+    for product in [*layer_products, head]:
+        products.off(product)
+    torch.cuda.synchronize()
+
+
+def compile_ahead(cases: list[tuple[str, str, int]], workers: int) -> None:
+    """Compile in several processes, so that what is measured afterwards finds its kernels."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(_compile, *case) for case in cases]:
+            error = future.exception()
+            if error is not None:
+                print(f"not compiled ahead: {type(error).__name__}: {str(error)[:200]}")
+
+
+def parts(block: Any, size: int) -> dict[str, Callable[[], Any]]:
+    """The parts of a block of a `FusedVerifiedBlock`, and of the LLM's own step, each as a function."""
+    from llmslm.generation.fused import FusedStep
+
+    llm, step = block.llm, block.llm.block_step
+    given = block._placed(llm, size + 1)
+    rows, decoder = given.tokens.numel(), llm.decoder
+    llm.state.slot.copy_(given.positions[:, 0])
+    llm.state.position.copy_(given.positions[:, 0])
+    alone = FusedStep(decoder, llm.state, early=step.options["EARLY"])
+    x = torch.randn(rows, decoder.embedding.shape[1], device=given.tokens.device).to(decoder.embedding.dtype)
+    logits = torch.randn(rows, decoder.head.weight.shape[0], device=x.device).to(x.dtype)
+
+    def unattended(qkv: Tensor, inner: Any, *_others: Any) -> Tensor:
+        return qkv.flatten()[: qkv.shape[0] * inner.heads * inner.head_dim].view(qkv.shape[0], -1)
+
+    def not_multiplied(x: Tensor, linear: Linear, *_others: Any, **_named: Any) -> Tensor:
+        return x.new_empty(x.shape[0], linear.weight.shape[0] // (2 if linear.gated else 1))
+
+    def without(owner: Any, name: str, stub: Callable[..., Tensor], work: Callable[[], Any]) -> Any:
+        with changed(owner, name, value=stub):
+            return work()
+
+    def read() -> Tensor:
+        return step.read(given.tokens, given.positions, 0)
+
+    def read_one() -> Tensor:
+        return alone.logits(0)
+
+    return {
+        "step": read_one,
+        "step, without attention": functools.partial(without, alone, "attended", unattended, read_one),
+        "step, without products": functools.partial(without, alone, "linear", not_multiplied, read_one),
+        "block": functools.partial(block.run, size),
+        "propose": functools.partial(block.propose, size),
+        "verify": functools.partial(block.verify, size),
+        "read": read,
+        "read, without attention": functools.partial(without, step, "attended", unattended, read),
+        "read, without products": functools.partial(without, step, "linear", not_multiplied, read),
+        "head": lambda: step.linear(x, decoder.head, decoder.final_norm),
+        "keep": lambda: block._keep_largest(logits, given.steps.flatten(), size),
+        "read on": block.read_on,
+    }
+
+
+def measure_parts(
+    engine: Any, sizes: list[int], variants: list[str], clock: Clock, prompt: int = 128, new: int = 128
+) -> list[dict[str, Any]]:
+    """Microseconds of each part of a block of each size, by each variant of the products, halfway to the last token."""
+    from llmslm.generation import fused_rows
+
+    ids = torch.randint(3, 60, (1, prompt), device=engine.llm.device)
+    mask = torch.ones_like(ids)
+    inputs = {"prompt_ids": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask}
+    engine.generate(**inputs, max_new_tokens=new, min_new_tokens=new)
+    block, found = engine.loops[-1].block, []
+    for variant in variants:
+        for size in sizes:
+            with torch.no_grad(), changed(fused_rows, "VARIANT", value=variant):
+                block.start()
+                block.produced.fill_(new // 2)
+                block.open.fill_(False)  # so that it stays where it is
+                for name, work in parts(block, size).items():
+                    found.append({"variant": variant, "size": size, "part": name, "us": clock(work)})
+    return found
+
+
+def table(rows: list[dict[str, Any]], down: tuple[str, ...], across: str, value: str = "us") -> Iterator[str]:
+    """Lines of a table."""
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    lines = dict.fromkeys(tuple(str(row[key]) for key in down) for row in rows)
+    wide = max(len(" ".join(line)) for line in lines)
+    yield f"{'':{wide}}" + "".join(f"{column!s:>10}" for column in columns)
+    for line in lines:
+        cells = {row[across]: row[value] for row in rows if tuple(str(row[key]) for key in down) == line}
+        shown = "".join(f"{cells[c]:10.3g}" if c in cells else f"{'':10}" for c in columns)
+        yield f"{' '.join(line):{wide}}" + shown
+
+
+def main(args: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.row_products", description=__doc__)
+    parser.add_argument("--models", nargs="*", choices=LAYERS, default=["llama-24x576"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 3, 5, 8, 13])
+    parser.add_argument("--variants", nargs="+", help="of `fused_rows.VARIANTS`, or 'one'; all if left out")
+    parser.add_argument("--llm", choices=SHAPES, default="llama-24x576")
+    parser.add_argument("--slm", choices=SHAPES, default="llama-4x256")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 7, 12], help="of blocks, whose parts are timed")
+    parser.add_argument("--workers", type=int, default=12, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="file for the record")
+    options = parser.parse_args(args)
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    from evaluation.benchmarks.verified_block import made
+    from llmslm.generation import fused_rows
+    from llmslm.generation.fused import WIDEST_BATCH
+
+    device, variants = torch.device("cuda"), options.variants or [ONE, *fused_rows.VARIANTS]
+    torch.manual_seed(0)
+    cases = [
+        (model, variant, rows)
+        for model in options.models
+        for variant in variants
+        for rows in options.rows
+        if variant != ONE or rows <= WIDEST_BATCH
+    ]
+    compile_ahead(cases, options.workers)
+    products, found, failed = [], [], []
+    for case in cases:
+        try:
+            products += measure_products(*case, device, graph_microseconds)
+        except Exception as error:  # one variant that fails does not take the others along
+            failed.append({"case": case, "error": f"{type(error).__name__}: {str(error)[:300]}"})
+            print(failed[-1])
+    if products:
+        print("microseconds a kernel, by rows")
+        print("\n".join(table(products, ("model", "product", "variant"), "rows")))
+        print("relative difference to float64, by rows")
+        shapes = [row for row in products if row["product"] != "layers"]
+        print("\n".join(table(shapes, ("model", "product", "variant"), "rows", "off")))
+    if options.sizes:
+        names = [name for name in variants if name != ONE]
+        engine = made(*(build(SHAPES[name], device, torch.bfloat16) for name in (options.llm, options.slm)))
+        try:
+            found = measure_parts(engine, options.sizes, names, graph_microseconds)
+            print("microseconds of the parts of a block, by its size")
+            print("\n".join(table(found, ("variant", "part"), "size")))
+        except Exception as error:
+            failed.append({"case": "parts", "error": f"{type(error).__name__}: {str(error)[:300]}"})
+            print(failed[-1])
+    record = {"llm": options.llm, "slm": options.slm, "products": products, "parts": found, "failed": failed}
+    record = json.loads(json.dumps(record | {"provenance": provenance()}))
+    if options.out is not None:
+        write_text(options.out, json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What times products of a few rows and the parts of a block computes what it says; its clock needs a CUDA device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("triton", reason="needs Triton (pip install triton)")
+
+from evaluation.benchmarks import row_products
+from evaluation.benchmarks.row_products import Product
+from evaluation.benchmarks.verified_block import made
+from llmslm.generation import fused, fused_rows, verified_loop
+from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs there")
+CPU = torch.device("cpu")
+
+
+def runs(work: Callable[[], Any]) -> float:
+    work()
+    return 1.0
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "tile_for", lambda rows, columns, batch, gated: fused.Tile(16, 64, 1, 2))
+    monkeypatch.setattr(fused, "_attention_tile", lambda programs, head_dim: {"BLOCK_L": 64, "num_warps": 1})
+    shapes = [Product("qkv", 24, 40, True), Product("out", 40, 40), Product("up", 48, 40, True, True)]
+    layers = ([*shapes, Product("down", 40, 48)], Product("head", 50, 40, True), 1)
+    monkeypatch.setitem(row_products.LAYERS, "tiny", layers)
+
+
+@pytest.mark.parametrize("variant", [row_products.ONE, *fused_rows.VARIANTS])
+def test_products_are_chained_and_right(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = row_products.Products.chain
+    monkeypatch.setattr(row_products.Products, "chain", lambda self, products, times: chain(self, products, 2))
+    found = row_products.measure_products("tiny", variant, 3, CPU, runs)
+    assert [row["product"] for row in found] == ["qkv", "out", "up", "down", "head", "layers"]
+    assert all(row["off"] < 2e-3 for row in found)
+    lines = list(row_products.table(found, ("product", "variant"), "rows"))
+    assert len(lines) == 7
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, by what lies where products are left out
+def test_parts_of_a_block_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "llmslm.generation.side.block_step_for", lambda decoder, state: FusedBlockStep(decoder, state, early=False)
+    )
+    monkeypatch.setattr(verified_loop, "block_for", FusedVerifiedBlock)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    engine = made(*(LlamaForCausalLM(config).eval() for _ in range(2)))
+    found = row_products.measure_parts(engine, [2], ["tiles"], runs, 5, 2)
+    assert len({row["part"] for row in found}) == len(found) == 12
+
+
+def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        row_products.main([])
+    assert "needs a CUDA device" in capsys.readouterr().err
