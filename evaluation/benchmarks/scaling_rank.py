@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -108,10 +108,10 @@ def job_of(orders: Orders, case: Case) -> Job:
         "compile": orders.compile,
     }
     limits = {"max_prompt_tokens": orders.prompt_tokens, "max_target_tokens": orders.target_tokens}
-    limits["pack_tokens"] = sum(limits.values())  # rows are full, as packed ones are: without a mask
     strategy = "ddp" if case.placement == "unsharded" else sharding
     trainer = {"precision": orders.precision, "devices": orders.world, "strategy": strategy}
-    return Job.of({"model": model, "data": {"micro_batch_size": case.rows, **limits}, "trainer": trainer})
+    job = Job.of({"model": model, "data": {"micro_batch_size": case.rows, **limits}, "trainer": trainer})
+    return replace(job, masked=False)  # rows are full
 
 
 def read_lines(folder: Path) -> list[Row]:

@@ -49,7 +49,8 @@ class WriteFeatures(Callback):
             features.write_manifest(self.folder, encoder, source, revision, splits)
         trainer.strategy.barrier("manifest")
         dealt: dict[str, Any] = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-        for split in SPLITS:
-            features.write_features(encoder, data.codec, rows[split][0], shards[split], self.folder, split, **dealt)
+        with trainer.precision_plugin.forward_context():  # as in training
+            for split in SPLITS:
+                features.write_features(encoder, data.codec, rows[split][0], shards[split], self.folder, split, **dealt)
         trainer.strategy.barrier("features")
         raise Written

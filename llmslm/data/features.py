@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from llmslm.data.codec import Codec, pad
-from llmslm.data.shards import Shards, StoredRows, missing_shards, write_shards
+from llmslm.data.shards import Shards, StoredRows, missing_shards, to_device, write_shards
+from llmslm.data.token_rows import TokenRows
 from llmslm.errors import UserError
 from llmslm.models.encoder import Encoder, Layers, pad_right
 from llmslm.models.source import system_of
@@ -29,7 +30,7 @@ MANIFEST = "manifest.json"
 VERSION = 2
 """1 had shards of as many examples, however long they are."""
 SHARD_BYTES = 256 * 2**20
-"""A shard is made in memory, and may exceed this by one example."""
+"""A shard is made in the memory of the encoder's device, and may exceed this by one example."""
 ON_DEVICE = 1 / 8
 """Share of a GPU's memory that a split's states may take there; a larger split is read from disk, batch by batch."""
 _STATE_BYTES = 2  # bf16
@@ -192,13 +193,13 @@ def write_features(
         rank: this process.
         world_size: number of processes.
     """
-    device = next(encoder.parameters()).device
+    device, prompts = next(encoder.parameters()).device, TokenRows(rows.select_columns("prompt_ids"))
 
-    def compute(batch: list[int]) -> list[dict[str, Tensor]]:
-        ids, mask = pad([row["prompt_ids"] for row in rows.__getitems__(batch)], codec.encoder_pad_id)
-        hidden, _ = encoder(ids.to(device), mask.to(device))
-        states = zip(batch, hidden.to(torch.bfloat16).cpu(), strict=True)
-        return [{"states": state[: shards.lengths[example]]} for example, state in states]
+    def compute(batch: list[int]) -> dict[str, Tensor]:
+        ids, mask = pad([row["prompt_ids"] for row in prompts.__getitems__(batch)], codec.encoder_pad_id)
+        real = to_device(mask.flatten().nonzero().squeeze(1), device)
+        hidden, _ = encoder(to_device(ids, device), to_device(mask, device))
+        return {"states": hidden.flatten(0, 1).index_select(0, real).to(torch.bfloat16)}
 
     dealt = {"batch_tokens": batch_tokens, "rank": rank, "world_size": world_size}
     write_shards(compute, shards, folder, split, name="encoding", sizes=shards.lengths, **dealt)

@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 VERSION = 1
 SPLIT: Split = "train"
 SHARD_BYTES = 256 * 2**20
-"""A shard is made in memory, and may exceed this by one example."""
+"""A shard is made in the memory of the LLM's device, and may exceed this by one example."""
 COLUMNS = {"tokens": "llm_tokens", "log_probs": "llm_log_probs"}
 """Tensors in the files, and what they are called in rows and batches."""
 _LEAST = -1e4  # of a log-probability: float16 has no smaller number that is safe to add to

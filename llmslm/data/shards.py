@@ -7,7 +7,9 @@ and where, follows from the tokens of each example and the limit of a shard's by
 import os
 import platform
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llmslm.writing import file_aside
+
+_WRITERS = 2
+"""Shards that are written at once, while another one is computed; each waits in the host's memory."""
 
 
 class Shards:
@@ -48,6 +53,14 @@ class Shards:
         shard = int(np.searchsorted(self._firsts, example, side="right")) - 1
         first = int(self.ends[self._firsts[shard]])
         return shard, slice(int(self.ends[example]) - first, int(self.ends[example + 1]) - first)
+
+    def places(self, shard: int, examples: Sequence[int]) -> np.ndarray:
+        """Return the rows of some of a shard's examples in it, one example behind another."""
+        lengths = self.lengths[examples]
+        starts = self.ends[examples] - self.ends[self._firsts[shard]]
+        before: np.ndarray = np.cumsum(lengths) - lengths
+        places: np.ndarray = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
+        return places
 
 
 class StoredRows:
@@ -102,7 +115,7 @@ class RowsWithStored(torch.utils.data.Dataset):
 
 
 def write_shards(
-    compute: Callable[[list[int]], Sequence[Mapping[str, Tensor]]],
+    compute: Callable[[list[int]], Mapping[str, Tensor]],
     shards: Shards,
     folder: Path,
     split: str,
@@ -115,8 +128,10 @@ def write_shards(
 ) -> None:
     """Write the shards of a split that are this rank's and not there yet; each appears when it is complete.
 
+    A shard is put together where its tensors are computed, and written while the next one is computed.
+
     Args:
-        compute: the tensors of each example of a batch, (its rows, ...) each, on the CPU.
+        compute: the tensors of a batch's examples, (rows, ...) each, one example behind another.
         shards: of the split.
         folder: of the cache.
         split: for example "train".
@@ -128,7 +143,9 @@ def write_shards(
     """
     mine = {shard: shard_path(folder, split, shard) for shard in range(rank, len(shards), world_size)}
     total = sum(len(shards.members(shard)) for shard in mine)
-    with tqdm(total=total, desc=f"{name} {split}", unit="example", disable=rank > 0) as progress:
+    bar = tqdm(total=total, desc=f"{name} {split}", unit="example", disable=rank > 0)
+    with bar as progress, ThreadPoolExecutor(_WRITERS) as writers:
+        writing: deque[Future[None]] = deque()
         for shard, path in mine.items():
             members = shards.members(shard)
             if path.is_file():
@@ -137,10 +154,13 @@ def write_shards(
             stored: dict[str, Tensor] = {}
             count = int(shards.lengths[members.start : members.stop].sum())
             for batch in _batches(members, sizes, batch_tokens):
-                for example, tensors in zip(batch, compute(batch), strict=True):
-                    _put(stored, tensors, shards.rows(example)[1], count)
+                _put(stored, compute(batch), shards.places(shard, batch), count)
                 progress.update(len(batch))
-            _write_whole(stored, path)
+            if len(writing) == _WRITERS:
+                writing.popleft().result()
+            writing.append(writers.submit(_write_whole, _on_host(stored), path))
+        for shard_written in writing:
+            shard_written.result()
 
 
 def shard_path(folder: Path, split: str, shard: int) -> Path:
@@ -180,18 +200,32 @@ def _runs(pid: int) -> bool:
     return pid != os.getpid()
 
 
-def _put(stored: dict[str, Tensor], tensors: Mapping[str, Tensor], rows: slice, total: int) -> None:
-    """Copy an example's tensors to their place among `total` rows; the first one says of what kind they are."""
+def _put(stored: dict[str, Tensor], tensors: Mapping[str, Tensor], places: np.ndarray, total: int) -> None:
+    """Copy a batch's rows to their places among `total`; the first batch says of what kind they are."""
     for name, tensor in tensors.items():
         if name not in stored:
             stored[name] = tensor.new_empty(total, *tensor.shape[1:])
-        stored[name][rows] = tensor
+        stored[name][to_device(torch.from_numpy(places), tensor.device)] = tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a tensor of the CPU to a device; to a GPU without waiting for what it still does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _on_host(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring a shard to the host; pinned memory is used again, where new memory would cost as much as the copy."""
+    return {
+        name: torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True).copy_(rows) if rows.is_cuda else rows.cpu()
+        for name, rows in stored.items()
+    }
 
 
 def _batches(examples: range, sizes: np.ndarray, tokens: int) -> Iterator[list[int]]:
     """Group examples of similar size, longest first, up to so many padded tokens."""
     batch: list[int] = []
-    for example in sorted(examples, key=lambda i: -sizes[i]):
+    longest_first = np.argsort(-sizes[examples.start : examples.stop], kind="stable") + examples.start
+    for example in longest_first.tolist():
         if batch and (len(batch) + 1) * sizes[batch[0]] > tokens:
             yield batch
             batch = []

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llmslm.data import logits as cache
 from llmslm.data.datamodule import token_counts, tokenise
-from llmslm.data.shards import write_shards
+from llmslm.data.shards import to_device, write_shards
+from llmslm.data.token_rows import TokenRows
 from llmslm.distillation.job import Job, add_arguments, claim, load_job
 from llmslm.errors import UserError
 from llmslm.target_logits import target_logits
@@ -57,14 +58,13 @@ def write_logits(job: Job, rows: Dataset, folder: Path, top_k: int, batch_tokens
     sides = [name for name in ("prompt_ids", "input_prompt_ids", "target_ids") if name in rows.column_names]
     lengths, sizes = token_counts(rows, ("target_ids",)), token_counts(rows, tuple(sides))
 
-    def compute(batch: list[int]) -> list[dict[str, Tensor]]:
-        examples = rows.__getitems__(batch)
-        tensors = {name: tensor.to(system.device) for name, tensor in system.codec.collate(examples).items()}
+    tokens = TokenRows(rows)
+
+    def compute(batch: list[int]) -> dict[str, Tensor]:
+        collated = system.codec.collate(tokens.__getitems__(batch))
+        tensors = {name: to_device(tensor, system.device) for name, tensor in collated.items()}
         logits, _ = target_logits(system.model, tensors, system.codec.pad_id)
-        found = cache.likeliest(logits[:, :size], top_k)
-        counts = lengths[batch].tolist()
-        parts = [[part.cpu() for part in tensor.split(counts)] for tensor in found.values()]
-        return [dict(zip(found, part, strict=True)) for part in zip(*parts, strict=True)]
+        return cache.likeliest(logits[:, :size], top_k)
 
     shards = cache.shards_of(lengths, top_k, cache.SHARD_BYTES)
     dealt = {"batch_tokens": batch_tokens, "rank": job.ranks.rank, "world_size": job.ranks.size}

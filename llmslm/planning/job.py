@@ -78,6 +78,8 @@ class Job:
     moment_bytes: int
     pack_tokens: int | None
     """Tokens of a row of several examples; None: a row is an example."""
+    masked: bool
+    """Whether rows are padded, so that layers keep a mask."""
     compiled: bool
     """Whether blocks and loss are compiled."""
     steps: int | None
@@ -108,6 +110,7 @@ class Job:
             fused_optimizer=bool((optimizer.get("init_args") or {}).get("fused", False)),
             moment_bytes=MOMENTS.get(optimizer["class_path"].rpartition(".")[2], 8),
             pack_tokens=data.get("pack_tokens"),
+            masked=data.get("pack_tokens") is None,
             compiled=recipe["model"].get("compile", False),
             steps=steps if (steps := trainer.get("max_steps", -1)) > 0 else None,
         )

@@ -144,11 +144,11 @@ def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
 
 
 def _attend(model: PreTrainedModel, job: Job) -> None:
-    """Read packed rows as `attend_within_documents` does on a GPU: no layer keeps a mask."""
+    """Read rows without padding as `attend_within_documents` does on a GPU: no layer keeps a mask."""
     decodes = model.slm if isinstance(model, LlmToSlm) else model
     config = decodes.config
     is_plain = config._attn_implementation == "sdpa" and not has_windows(config)
-    if job.pack_tokens is not None and is_plain and not config.is_encoder_decoder:
+    if not job.masked and is_plain and not config.is_encoder_decoder:
         decodes.set_attn_implementation(_WITHOUT_MASKS)
 
 

@@ -1,6 +1,7 @@
 """The feature cache: training from it is training on the fly, without the LLM; what does not belong is refused."""
 
 import csv
+import errno
 import os
 import re
 import shutil
@@ -126,6 +127,31 @@ def test_what_a_killed_run_left_of_a_shard_is_removed(recipe, monkeypatch):
     assert list(Path("states").rglob(".*")) == [other]
 
 
+def test_a_full_disk_ends_the_call_though_the_next_shards_are_encoded(recipe, monkeypatch, capsys):
+    shutil.rmtree("states/train")
+
+    def full(_stored, _path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("llmslm.data.shards.save_file", full)
+    with pytest.raises(SystemExit):
+        main(["features", "--config", recipe, "--out", "states"])
+    assert "the disk is full" in capsys.readouterr().err
+    assert not list(Path("states/train").iterdir())
+
+
+def test_prompts_are_encoded_in_the_precision_of_training(recipe, monkeypatch):
+    seen, forward = set(), Encoder.forward
+
+    def spied(self, *args, **kwargs):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "forward", spied)
+    main(["features", "--config", recipe, "--out", "mixed", "--trainer.precision=bf16-mixed"])
+    assert seen == {True}
+
+
 def test_ranks_share_the_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SHARD_BYTES", 100)
     lengths = torch.randint(1, 30, (35,)).numpy()
@@ -156,6 +182,9 @@ def test_shards_hold_no_more_than_their_limit_and_one_example(limit):
         rows = [shards.rows(example) for example in members]
         assert {number for number, _ in rows} == {shard}
         assert [place.stop - place.start for _, place in rows] == lengths[members].tolist()
+        assert shards.places(shard, members).tolist() == list(range(lengths[members].sum()))
+        some = [members[-1], members[0]]
+        assert shards.places(shard, some).tolist() == [n for e in some for n in range(200 * 30)[shards.rows(e)[1]]]
         assert [rows[0][1].start, *(place.stop for _, place in rows[:-1])] == [place.start for _, place in rows]
 
 

@@ -2,7 +2,7 @@
 
 import json
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -40,6 +40,9 @@ def test_a_case_is_planned_as_it_is_trained(placement):
     assert (job.rows, job.mixed, job.fused_optimizer) == (3, True, True)
     assert job.is_sharded == (placement != "unsharded")
     assert not job.is_sharded or job.encoder == placement
+    compiled = job_of(replace(orders(1, gpu=True), compile=True), Case(placement, 3))
+    assert not compiled.masked
+    assert not compiled.is_graphed(build(compiled), 1)
 
 
 def test_a_sharded_case_is_predicted_to_take_less_memory():
