@@ -22,8 +22,9 @@ _MOST = 4  # shapes; packed rows have one or two
 class GraphedLoss:
     """The loss of batches of a few shapes, and its gradients, by a graph for each shape.
 
-    A graph is captured where a shape comes for the second time. Batches of rare shapes are computed as ever, and so are
-    all if capturing fails. On other devices than CUDA nothing is captured; a replay then computes.
+    A graph is captured where a shape comes for the second time; the way to an earlier loss must not be kept then.
+    Batches of rare shapes are computed as ever, and so are all from where capturing fails. On other devices than CUDA
+    nothing is captured; a replay then computes.
 
     Args:
         compute: from a batch to its loss, a scalar; must not look at tensors' values from the host.
@@ -37,6 +38,7 @@ class GraphedLoss:
         self._seen: set[Any] = set()
         self._most = _MOST
         self._pool: Any = None
+        self._gradients: tuple[Tensor | None, ...] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the loss of a batch, whose backward must come before the next batch."""
@@ -56,7 +58,9 @@ class GraphedLoss:
         def both() -> Result:
             with torch.enable_grad():
                 loss = self._loss(inputs)
-            return loss.detach(), torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            with torch.autocast(self._device.type, enabled=False):  # as in any backward
+                gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            return loss.detach(), self._in_one_place(gradients)
 
         if self._device.type != "cuda":
             self._graphs[shapes] = _Graph(inputs, both)
@@ -66,7 +70,9 @@ class GraphedLoss:
             # The loader's thread pins memory meanwhile.
             graph, result = capture(both, self._device, pool=self._pool, others_go_on=True)
         except Exception as error:
-            self._most = 0
+            self._most, self._pool, self._gradients = 0, None, None
+            self._graphs.clear()
+            torch.cuda.empty_cache()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"training steps are launched kernel by kernel: {reason}", UserWarning, stacklevel=3)
             return
@@ -75,7 +81,17 @@ class GraphedLoss:
             graph.replay()
             return result
 
+        self._gradients = result[1]
         self._graphs[shapes] = _Graph(inputs, replay)
+
+    def _in_one_place(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Put a further graph's gradients where those of the first one lie."""
+        if self._gradients is None:
+            return gradients
+        pairs = zip(self._gradients, gradients, strict=True)
+        kept, new = zip(*[(old, one) for old, one in pairs if old is not None and one is not None], strict=True)
+        torch._foreach_copy_(list(kept), list(new))
+        return self._gradients
 
     def _loss(self, batch: Batch) -> Tensor:
         kind = self._device.type

@@ -293,10 +293,12 @@ class SystemModule(L.LightningModule):
 
     @property
     def _may_be_graphed(self) -> bool:
-        """Whether nothing happens between forward and backward, on one GPU; half precision scales the loss there."""
+        """Whether it is one GPU, and the host decides nothing: half precision scales the loss, some drop layers."""
         trainer = self.trainer
         alone = isinstance(trainer.strategy, SingleDeviceStrategy) and self.device.type == "cuda"
-        return self.compile_blocks and alone and getattr(trainer.precision_plugin, "scaler", None) is None
+        drops = any(getattr(self._decodes.config, f"{side}layerdrop", 0) for side in ("", "encoder_", "decoder_"))
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        return self.compile_blocks and alone and not scaled and not drops
 
     def _entropy(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """What training minimises where there is nothing but targets."""

@@ -25,7 +25,7 @@ def target_logits(model: PreTrainedModel, batch: Mapping[str, Any], pad_id: int)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     labels = tensors.pop("labels")
     rows, columns = tensors.pop("target_positions") if "target_positions" in batch else target_positions(labels)
-    targets = tensors.pop("targets") if "targets" in batch else labels[rows, columns]
+    targets = tensors.pop("target_ids") if "target_ids" in batch else labels[rows, columns]
     cross = None
     if model.config.is_encoder_decoder:
         ends = tensors.pop("target_documents", None)

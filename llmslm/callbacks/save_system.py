@@ -1,12 +1,13 @@
 """At the end of training: the best weights become a system folder that evaluation and `llmslm generate` load."""
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmslm import provenance
 from llmslm.checkpoint import save_system
@@ -51,9 +52,8 @@ class SaveSystem(Callback):
             model.generation_config = module.model.generation_config
         else:
             module.load_state_dict(state, strict=False)
-        if self.dtype != "float32":
-            model = copy.deepcopy(model).to(getattr(torch, self.dtype))
-        save_system(Path(trainer.default_root_dir) / SYSTEM_FOLDER, model, module.codec, self.card(trainer))
+        with cast_to(model, getattr(torch, self.dtype)):
+            save_system(Path(trainer.default_root_dir) / SYSTEM_FOLDER, model, module.codec, self.card(trainer))
 
     def card(self, trainer: Trainer) -> dict[str, Any]:
         """Say what the system is and how it came to be."""
@@ -70,6 +70,19 @@ class SaveSystem(Callback):
             "data": data_fingerprint(trainer),
             "versions": provenance.versions(),
         }
+
+
+@contextmanager
+def cast_to(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, what is trained of a model in float32 is of another dtype."""
+    before = {p: p.data for p in model.parameters() if p.requires_grad and p.dtype == torch.float32}
+    for parameter, values in before.items():
+        parameter.data = values.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, values in before.items():
+            parameter.data = values
 
 
 def best_weights(trainer: Trainer) -> dict[str, Tensor]:

@@ -450,7 +450,7 @@ def target_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def targets_of(labels: Tensor, room: int = 0) -> dict[str, Tensor]:
-    """Return target_positions (2, n), row and column of each label (batch, len) that counts, and targets (n,), its id.
+    """Return target_positions (2, n), row and column of each label (batch, len) that counts, and target_ids (n,).
 
     There is room for as many as is told, so that batches have one shape: what is left over are ignored targets.
     """
@@ -463,7 +463,7 @@ def targets_of(labels: Tensor, room: int = 0) -> dict[str, Tensor]:
     nowhere = torch.tensor([[0], [1]]).expand(2, over)
     return {
         "target_positions": torch.cat([positions, nowhere], dim=1),
-        "targets": torch.nn.functional.pad(targets, (0, over), value=IGNORED),
+        "target_ids": torch.nn.functional.pad(targets, (0, over), value=IGNORED),
     }
 
 

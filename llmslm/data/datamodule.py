@@ -344,7 +344,7 @@ def collate_training(rows: list[dict[str, Any]], codec: Codec, shapes: Sequence[
         shapes: rows are packed into the first of these in which all of them fit; without them they are not packed.
 
     Returns:
-        The codec's tensors, sizes, and target_positions and targets of `targets_of`. Where the rows carry logits of
+        The codec's tensors, sizes, and target_positions and target_ids of `targets_of`. Where the rows carry logits of
         the LLM also these, (n, ...), one for each target, in the same order: packing keeps that of the rows.
     """
     longest = [max(sum(len(row[name]) for name in side) for row in rows) for side in codec.packed_sides]

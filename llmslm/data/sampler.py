@@ -128,8 +128,8 @@ class PackedBatchSampler(LengthBatchSampler):
         batch_size: rows a batch and rank.
         capacities: tokens of a row, on each side.
         parts: of a row, in which examples that are short enough are packed, so that fewer of them share a row; a batch
-            has rows or parts of rows, as many tokens of either. What attends by a mask takes time for all pairs of
-            positions of a row.
+            has rows or parts of rows, about as many tokens of either. What attends by a mask takes time for all pairs
+            of positions of a row. Without enough examples for a batch of each, there are whole rows alone.
         seed: of the shuffle.
         rank: this process.
         world_size: number of processes.
@@ -163,11 +163,12 @@ class PackedBatchSampler(LengthBatchSampler):
         self.kinds = [PackedRows(batch_size, capacities, self._packed(order, sides, capacities))]
         """Rows of each length, the shortest first; a batch has rows of one."""
         if parts > 1:
-            of_part = tuple(_even(capacity // parts) for capacity in capacities)
+            of_part = tuple(_in_eights(capacity / parts) for capacity in capacities)
             fits = (sides[order] <= of_part).all(axis=1)
             short = PackedRows(batch_size * parts, of_part, self._packed(order[fits], sides, of_part))
-            if len(short.rows) >= short.a_batch:
-                whole = PackedRows(batch_size, capacities, self._packed(order[~fits], sides, capacities))
+            whole = PackedRows(batch_size, capacities, self._packed(order[~fits], sides, capacities))
+            # A batch of few long examples would weigh as much as any other.
+            if len(short.rows) >= short.a_batch and (not whole.rows or len(whole.rows) >= whole.a_batch):
                 self.kinds = [short, whole] if whole.rows else [short]
 
     def _packed(self, order: np.ndarray, sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:
@@ -191,9 +192,9 @@ class PackedBatchSampler(LengthBatchSampler):
         return [batches[i % len(batches)] for i in range(wanted)]
 
 
-def _even(tokens: int) -> int:
-    """Round down to a multiple of 8, as kernels of attention in 16 bits want lengths."""
-    return tokens - tokens % 8 if tokens >= 8 else tokens
+def _in_eights(tokens: float) -> int:
+    """Round up to a multiple of 8, as kernels of attention in 16 bits want lengths."""
+    return 8 * math.ceil(tokens / 8)
 
 
 def best_fit(sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:

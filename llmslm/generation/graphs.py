@@ -84,7 +84,8 @@ def capture(
     # Libraries set up their workspaces, and kernels are compiled, on a first run outside the capture.
     side = _warm_up_stream(device)
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    # What it draws at random is drawn again by the first replay.
+    with torch.random.fork_rng([device]), torch.cuda.stream(side):
         function()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -106,6 +107,7 @@ def _undo(stream: torch.cuda.Stream, pool: Any, generators: tuple[torch.Generato
     torch.cuda.set_stream(stream)
     with contextlib.suppress(RuntimeError):  # no pool is in use
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)  # which the graph's end would have done
     for generator in generators:  # a copy of its state does not wait for a capture's end
         generator.graphsafe_set_state(generator.clone_state())
 

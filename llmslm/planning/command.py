@@ -158,6 +158,7 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
             if micro_batch == 0:  # where the Trainer does it
                 optimizer.zero_grad(set_to_none=True)
             (value / job.accumulate).backward()
+            del value  # a graph is not captured while the way to an earlier loss is kept
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         times.append(_now(device) - begin)

@@ -98,23 +98,28 @@ def test_what_cannot_be_captured_is_computed_as_ever(model):
     graphed(batch)
     with pytest.warns(UserWarning, match="launched kernel by kernel"):
         first = graphed(batch)
+    assert first.item() > 0
+    del first
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
     graphed(batch).backward()
-    assert first.item() != graphed(batch).item()
+    assert graphed(batch).item() != graphed(batch).item()
+    assert torch.cuda.memory_reserved() <= before + 2 * 2**20
     assert GraphedLoss(squares(model), model.parameters())(batch).item() > 0
 
 
 def test_targets_have_room_left_over():
     labels = torch.tensor([[IGNORED, 5, 6], [IGNORED, IGNORED, 7]])
     exact, roomy = targets_of(labels), targets_of(labels, 5)
-    assert exact["targets"].tolist() == [5, 6, 7]
+    assert exact["target_ids"].tolist() == [5, 6, 7]
     assert exact["target_positions"].tolist() == [[0, 0, 1], [1, 2, 2]]
-    assert roomy["targets"].tolist() == [5, 6, 7, IGNORED, IGNORED]
+    assert roomy["target_ids"].tolist() == [5, 6, 7, IGNORED, IGNORED]
     assert roomy["target_positions"][:, :3].tolist() == exact["target_positions"].tolist()
-    assert len(targets_of(labels, 2)["targets"]) == 4
+    assert len(targets_of(labels, 2)["target_ids"]) == 4
     logits = torch.randn(5, 9)
     for smoothing in (0.0, 0.1):
-        expected = cross_entropy(logits[:3], exact["targets"], smoothing)
-        torch.testing.assert_close(cross_entropy(logits, roomy["targets"], smoothing), expected)
+        expected = cross_entropy(logits[:3], exact["target_ids"], smoothing)
+        torch.testing.assert_close(cross_entropy(logits, roomy["target_ids"], smoothing), expected)
 
 
 class Losses(Callback):
@@ -125,7 +130,7 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].item())
-        self.targets.add(len(batch["targets"]))
+        self.targets.add(len(batch["target_ids"]))
 
 
 def losses(folder, *args, run="run", **trainer):
@@ -141,6 +146,35 @@ def losses(folder, *args, run="run", **trainer):
 def test_packed_batches_have_one_number_of_targets(system, tmp_path, monkeypatch):
     monkeypatch.setenv("LLMSLM_CACHE", str(tmp_path / "cache"))
     assert len(losses(tmp_path, f"--model.system={system}").targets) == 1
+
+
+@on_cuda
+@pytest.mark.filterwarnings("error:training steps are launched")
+@pytest.mark.parametrize("system", ["slm", "llm"])
+def test_what_recipes_ask_for_is_captured(system, tmp_path, monkeypatch):
+    """Mixed precision, FlashAttention, dropout, a fused optimizer, workers, rows of two lengths."""
+    monkeypatch.setenv("LLMSLM_CACHE", str(tmp_path / "cache"))
+    fused = ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=1e-3", "--model.optimizer.fused=true"]
+    args = [f"--model.system={system}", "--model.compile=true", "--model.dropout=0.1", *fused]
+    args += ["--data.pack_tokens=256", "--data.num_workers=2", "--model.label_smoothing=0.1"]
+    replays = []
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph, own=torch.cuda.CUDAGraph.replay: replays.append(own(graph))
+    )
+    watch = losses(tmp_path, *args, accelerator="gpu", devices=1, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert len(replays) >= len(watch.losses) - 2
+    assert all(loss > 0 for loss in watch.losses)
+
+
+@on_cuda
+def test_the_first_replay_draws_what_a_step_without_a_graph_would(model):
+    dropping = nn.Sequential(model, nn.Dropout(0.5)).cuda()
+    graphed = GraphedLoss(squares(dropping), dropping.parameters())
+    batch, found = {"x": torch.randn(64, 4, device="cuda")}, []
+    for _ in range(3):
+        torch.manual_seed(1)
+        found.append(graphed(batch).item())
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
