@@ -1,7 +1,7 @@
 #!/bin/sh
-# All that is measured of decoding on one GPU, in some eight minutes: the tests of graphs and kernels, predicted against
+# All that is measured of decoding on one GPU, in some thirteen minutes: the tests of graphs and kernels, predicted against
 # measured memory of four shapes, the sweeps of batch, prompt and output length (break-even), all arms side by side, the
-# waterfall from generate(), growth of memory over 1,000 prompts, a block of the verified mode.
+# waterfall from generate(), growth of memory over 1,000 prompts, products of a few rows, a block of the verified mode.
 #
 #     sh evaluation/benchmarks/decode_on_gpu.sh FOLDER     # records, the curve and the log of the tests go there
 #
@@ -29,7 +29,7 @@ speed() {
     --warmups 2 --runs "${RUNS:-5}" --out "$out/h200-$name.json" "$@"
 }
 
-step tests 300 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 tests/unit/generation/test_cuda.py \
+step tests 420 "$python" -m pytest -p no:cacheprovider -p no:xdist -q --durations=5 tests/unit/generation/test_cuda.py \
   tests/unit/generation/test_verified_cuda.py tests/unit/generation/test_kernels.py tests/unit/generation/test_block_kernels.py
 speed batches 60 --systems llm --llm gpt2 --slm gpt2 --batch ${BATCHES:-1 8 32 64 256 1024}
 # A process each: what a later system of a process adds to the workspaces that are there is less than its own peak.
@@ -44,6 +44,7 @@ step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$devic
   --out "$out/h200-waterfall.json"
 step growth 120 "$python" -m evaluation.benchmarks.memory_growth --device "$device" --shape "${SMALL:-llama-4x512}" \
   --prompts "${COUNT:-1000}" --out "$out/h200-growth.json"
+step row-products 180 "$python" -m evaluation.benchmarks.row_products --out "$out/h200-row-products.json"
 step verified 120 "$python" -m evaluation.benchmarks.verified_block --device "$device" --llm "${VERIFIER:-llama-24x576}" \
   --slm "${DRAFTER:-llama-4x256}" --out "$out/h200-verified-block.json"
 exit $failed
