@@ -21,7 +21,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
-    """Compile each block in place, and the projector, and return the number of blocks.
+    """Compile each block in place, the norms beside them and the projector; return the number of blocks.
 
     Blocks of one class share one compilation, so this takes as long for 8 layers as for 80. Shapes that vary from step
     to step are compiled a second time as dynamic.
@@ -34,6 +34,15 @@ def compile_blocks(model: nn.Module, *, fixed_shapes: bool = False) -> int:
     found = blocks(model)
     if fixed_shapes:  # a few of them: further ones are no reason to give up
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    for module in (*found, *(module for module in model.modules() if isinstance(module, Projector))):
+    projectors = [module for module in model.modules() if isinstance(module, Projector)]
+    for module in (*found, *_norms(model, found), *projectors):
         module.compile(dynamic=False if fixed_shapes else None)
     return len(found)
+
+
+def _norms(model: nn.Module, found: list[nn.Module]) -> list[nn.Module]:
+    """Return what stands beside a stack of blocks and has vectors alone as weights."""
+    inner = set(found)
+    stacks = [m for m in model.modules() if any(not inner.isdisjoint(child.children()) for child in m.children())]
+    beside = [child for stack in stacks for child in stack.children()]
+    return [m for m in beside if all(p.dim() == 1 for p in m.parameters()) and any(True for _ in m.parameters())]
