@@ -35,7 +35,7 @@ def test_blocks_are_compiled_once_for_a_shape_before_the_clock_starts():
     values = vars(orders()) | {"cases": [Case("sharded", 2), Case("unsharded", 4)], "compile": True}
     rows, failure = scaling.run_world(Orders(**values), 240)
     assert failure is None
-    once = {"warm_up": 6, "on_the_clock": 0}  # a block and a norm of the encoder and of the slm, the projector, the loss
+    once = {"warm_up": 6, "on_the_clock": 0}  # block and norm of the encoder and of the slm, the projector, the loss
     assert [row.get("compiled") for row in rows] == [once, once, None]
 
 
