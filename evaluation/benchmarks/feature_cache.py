@@ -22,9 +22,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from evaluation.benchmarks.report import report
 from llmslm import training
 from llmslm.callbacks.write_features import WriteFeatures, Written
-from llmslm.provenance import provenance
 from llmslm.recipe import load_source
 from llmslm.writing import write_text
 
@@ -163,10 +163,7 @@ def main(args: list[str] | None = None) -> None:
         options.config, given[split + 1 :], steps=options.steps, rounds=options.rounds, examples=options.examples
     )
     command = shlex.join(["python", "-m", "evaluation.benchmarks.feature_cache", *given])
-    record = {"command": command, **found, "provenance": provenance()}
-    if options.out:
-        write_text(options.out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    report({"command": command, **found}, options.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ JSON object.
 import argparse
 import ctypes
 import gc
-import json
 import random
 import statistics
 from pathlib import Path
@@ -21,11 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from evaluation.benchmarks.report import report
 from evaluation.decoding.shapes import SHAPES, build
 from evaluation.memory import resident_bytes
 from llmslm.generation.engine import DecodeEngine
-from llmslm.provenance import provenance
-from llmslm.writing import write_text
 
 _FIRST_ID, _LAST_ID = 3, 1000  # ordinary tokens, which every shape's vocabulary has
 _SAMPLES = 20  # readings after the warm-up
@@ -91,12 +89,9 @@ def main(args: list[str] | None = None) -> None:
         "batch": options.batch,
         "growth_mib": growth / 2**20,
         "readings": readings,
-        "provenance": provenance(),
     }
     print(f"{options.shape}: {growth / 2**20:+.2f} MiB over {options.prompts} prompts")
-    if options.out is not None:
-        write_text(options.out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    report(record, options.out)
 
 
 if __name__ == "__main__":

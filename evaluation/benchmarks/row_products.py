@@ -10,7 +10,6 @@ step, whole and with kernels left out. Microseconds; the last line is one JSON o
 
 import argparse
 import functools
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,12 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluation.benchmarks.report import report
 from evaluation.decoding.shapes import SHAPES, build
 from llmslm.generation.plan import Decoder, Linear, Norm
 from llmslm.generation.state import CacheShape, DecodeState
 from llmslm.generation.step import TorchStep
-from llmslm.provenance import provenance
-from llmslm.writing import write_text
 
 ONE = "one"
 Clock = Callable[[Callable[[], Any]], float]
@@ -354,10 +352,7 @@ def main(args: list[str] | None = None) -> None:
             failed.append({"case": "parts", "error": f"{type(error).__name__}: {str(error)[:300]}"})
             print(failed[-1])
     record = {"llm": options.llm, "slm": options.slm, "products": products, "parts": found, "failed": failed}
-    record = json.loads(json.dumps(record | {"provenance": provenance()}))
-    if options.out is not None:
-        write_text(options.out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    report(record, options.out)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ one JSON object.
 
 import argparse
 import inspect
-import json
 import random
 import time
 import typing
 from pathlib import Path
 from types import ModuleType
 
+from evaluation.benchmarks.report import report
 from evaluation.bootstrap import RESAMPLES, SEED
 from evaluation.scoring import as_record, score, statistics_of
-from llmslm.provenance import provenance
-from llmslm.writing import write_text
 
 METRICS = ("bleu", "chrf", "rouge")
 
@@ -50,10 +48,8 @@ def main() -> None:
     as_record(score(statistics), {"llm": llm}, RESAMPLES, SEED)
     end = time.perf_counter()
     print(f"counting {counted - start:.1f} s, bootstrap and paired tests {end - counted:.1f} s")
-    record = {"predictions": count, "seconds": end - start, "provenance": provenance()}
-    if out is not None:
-        write_text(out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    record = {"predictions": count, "seconds": end - start}
+    report(record, out)
 
 
 if __name__ == "__main__":

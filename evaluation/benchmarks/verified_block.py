@@ -9,13 +9,13 @@ is the best of those captured. Prompts' passes are left out. The last line is on
 
 import argparse
 import functools
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evaluation.benchmarks.report import report
 from evaluation.decoding.clock import seconds
 from evaluation.decoding.shapes import SHAPES, build
 from llmslm.generation.verified import VerifiedEngine
@@ -24,8 +24,6 @@ from llmslm.models.fusion import Add
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.projector import MlpProjector
 from llmslm.models.shared_encoder import SharedEncoder
-from llmslm.provenance import provenance
-from llmslm.writing import write_text
 
 _BLOCKS = 8  # in a row
 _ODDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -108,10 +106,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"each token kept at odds of {odds}: {ratio:.2f} times faster, in blocks of {size}")
     record = {name: getattr(options, name) for name in ("llm", "slm", "batch", "prompt", "new", "runs")}
     record |= {"step_s": step, "block_s": blocks, "times_faster": {odds: ratio for odds, (ratio, _) in faster.items()}}
-    record = json.loads(json.dumps(record | {"provenance": provenance()}))
-    if options.out is not None:
-        write_text(options.out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    report(record, options.out)
 
 
 if __name__ == "__main__":

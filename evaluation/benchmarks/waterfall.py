@@ -8,7 +8,6 @@ CUDA, steps are launched where graphs would be replayed. The last line is one JS
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from evaluation.benchmarks.report import report
 from evaluation.decoding.arms import Arms, Batch, Run
 from evaluation.decoding.clock import bandwidth
 from evaluation.decoding.measure import measure
 from evaluation.decoding.shapes import SHAPES, Models
 from evaluation.floor import floor_s
 from llmslm.generation.graphs import Captured
-from llmslm.provenance import provenance
-from llmslm.writing import write_text
 
 STEPS = ("generate", "static", "graph", "compiled", "engine")
 _SPARE = 8  # places for the tokens that warming up and capturing take
@@ -117,10 +115,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"{row['step']:10} {row['tpot_s']['p50'] * 1e3:8.4f} ms/token, floor {floor * 1e3:.4f}")
     settings = {"shape": options.shape, "prompt": options.prompt, "new": options.new, "runs": options.runs}
     settings |= {"batch": 1, "dtype": dtype, "device": str(device)}
-    record = {**settings, "floor_s": floor, "bandwidth_bytes_per_s": speed, "rows": rows, "provenance": provenance()}
-    if options.out is not None:
-        write_text(options.out, json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
+    record = {**settings, "floor_s": floor, "bandwidth_bytes_per_s": speed, "rows": rows}
+    report(record, options.out)
 
 
 if __name__ == "__main__":
