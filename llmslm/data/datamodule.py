@@ -347,14 +347,17 @@ def collate_training(rows: list[dict[str, Any]], codec: Codec, shapes: Sequence[
         The codec's tensors, sizes, and target_positions and target_ids of `targets_of`. Where the rows carry logits of
         the LLM also these, (n, ...), one for each target, in the same order: packing keeps that of the rows.
     """
-    longest = [max(sum(len(row[name]) for name in side) for row in rows) for side in codec.packed_sides]
-    fitting = (shape for shape in shapes if all(np.less_equal(longest, shape.capacities)))
-    shape = next(fitting) if shapes else None
+    shape = _fitting(rows, codec, shapes) if shapes else None
     batch = codec.collate(rows) if shape is None else codec.collate_packed(rows, shape)
     stored = [name for name in logits.COLUMNS.values() if name in rows[0]]
     batch |= {name: torch.cat([row[name] for row in rows]) for name in stored}
     room = 0 if shape is None or stored else shape.targets
     return batch | targets_of(batch["labels"], room) | {"sizes": codec.sizes(rows, batch)}
+
+
+def _fitting(rows: list[dict[str, Any]], codec: Codec, shapes: Sequence[PackedShape]) -> PackedShape:
+    longest = [max(sum(len(row[name]) for name in side) for row in rows) for side in codec.packed_sides]
+    return next(shape for shape in shapes if all(np.less_equal(longest, shape.capacities)))
 
 
 def collate_with_examples(rows: list[dict[str, Any]], codec: Codec) -> dict[str, Any]:

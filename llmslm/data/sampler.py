@@ -160,16 +160,20 @@ class PackedBatchSampler(LengthBatchSampler):
                 )
         super().__init__(sides.sum(axis=1), batch_size, shuffle=True, seed=seed, rank=rank, world_size=world_size)
         order = np.random.default_rng(seed).permutation(len(sides))
-        self.kinds = [PackedRows(batch_size, capacities, self._packed(order, sides, capacities))]
+        in_parts = self._in_parts(order, sides, capacities, parts) if parts > 1 else []
+        self.kinds = in_parts or [PackedRows(batch_size, capacities, self._packed(order, sides, capacities))]
         """Rows of each length, the shortest first; a batch has rows of one."""
-        if parts > 1:
-            of_part = tuple(_in_eights(capacity / parts) for capacity in capacities)
-            fits = (sides[order] <= of_part).all(axis=1)
-            short = PackedRows(batch_size * parts, of_part, self._packed(order[fits], sides, of_part))
-            whole = PackedRows(batch_size, capacities, self._packed(order[~fits], sides, capacities))
-            # A batch of few long examples would weigh as much as any other.
-            if len(short.rows) >= short.a_batch and (not whole.rows or len(whole.rows) >= whole.a_batch):
-                self.kinds = [short, whole] if whole.rows else [short]
+
+    def _in_parts(
+        self, order: np.ndarray, sides: np.ndarray, capacities: tuple[int, ...], parts: int
+    ) -> list[PackedRows]:
+        """Pack short examples apart, if either kind fills a batch: one of few rows would weigh as much as any other."""
+        of_part = tuple(_in_eights(capacity / parts) for capacity in capacities)
+        fits = (sides[order] <= of_part).all(axis=1)
+        short = PackedRows(self.batch_size * parts, of_part, self._packed(order[fits], sides, of_part))
+        whole = PackedRows(self.batch_size, capacities, self._packed(order[~fits], sides, capacities))
+        kinds = [kind for kind in (short, whole) if kind.rows]
+        return kinds if short.rows and all(len(kind.rows) >= kind.a_batch for kind in kinds) else []
 
     def _packed(self, order: np.ndarray, sides: np.ndarray, capacities: tuple[int, ...]) -> list[list[int]]:
         windows = [order[begin : begin + self.WINDOW] for begin in range(0, len(order), self.WINDOW)]
