@@ -89,9 +89,13 @@ def may_attend(model: PreTrainedModel) -> bool:
 
     Not on other devices than CUDA's, nor where a config asks for another attention than the default one or has windows.
     """
-    config = model.config
+    return reads_plainly(model.config) and model.device.type == "cuda"
+
+
+def reads_plainly(config: PreTrainedConfig) -> bool:
+    """Say whether a model is decoder-only, with the default attention and without windows."""
     is_plain = config._attn_implementation == "sdpa" and not has_windows(config)
-    return is_plain and not config.is_encoder_decoder and model.device.type == "cuda"
+    return is_plain and not config.is_encoder_decoder
 
 
 def has_windows(config: PreTrainedConfig) -> bool:

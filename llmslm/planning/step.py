@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmslm.models.blocks import blocks
 from llmslm.models.configuration import LlmToSlmConfig
-from llmslm.models.document_attention import has_windows
+from llmslm.models.document_attention import reads_plainly
 from llmslm.models.encoder import Encoder
 from llmslm.models.head import logits_at
 from llmslm.models.modeling import LlmToSlm
@@ -146,9 +146,7 @@ def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
 def _attend(model: PreTrainedModel, job: Job) -> None:
     """Read rows without padding as `attend_within_documents` does on a GPU: no layer keeps a mask."""
     decodes = model.slm if isinstance(model, LlmToSlm) else model
-    config = decodes.config
-    is_plain = config._attn_implementation == "sdpa" and not has_windows(config)
-    if not job.masked and is_plain and not config.is_encoder_decoder:
+    if not job.masked and reads_plainly(decodes.config):
         decodes.set_attn_implementation(_WITHOUT_MASKS)
 
 
