@@ -16,6 +16,12 @@ from llmslm.generation.graphs import capture
 Batch = Mapping[str, Tensor]
 Result = tuple[Tensor, tuple[Tensor | None, ...]]
 """A loss, and the gradient of each parameter, None where it has none."""
+MOST_OF_COPIES = 100_000_000
+"""Trained weights of a model with copies on several devices (DDP) up to which a graph serves.
+
+DDP averages gradients while the backward runs, but a graph's come all at once: those of so many are 0.4 GB, which takes
+NVLink 2 ms and a network of 50 GB/s 16 ms, where the launches of a small model's step take 20 to 40.
+"""
 _MOST = 4  # shapes; packed rows have one or two
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -28,7 +28,7 @@ from llmslm.data.sources import Split
 from llmslm.data.tokenizer import load_tokenizer, same_tokenizer
 from llmslm.distillation.loss import Distillation
 from llmslm.errors import UserError
-from llmslm.graphed import GraphedLoss
+from llmslm.graphed import MOST_OF_COPIES, GraphedLoss
 from llmslm.models.alignment import Alignment, SameTokenizer
 from llmslm.models.blocks import compile_blocks
 from llmslm.models.document_attention import attend_by_mask, attend_within_documents
@@ -293,12 +293,19 @@ class SystemModule(L.LightningModule):
 
     @property
     def _may_be_graphed(self) -> bool:
-        """Whether it is one GPU, and the host decides nothing: half precision scales the loss, some drop layers."""
-        trainer = self.trainer
-        alone = isinstance(trainer.strategy, SingleDeviceStrategy) and self.device.type == "cuda"
+        """Whether each GPU computes alone, and the host decides nothing: half precision scales, some drop layers."""
         drops = any(getattr(self._decodes.config, f"{side}layerdrop", 0) for side in ("", "encoder_", "decoder_"))
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        return self.compile_blocks and alone and not scaled and not drops
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return self.compile_blocks and self._computes_alone and self.device.type == "cuda" and not scaled and not drops
+
+    @property
+    def _computes_alone(self) -> bool:
+        """Whether it is one device, or copies whose gradients are so few that they may be averaged after the backward.
+
+        DDP averages while the backward runs, but those of a graph come all at once.
+        """
+        strategy, few = self.trainer.strategy, count_parameters(self._built)["trained"] <= MOST_OF_COPIES
+        return isinstance(strategy, SingleDeviceStrategy) or (isinstance(strategy, DDPStrategy) and few)
 
     def _entropy(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """What training minimises where there is nothing but targets."""

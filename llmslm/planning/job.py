@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from llmslm.errors import UserError
 from llmslm.fsdp1 import FSDP2, translated
+from llmslm.graphed import MOST_OF_COPIES
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.trained import count_parameters
 from llmslm.parallel import EncoderPlace
 from llmslm.planning.costs import Device
 
@@ -123,7 +125,8 @@ class Job:
     def is_graphed(self, model: PreTrainedModel, gpus: int) -> bool:
         """Whether forward and backward of a step are one CUDA graph; see `llmslm.graphed`."""
         packs = self.pack_tokens is not None and _can_pack(model)
-        return self.compiled and packs and gpus == 1 and not self.is_sharded
+        alone = gpus == 1 or count_parameters(model)["trained"] <= MOST_OF_COPIES
+        return self.compiled and packs and alone and not self.is_sharded
 
     def lengths(self, model: PreTrainedModel) -> tuple[int, int]:
         """Return tokens of prompts and of targets in a row; packed examples keep the proportion of the two."""

@@ -152,8 +152,8 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool, graphe
     parts: dict[str, float] = {
         "weights": trained + sizes.base * 4 / shard,
         "encoder": sizes.frozen_bytes / encoder_shard,
-        # Of copies (DDP) in buckets, into which gradients are views; a graph has its own, which are copied out.
-        "gradients": trained * (2 if graphed else 1),
+        # Of copies (DDP) in buckets, into which gradients are views; a graph has its own, which are scaled into others.
+        "gradients": trained * (1 if not graphed else 2 if world.gpus == 1 else 3),
         "optimizer": trained * job.moment_bytes / 4,
         "gathered": 0.0,
         "activations": max(cost.forward_bytes, cost.peak_bytes - trained) if anew else cost.peak_bytes,

@@ -256,4 +256,13 @@ def test_a_graph_has_gradients_of_its_own(system):
     packed = RECIPE | {"model": compiled, "data": RECIPE["data"] | {"pack_tokens": 32}}
     one = predict(Job.of(packed), ONE)
     assert one["memory_bytes"]["gradients"] == 2 * 4 * one["weights"]["trained"]
-    assert predict(Job.of(packed), world(2, 1))["memory_bytes"]["gradients"] == 4 * one["weights"]["trained"]
+    copies = predict(Job.of(packed), world(2, 1))["memory_bytes"]["gradients"]
+    assert copies == 3 * 4 * one["weights"]["trained"]
+
+
+def test_many_gradients_of_copies_are_averaged_during_the_backward(monkeypatch):
+    monkeypatch.setattr("llmslm.planning.job.MOST_OF_COPIES", 1)
+    compiled = RECIPE["model"] | {"system": "slm", "compile": True}
+    packed = RECIPE | {"model": compiled, "data": RECIPE["data"] | {"pack_tokens": 32}}
+    copies = predict(Job.of(packed), world(2, 1))
+    assert copies["memory_bytes"]["gradients"] == 4 * copies["weights"]["trained"]
