@@ -18,7 +18,7 @@ llama='model_type: llama, tie_word_embeddings: true'
 encoder=${ENCODER:-"{$llama, hidden_size: 768, intermediate_size: 2048, num_hidden_layers: 19, num_attention_heads: 12, num_key_value_heads: 12}"}
 large=${LARGE:-"{$llama, hidden_size: 1024, intermediate_size: 2816, num_hidden_layers: 26, num_attention_heads: 16, num_key_value_heads: 16}"}
 t5=${T5:-'{model_type: t5, d_model: 768, d_kv: 64, d_ff: 2048, num_layers: 8, num_decoder_layers: 8, num_heads: 12, feed_forward_proj: gated-gelu, dropout_rate: 0.1}'}
-adamw='{class_path: torch.optim.AdamW, init_args: {lr: 8.0e-4, weight_decay: 0.1, betas: [0.9, 0.98], fused: true}}'
+adamw='{class_path: torch.optim.AdamW, init_args: {lr: 8.0e-4, weight_decay: 0.1, betas: [0.9, 0.98], fused: true, foreach: false}}'
 failed=0 begun=$(date +%s)
 mkdir -p "$out" "$work"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # the Seq2SeqTrainer would take all that there are
@@ -55,7 +55,7 @@ speed() {
 quiet='--trainer.logger=false --trainer.enable_progress_bar=false --trainer.enable_model_summary=false'
 pair="--model.system=llm_to_slm --model.encoder.source=$work/llm/system"
 
-speed encoder-decoder 220 "$steps" "--peer ${PEERS:-128 256 512}" --config headline/t5 --config "$hardware" "$(files en_it)" \
+speed encoder-decoder 220 "$steps" "--peer ${PEERS:-128 256}" --config headline/t5 --config "$hardware" "$(files en_it)" \
   --model.system llm --model.llm.config "$t5" --model.optimizer "$adamw" --data.micro_batch_size "${T5_ROWS:-64}"
 
 # An LLM of one step costs what a trained one does.
