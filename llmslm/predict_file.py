@@ -133,6 +133,8 @@ def _writable(out: Path, part: Path, source: Path) -> int:
     try:
         if out.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if out.exists() and out.samefile(source):
+            raise UserError(f"{out} is the file of the prompts, too; give another --output")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.open("ab").close()
     except OSError as error:

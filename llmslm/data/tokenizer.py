@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from llmslm.data.sources.base import Source, cache_folder, load_pairs
 from llmslm.errors import UserError
-from llmslm.models.source import pretrained
+from llmslm.models.source import LOAD_ERRORS, pretrained
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SMALLEST = 256 + 3
@@ -103,7 +103,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     place, file = pretrained(source)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision, **file)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (*LOAD_ERRORS, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"no tokenizer at {source!r}: {reason}; expected a hub name or a folder with tokenizer.json "

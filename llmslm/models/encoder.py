@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from llmslm.errors import UserError
 from llmslm.models.packing import document_mask, document_positions
 from llmslm.models.quantization import Quantization, quantization_config
-from llmslm.models.source import pretrained_model
+from llmslm.models.source import LOAD_ERRORS, pretrained_model
 
 Layer = Literal["last"] | int | float
 Layers = Layer | list[Layer]
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
                 model, info = type(empty).from_pretrained(place, **kwargs)
         except UserError:
             raise
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (*LOAD_ERRORS, ImportError, RuntimeError) as error:
             raise UserError(_not_loaded(source, quantization, error)) from error
         if quantization is not None and not _is_quantised(model):
             raise UserError(

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from llmslm.errors import UserError
-from llmslm.models.source import pretrained_model
+from llmslm.models.source import LOAD_ERRORS, pretrained_model
 from llmslm.models.trained import Trained
 
 
@@ -53,7 +53,7 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
         try:
             place, file = pretrained_model(model_source.source)
             return _with_decoder_layers(AutoConfig.from_pretrained(place, revision=model_source.revision, **file))
-        except (OSError, ValueError) as error:
+        except LOAD_ERRORS as error:
             raise UserError(_not_loaded(model_source, key, error)) from error
     values = copy.deepcopy(model_source.config or {})
     model_type = values.pop("model_type", None)
@@ -106,7 +106,7 @@ def load_language_model(
         model, info = auto.from_pretrained(
             place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **known, **file
         )
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise UserError(_not_loaded(model_source, key, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{key}.source {model_source.source!r} lacks the weights of {', '.join(missing[:3])}")

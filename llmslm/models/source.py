@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import struct
 from pathlib import Path
 
 from llmslm.errors import UserError
 
 CONFIG = "config.json"
 PACKAGE = "package:"
+LOAD_ERRORS = (OSError, ValueError, struct.error)
+"""What transformers raises for a source that it cannot load; the last one for a GGUF file that was cut short."""
 SYSTEM_FOLDER = "system"
 """Where in a run's folder its trained system lies."""
 

@@ -226,6 +226,7 @@ def test_mistakes_in_a_file_are_named_with_their_line(checkpoint, capsys, name, 
 
 def test_mistakes_in_the_command_are_named(checkpoint, capsys):
     Path("in.txt").write_text("x\n")
+    Path("in.jsonl").write_text('{"prompt": "x", "note": "kept"}\n')
     Path("folder.jsonl").mkdir()
     for args, message in (
         (["--input", "in.txt"], "give --input and --output together"),
@@ -236,11 +237,13 @@ def test_mistakes_in_the_command_are_named(checkpoint, capsys):
         (["--device", "gpu", "x"], "--device gpu cannot be used"),
         (["--device", "cuda:99", "x"], "--device cuda:99 cannot be used"),
         (["--input", "in.txt", "--output", "o.csv"], "--output o.csv was given; expected a name that ends in .jsonl"),
+        (["--input", "in.jsonl", "--output", "./in.jsonl"], "in.jsonl is the file of the prompts, too"),
         (["--input", "in.txt", "--output", "folder.jsonl"], "folder.jsonl cannot be written: Is a directory"),
         (["--input", "in.txt", "--output", "in.txt/o.jsonl"], "in.txt/o.jsonl cannot be written"),
         (["--temperature", "-1", "x"], "temperature=-1.0"),
     ):
         assert message in fails(capsys, "generate", "--checkpoint", checkpoint, *args)
+    assert "kept" in Path("in.jsonl").read_text()
 
 
 def test_a_draft_in_another_vocabulary_is_refused(runs, checkpoint):

