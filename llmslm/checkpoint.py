@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from llmslm.data.codec import Codec, TextFormat
@@ -163,6 +164,19 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise_if_full(error, f"{folder} was not written; free some space and run again")
         raise
+
+
+@contextmanager
+def cast_to(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it, what is trained of a model in float32 is of another dtype."""
+    before = {p: p.data for p in model.parameters() if p.requires_grad and p.dtype == torch.float32}
+    for parameter, values in before.items():
+        parameter.data = values.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, values in before.items():
+            parameter.data = values
 
 
 def _sources(model: PreTrainedModel) -> dict[str, tuple[str | None, str | None]]:

@@ -17,14 +17,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llmslm.checkpoint import CARD, save_system, written_aside
+from llmslm.checkpoint import CARD, cast_to, save_system, written_aside
 from llmslm.data.codec import Codec
 from llmslm.errors import UserError
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.source import SYSTEM_FOLDER, seen_from
-from llmslm.models.trained import base_names, freeze, moved, save_adapters
+from llmslm.models.trained import base_names, freeze, moved, save_adapters, with_tied
 from llmslm.resume import CheckpointFiles, fault
 
 FRAME = "frame"
@@ -63,7 +63,8 @@ def consolidate(checkpoint: str | Path, output: str | Path | None = None) -> Pat
     card = json.loads((frame / CARD).read_text(encoding="utf-8"))
     model = rebuild(_config(frame, card), found["state_dict"])
     folder = run / SYSTEM_FOLDER if output is None else Path(output)
-    with written_aside(folder) as aside:
+    dtype = getattr(torch, card.get("dtype", "float32"))  # frames of earlier versions do not say it
+    with cast_to(model, dtype), written_aside(folder) as aside:
         shutil.copytree(frame, aside, dirs_exist_ok=True)
         model.generation_config = GenerationConfig.from_pretrained(frame)
         if "frozen_base" in card:
@@ -90,7 +91,7 @@ def rebuild(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
             model = auto.from_config(config)
             freeze(model)
     weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
-    model.load_state_dict(weights, strict=False, assign=True)
+    model.load_state_dict(with_tied(weights, model), strict=False, assign=True)
     model.tie_weights()
     brought = base_names(model)
     if missing := [name for name, weight in model.named_parameters() if weight.is_meta and name not in brought]:

@@ -41,7 +41,7 @@ from llmslm.models.packing import check_packing
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.models.quantization import Quantization
 from llmslm.models.source import SYSTEM_FOLDER
-from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict
+from llmslm.models.trained import base_names, count_parameters, frozen_base, restrict, with_tied
 from llmslm.parallel import Fsdp, gathered, token_share
 from llmslm.progress import TrainingProgress
 from llmslm.system import System
@@ -436,7 +436,10 @@ class SystemModule(L.LightningModule):
         checkpoint["composition"] = self.composition()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another composition; lend it the frozen encoder's weights for strict loading."""
+        """Refuse a checkpoint of another composition; lend it what strict loading asks for.
+
+        That is the frozen encoder's weights, and those names of tied weights that a sharded checkpoint leaves out.
+        """
         theirs, ours = checkpoint.get("composition"), self.composition()
         if theirs != ours:
             theirs = theirs or {}
@@ -448,6 +451,7 @@ class SystemModule(L.LightningModule):
             )
         state = self.state_dict()
         checkpoint["state_dict"] |= {k: state[k] for k in self._frozen(state)}
+        checkpoint["state_dict"] = with_tied(checkpoint["state_dict"], self)
 
     def composition(self) -> dict[str, Any]:
         """Name what the trained weights fit: system, architectures and parts, in plain types."""

@@ -38,7 +38,7 @@ from llmslm.errors import UserError
 from llmslm.models.blocks import blocks
 from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
-from llmslm.models.trained import base_names
+from llmslm.models.trained import base_names, tied_names
 from llmslm.resume import REST, aside_of, checksums, named, put, remove, seal
 from llmslm.writing import is_disk_full
 
@@ -245,8 +245,10 @@ class Fsdp(ModelParallelStrategy):
         root = self._root()
         state = get_model_state_dict(root, options=StateDictOptions(cpu_offload=True, ignore_frozen_params=True))
         frozen = [f"{name}." for name, module in root.named_modules() if isinstance(module, Encoder)]
-        tied = base_names(root)  # torch leaves the other names of tied weights in
-        return {name: value for name, value in state.items() if not name.startswith(tuple(frozen)) and name not in tied}
+        left_out = base_names(root) | tied_names(root).keys()  # torch leaves the other names of tied weights in
+        return {
+            name: value for name, value in state.items() if not name.startswith(tuple(frozen)) and name not in left_out
+        }
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Gather what is trained on the host of rank 0, by name in the LightningModule; empty on the others."""

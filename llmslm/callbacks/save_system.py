@@ -1,16 +1,14 @@
 """At the end of training: the best weights become a system folder that evaluation and `llmslm generate` load."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmslm import provenance
-from llmslm.checkpoint import save_system
+from llmslm.checkpoint import cast_to, save_system
 from llmslm.consolidate import rebuild, save_frame
 from llmslm.models.source import SYSTEM_FOLDER
 from llmslm.models.trained import count_parameters
@@ -63,6 +61,7 @@ class SaveSystem(Callback):
             "system": module.system,
             "recipe": self.recipe,
             "seed": torch.initial_seed(),
+            "dtype": self.dtype,
             "steps": trainer.global_step,
             "trained_parameters": None if module.model is None else count_parameters(module.model)["trained"],
             "commit": head,
@@ -70,19 +69,6 @@ class SaveSystem(Callback):
             "data": data_fingerprint(trainer),
             "versions": provenance.versions(),
         }
-
-
-@contextmanager
-def cast_to(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, what is trained of a model in float32 is of another dtype."""
-    before = {p: p.data for p in model.parameters() if p.requires_grad and p.dtype == torch.float32}
-    for parameter, values in before.items():
-        parameter.data = values.to(dtype)
-    try:
-        yield
-    finally:
-        for parameter, values in before.items():
-            parameter.data = values
 
 
 def best_weights(trainer: Trainer) -> dict[str, Tensor]:

@@ -181,6 +181,19 @@ def base_names(model: nn.Module) -> set[str]:
     return names
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Map each further name of a tied weight to its first one."""
+    first = {id(weight): name for name, weight in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(weight)] for name, weight in every if name != first[id(weight)]}
+
+
+def with_tied(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's state with the other names of tied weights, where it has the first one."""
+    missing = {name: one for name, one in tied_names(model).items() if name not in state and one in state}
+    return dict(state) | {name: state[one] for name, one in missing.items()}
+
+
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Count a model's weights, all and those that are trained."""
     weights = list(model.parameters())

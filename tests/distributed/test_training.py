@@ -94,6 +94,27 @@ def test_the_system_agrees_with_its_checkpoint_and_predicts(folder):
     assert system.generate(prompts, max_new_tokens=5) == again.generate(prompts, max_new_tokens=5)
 
 
+@pytest.mark.parametrize("system", ["llm", "slm"])
+def test_tied_weights_are_in_a_checkpoint_once_and_the_dtype_is_kept(folder, system):
+    """One of T5's embeddings has four names. The checkpoint goes on sharded and not, and gives the run's system."""
+    name, args = f"tied_{system}", ["--model.slm.config.tie_word_embeddings=true", "--save_system.dtype=bfloat16"]
+    args += ["--trainer.val_check_interval=2"]
+    fit(folder, 2, name, *args, "--trainer.max_steps=2", system=system)
+    path = next((folder / name / "checkpoints").glob("step-*.ckpt"))
+    weights = CheckpointFiles().load_checkpoint(path, weights_only=True)["state_dict"]
+    tied = [key for key in weights if "shared" in key or "embed_tokens" in key or "lm_head" in key]
+    assert len(tied) == 1
+    with safe_open(consolidate(path, folder / f"{name}_again") / "model.safetensors", "pt") as file:
+        again = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    assert {value.dtype for value in again.values()} == {torch.bfloat16}
+    with safe_open(folder / name / "system" / "model.safetensors", "pt") as file:
+        assert all(torch.equal(file.get_tensor(key), value) for key, value in again.items())
+    resume = [*args, f"--ckpt_path={path}", "--trainer.limit_val_batches=0"]
+    fit(folder, 1, f"{name}_plain", *resume, strategy="auto", system=system)
+    fit(folder, 1, f"{name}_sharded", *resume, system=system)
+    assert loss(folder, f"{name}_sharded", 1) == pytest.approx(loss(folder, f"{name}_plain", 1), rel=1e-6)
+
+
 @pytest.mark.parametrize("system", ["llm", "llm_to_slm"])
 def test_adapters_train_sharded_and_become_a_system(folder, system):
     """The checkpoint holds no frozen weight, the system is the one that the checkpoint gives, and it goes on."""
