@@ -92,6 +92,7 @@ def _features(args: list[str]) -> None:
 def _train(args: list[str], *callbacks: "Callback") -> None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from torch import OutOfMemoryError
 
     from llmslm.callbacks.safeguard import requeued_when_warned
     from llmslm.training import plain, run
@@ -104,6 +105,8 @@ def _train(args: list[str], *callbacks: "Callback") -> None:
         _fail(plain(error), 2)
     except MisconfigurationException as error:
         _fail(plain(error), 1)
+    except OutOfMemoryError as error:
+        _fail(f"{plain(error)}; lower data.micro_batch_size; `llmslm plan` says what else saves memory", 1)
     except (OSError, RuntimeError) as error:
         if not is_disk_full(error):
             raise

@@ -60,6 +60,8 @@ def translated(strategy: Any, devices_per_node: Any) -> Any:
 def _shard_size(mesh: Any, devices_per_node: Any) -> int:
     """Return how many devices share a copy: a row of the mesh, or a node."""
     size = mesh[1] if mesh else devices_per_node
+    if isinstance(size, str) and size.isdigit():  # as the command line has it
+        size = int(size)
     if not isinstance(size, int) or size < 1:
         raise UserError(
             f"hybrid sharding shares a copy of the weights in a node, and trainer.devices is {size!r}; set it to the "

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
 
 from llmslm.callbacks.predictions import WritePredictions
@@ -84,6 +84,7 @@ class Cli(LightningCLI):
         strategy = config.trainer.strategy
         if hasattr(strategy, "as_dict"):
             strategy = strategy.as_dict()
+        _check_strategy(strategy)
         sharding = translated(strategy, config.trainer.devices)
         if sharding is not strategy:
             rank_zero.rank_zero_info(f"FSDPStrategy is run as FSDP2: {sharding}")
@@ -155,6 +156,23 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
             "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
             "start all again with --ckpt_path last"
         ) from error
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Refuse a strategy that is nothing but a name to the parser, and no name to Lightning.
+
+    Raises:
+        UserError: with the names, or where the arguments of a class are listed.
+    """
+    names = ("auto", *StrategyRegistry.available_strategies())
+    if not isinstance(strategy, str) or strategy.lower() in names:
+        return
+    if strategy.startswith("{"):
+        raise UserError(
+            f"trainer.strategy {strategy} cannot be used: no such class, or one of its init_args is wrong; "
+            "`llmslm fit --trainer.strategy.help CLASS` lists them"
+        )
+    raise UserError(f"trainer.strategy is {strategy}; expected a class_path, for example llmslm.parallel.Fsdp, or auto")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

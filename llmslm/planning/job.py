@@ -1,9 +1,10 @@
 """What of a recipe and of its devices decides about memory and time."""
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from llmslm.fsdp1 import FSDP2, translated
 from llmslm.graphed import MOST_OF_COPIES
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.trained import count_parameters
-from llmslm.parallel import EncoderPlace
+from llmslm.parallel import EncoderPlace, Fsdp
 from llmslm.planning.costs import Device
 
 Values = Mapping[str, Any]
@@ -60,6 +61,16 @@ def _is_mixed(precision: Any) -> bool:
     return names[str(precision)]
 
 
+def _check_options(sharding: Values) -> None:
+    """Refuse what training would refuse: another key of the strategy, or no such place of the encoder."""
+    prefix, known = "trainer.strategy.init_args", inspect.signature(Fsdp).parameters
+    if unknown := sorted(set(sharding) - set(known)):
+        raise UserError(f"{prefix}.{unknown[0]} is not known; expected one of {', '.join(known)}")
+    place = sharding.get("encoder", "sharded")
+    if place not in get_args(EncoderPlace):
+        raise UserError(f"{prefix}.encoder is {place}; expected one of {', '.join(get_args(EncoderPlace))}")
+
+
 @dataclass(frozen=True)
 class Job:
     """What of a recipe decides about memory and time."""
@@ -94,6 +105,8 @@ class Job:
         strategy = translated(trainer.get("strategy") or "auto", trainer.get("devices"))
         sharding = {} if isinstance(strategy, str) else strategy.get("init_args") or {}
         name = strategy if isinstance(strategy, str) else strategy["class_path"]
+        if name == FSDP2:
+            _check_options(sharding)
         optimizer = recipe["model"].get("optimizer") or {"class_path": "torch.optim.AdamW"}
         target = target_tokens or data.get("max_target_tokens", 128)
         prompt = prompt_tokens or data.get("max_prompt_tokens", 512)

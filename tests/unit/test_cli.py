@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from llmslm.callbacks.tracking import MlflowLogger
 from llmslm.cli import main
+from llmslm.module import SystemModule
 from llmslm.recipe import read_recipe
 from llmslm.system import System
 from llmslm.training import Cli, run
@@ -183,6 +184,18 @@ def test_unknown_names_are_refused(workdir, capsys):
         capsys, "fit", "--config", recipe, "--model.projector=MlpProjector", "--model.projector.hiden=3", code=2
     )
     assert "max_step" in fails(capsys, "fit", "--config", recipe, "--trainer.max_step=3", code=2)
+    assert "trainer.strategy is ddpp" in fails(capsys, "fit", "--config", recipe, "--trainer.strategy=ddpp")
+    wrong = '{"class_path": "llmslm.parallel.Fsdp", "init_args": {"shards": 2}}'
+    assert "one of its init_args is wrong" in fails(capsys, "fit", "--config", recipe, f"--trainer.strategy={wrong}")
+
+
+def test_no_room_on_the_device_is_one_line(workdir, capsys, monkeypatch):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(SystemModule, "training_step", step)
+    line = fails(capsys, "fit", "--config", toy.write_recipe(workdir), "--model.system=slm")
+    assert "CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size" in line
 
 
 def test_what_was_meant_is_suggested(workdir, capsys):

@@ -24,6 +24,8 @@ def test_each_kind_has_its_equal():
     }
     assert options(sharding_strategy="SHARD_GRAD_OP") == {"reshard_after_forward": False}
     assert options(sharding_strategy="HYBRID_SHARD") == {"shard_size": 8}
+    hybrid = {"class_path": FSDP1, "init_args": {"sharding_strategy": "HYBRID_SHARD"}}
+    assert translated(hybrid, "2")["init_args"] == {"shard_size": 2}  # --trainer.devices 2
     assert options(sharding_strategy="HYBRID_SHARD", device_mesh=(4, 2)) == {"shard_size": 2}
 
 

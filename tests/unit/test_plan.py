@@ -129,6 +129,11 @@ def test_mistakes(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     with pytest.raises(UserError, match="6 GPUs cannot be divided into shards of 4"):
         check(job(), world(6, 4))
+    sharded = ["plan", "--config", recipe, "--config", "hardware/8gpu_fsdp"]
+    for key, message in (("encoder", "encoder is cpu; expected one of sharded,"), ("shards", "shards is not known")):
+        with pytest.raises(SystemExit):
+            main([*sharded, f"--trainer.strategy.init_args.{key}", "cpu"])
+        assert f"trainer.strategy.init_args.{message}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", "--config", recipe, "--model.system"])
     assert "expected --key.of.recipe VALUE" in capsys.readouterr().err
