@@ -2,11 +2,14 @@
 
 import os
 import time
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
@@ -48,24 +51,64 @@ class MlflowLogger(MLFlowLogger):
         with one_at_a_time(uri):
             super().__init__(experiment_name, run_name, tracking_uri=uri, tags=tags, run_id=run_id)
         self._outbox: Outbox | None = None
+        self._gone = self._writing = False
+        self._records: list[Callable[[], None]] = []
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """MLflow's client; a server that is gone when a run begins, or begins again, does not keep it from training."""
+        from mlflow.exceptions import MlflowException
+
+        if not self._gone:
+            try:
+                self._open()
+            except MlflowException as error:
+                if not self._is_no_answer(error):
+                    raise
+                self._gone = True
+                reason = " ".join(str(error).split())[:200]
+                warnings.warn(f"the MLflow server {self._tracking_uri} does not answer: {reason}", stacklevel=2)
+        return self._mlflow_client
+
+    def record(self, write: Callable[[], None]) -> None:
+        """Write something of the run; where the server is gone, when it is back."""
+        from mlflow.exceptions import MlflowException
+
+        self._records.append(write)
+        if self.experiment is not None and self._initialized:
+            try:
+                self._write_records()
+            except MlflowException as error:
+                if not self._is_no_answer(error):
+                    raise
+                warnings.warn(f"the MLflow run {self.run_id} lacks its parameters for now: {error}", stacklevel=2)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Write parameters, where the server is gone when it is back."""
+        write = partial(super().log_hyperparams, params)
+        write() if self._writing else self.record(write)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Queue metrics; a thread sends them, so training never waits for the server."""
         if self._outbox is None:
-            self._outbox = Outbox(self._send, UNSENT / f"{self.run_id}.jsonl")
+            name = self.run_id or f"without-run-id-{uuid.uuid4().hex[:8]}"
+            self._outbox = Outbox(self._send, UNSENT / f"{name}.jsonl")
         now = int(time.time() * 1000)
         self._outbox.put([(name, float(value), now, step or 0) for name, value in metrics.items()])
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
         """Send what is left, and the state of the run; a server that is gone does not stop the end of a run."""
-        if not self._initialized:
+        if self._outbox is None and not self._initialized:
             return
         if self._outbox is not None and not self._outbox.flush(FLUSH_S):
             warnings.warn(
                 f"the MLflow server {self._tracking_uri} is gone: the metrics that it lacks are in "
-                f"{self._outbox.file}; they are sent when the run is resumed with this run_id",
+                f"{self._outbox.file}"
+                + ("; they are sent when the run is resumed with this run_id" if self._run_id else ""),
                 stacklevel=2,
             )
             return
@@ -77,8 +120,28 @@ class MlflowLogger(MLFlowLogger):
     def _send(self, metrics: Sequence[Metric]) -> None:
         from mlflow.entities import Metric as Entity  # mlflow takes 2 s to import
 
+        self._open()  # makes the run, where the server was gone before
+        self._write_records()
         entities = [Entity(*metric) for metric in metrics]
         self._mlflow_client.log_batch(str(self._run_id), metrics=entities)
+
+    def _is_no_answer(self, error: Exception) -> bool:
+        """Whether a server is gone: one that is there and refuses says so, and a file is never gone."""
+        from mlflow.exceptions import RestException
+
+        return self._tracking_uri.startswith("http") and not isinstance(error, RestException)
+
+    def _open(self) -> None:
+        MLFlowLogger.experiment.fget(self)  # type: ignore[attr-defined]
+
+    def _write_records(self) -> None:
+        self._gone, self._writing = False, True
+        try:
+            while self._records:
+                self._records[0]()
+                self._records.pop(0)
+        finally:
+            self._writing = False
 
 
 class RecordRun(SaveConfigCallback):
@@ -94,15 +157,22 @@ class RecordRun(SaveConfigCallback):
         path = folder / "config.yaml"
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
         logger = next((one for one in trainer.loggers if isinstance(one, MLFlowLogger)), None)
-        if logger is None or logger.run_id is None:
+        if logger is None:
             return
+        fingerprint = data_fingerprint(trainer)
+        write = partial(self._record, logger, stage, fingerprint, path)
+        logger.record(write) if isinstance(logger, MlflowLogger) else write()
+
+    def _record(self, logger: MLFlowLogger, stage: str, fingerprint: str, path: Path) -> None:
         client, run_id = logger.experiment, logger.run_id
+        if run_id is None:
+            return
         if stage == "fit":
             logger.log_hyperparams(_flat(self.config.as_dict()))
         head, dirty = provenance.commit()
         client.set_tag(run_id, "git.commit", head or "unknown")
         client.set_tag(run_id, "git.dirty", str(dirty).lower())
-        client.set_tag(run_id, "data.fingerprint", data_fingerprint(trainer))
+        client.set_tag(run_id, "data.fingerprint", fingerprint)
         client.log_artifact(run_id, str(path))
 
 

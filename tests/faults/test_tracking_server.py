@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 
 from llmslm.callbacks.outbox import Outbox
+from llmslm.callbacks.safeguard import REQUEUE
 from tests.processes import Run, free_port, until
 from tests.unit import toy
 
@@ -24,19 +26,28 @@ def answers(uri):
         return False
 
 
+@contextmanager
+def serving(folder, port):
+    """Start a server and wait until it answers; yield a function that signals all its processes."""
+    options = [*SERVER.split(), "--port", str(port), "--artifacts-destination", "artifacts"]
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *options], cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        until(lambda: answers(f"http://127.0.0.1:{port}"), every=0.3)
+        yield lambda number: os.killpg(process.pid, number)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 @pytest.fixture
 def server(tmp_path):
     """A server's address and a function that signals all its processes."""
     port = free_port()
-    options = [*SERVER.split(), "--port", str(port), "--artifacts-destination", "artifacts"]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *options], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
-    until(lambda: answers(f"http://127.0.0.1:{port}"), every=0.3)
-    yield f"http://127.0.0.1:{port}", lambda number: os.killpg(process.pid, number)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with serving(tmp_path, port) as send:
+        yield f"http://127.0.0.1:{port}", send
 
 
 def lines(path):
@@ -52,11 +63,12 @@ def test_training_does_not_wait_for_the_server(tmp_path, server):
     logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
     args = ["--model.system=slm", f"--trainer.callbacks={json.dumps([losses])}", "--trainer.log_every_n_steps=1"]
     environment = {"LLMSLM_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": uri}
-    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     run = Run(["fit", "--config", recipe, *args, f"--trainer.logger={json.dumps(logger)}"], tmp_path, environment)
     done = tmp_path / "losses.0.txt"
 
-    until(lambda: lines(done) >= 5)
+    until(lambda: lines(done) >= 5 or not run.process.is_alive())
+    assert run.process.is_alive(), run.text
     send(signal.SIGSTOP)  # it takes connections and never answers
     until(lambda: lines(done) >= 30)
     spool = until(lambda: next(iter((tmp_path / "mlflow_unsent").glob("*.jsonl")), None))
@@ -73,6 +85,34 @@ def test_training_does_not_wait_for_the_server(tmp_path, server):
     kept = [json.loads(line) for line in spool.read_text().splitlines()]
     assert 149 in [step for name, _, _, step in kept if name == "train/loss"]
     assert "val/loss" in {name for name, *_ in kept}
+
+
+def test_a_server_that_comes_late_gets_it_all(tmp_path):
+    """It is gone when the run begins, as after a restart, and comes while the run trains."""
+    from mlflow import MlflowClient
+
+    uri = f"http://127.0.0.1:{(port := free_port())}"
+    recipe = toy.write_recipe(tmp_path, max_steps=2000, val_check_interval=2000, limit_val_batches=0)
+    losses = {"class_path": "tests.probe.Losses", "init_args": {"file": "losses", "seconds": 0.1}}
+    logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
+    args = ["--model.system=slm", f"--trainer.callbacks={json.dumps([losses])}", "--trainer.log_every_n_steps=1"]
+    environment = {"LLMSLM_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": uri}
+    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    run = Run(["fit", "--config", recipe, *args, f"--trainer.logger={json.dumps(logger)}"], tmp_path, environment)
+    until(lambda: lines(tmp_path / "losses.0.txt") >= 5 or not run.process.is_alive())
+    assert list((tmp_path / "mlflow_unsent").glob("without-run-id-*.jsonl")), run.text
+    with serving(tmp_path, port):
+        client = MlflowClient(uri)
+        found = until(lambda: client.get_experiment_by_name("llmslm"))
+        made = until(lambda: client.search_runs([found.experiment_id]))[0].info.run_id
+        until(lambda: 1 in [metric.step for metric in client.get_metric_history(made, "train/loss")])
+        data = client.get_run(made).data
+        assert data.params["model/warmup_steps"] == "2"
+        assert "data.fingerprint" in data.tags
+        run.send(signal.SIGTERM)
+        assert run.wait(60) == REQUEUE, run.text
+    assert f"the MLflow server {uri} does not answer" in run.text
+    assert not list((tmp_path / "mlflow_unsent").glob("*"))
 
 
 def test_metrics_left_by_a_run_are_sent_by_the_next(tmp_path):
