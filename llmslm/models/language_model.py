@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from llmslm.errors import UserError
+from llmslm.models.shortened import shortened
 from llmslm.models.source import LOAD_ERRORS, pretrained_model
 from llmslm.models.trained import Trained
 
@@ -29,17 +30,23 @@ class ModelSource:
     """Commit, tag or branch of the hub repository."""
     config: dict[str, Any] | None = None
     """A transformers config with its `model_type`; vocabulary and special ids come from the tokenizer."""
+    layers: int | list[int] | None = None
+    """Of the source, take some layers alone: so many at equal distances from the first to the last, or those of these
+    numbers. Of an encoder-decoder they are the decoder's."""
     train: Trained = "full"
     """What training changes: all ("full"), low-rank adapters (their settings: rank, alpha, dropout, dora,
     target_modules), or nothing, so that projector, fusion and alignment alone are trained."""
 
     def check(self, key: str) -> None:
-        """Raise a UserError that names `key` unless exactly one of source and config is given."""
+        """Raise a UserError that names `key` unless exactly one of source and config is given, and layers fit them."""
         if (self.source is None) == (self.config is None):
             given = "neither" if self.source is None else "both"
             raise UserError(
                 f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config"
             )
+        if self.layers is not None and (self.source is None or self.train != "full"):
+            reason = "there is no source" if self.source is None else "the others are not trained"
+            raise UserError(f"{key}.layers takes layers of {key}.source and trains them ({key}.train full); {reason}")
 
 
 def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | None, key: str) -> PreTrainedConfig:
@@ -110,7 +117,7 @@ def load_language_model(
         raise UserError(_not_loaded(model_source, key, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{key}.source {model_source.source!r} lacks the weights of {', '.join(missing[:3])}")
-    return model
+    return model if model_source.layers is None else shortened(model, model_source.layers, key)
 
 
 def _not_loaded(model_source: ModelSource, key: str, error: Exception) -> str:

@@ -18,6 +18,7 @@ from llmslm.models.document_attention import reads_plainly
 from llmslm.models.encoder import Encoder
 from llmslm.models.head import logits_at
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.shortened import shortened_config
 from llmslm.models.source import pretrained
 from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
 from llmslm.parallel import checkpoint_activations
@@ -213,7 +214,9 @@ def _config(job: Job, key: str) -> Any:
     options = job.model[key]
     if options.get("source"):
         place, file = pretrained(options["source"])
-        return AutoConfig.from_pretrained(place, revision=options.get("revision"), **file)
+        config = AutoConfig.from_pretrained(place, revision=options.get("revision"), **file)
+        layers = options.get("layers")
+        return config if layers is None else shortened_config(config, layers, f"model.{key}")
     values = dict(options["config"])
     if job.vocab_size is not None:
         values.setdefault("vocab_size", job.vocab_size)
