@@ -56,6 +56,8 @@ BATCH = 32
 """Examples of a batch of the evaluation."""
 NEW_TOKENS = 64
 """Tokens that the evaluation produces at most."""
+_PART = 2**26
+"""Numbers that ranks sum: 256 MiB."""
 _WORDS = ("alpha", "beta", "gamma", "delta", "omega", "sigma")
 
 
@@ -282,6 +284,23 @@ def train(orders: Orders, case: Case, folder: Path | None) -> Row:
     return about | row | {"tokens_per_s": tokens / row["step_s"]}
 
 
+def link(orders: Orders) -> Row:
+    """Sum equal parts of all ranks, as DDP does with gradients, and nothing else meanwhile.
+
+    Returns:
+        gpus, and all_reduce_bytes_per_s: bytes of a rank's part over the median time of a sum.
+    """
+    part = torch.zeros(_PART, device=torch.device("cuda", torch.cuda.current_device()) if orders.gpu else "cpu")
+    times = []
+    for _ in range(WARMUPS + orders.steps):
+        begin = time.perf_counter()
+        dist.all_reduce(part)
+        if orders.gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return {"gpus": orders.world, "all_reduce_bytes_per_s": part.nbytes / statistics.median(times[WARMUPS:])}
+
+
 def evaluate(orders: Orders, folder: Path) -> Row:
     """Predict the same examples on all ranks, each of which holds the whole system, as `llmslm-eval compare` does.
 
@@ -338,6 +357,8 @@ def main(args: list[str] | None = None) -> None:
         _write(folder, rank, train(orders, case, folder if case == saved else None))
         gc.collect()
         torch.cuda.empty_cache()
+    if orders.world > 1:
+        _write(folder, rank, link(orders))
     _write(folder, rank, evaluate(orders, folder))
 
 

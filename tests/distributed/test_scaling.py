@@ -28,6 +28,8 @@ def test_two_ranks_train_save_load_and_evaluate(tmp_path, capsys):
     assert all(one["save_s"] > 0 and one["load_s"] > 0 and one["bytes"] > 100_000 for one in saved)
     evaluated = [row for row in record["rows"] if "examples_per_s" in row]
     assert [(row["gpus"], row["examples"]) for row in evaluated] == [(1, 64), (2, 64)]
+    joined = [row for row in record["rows"] if "all_reduce_bytes_per_s" in row]
+    assert [(row["gpus"], row["all_reduce_bytes_per_s"] > 0) for row in joined] == [(2, True)]
     assert record["provenance"]["versions"]["torch"]
 
 
@@ -36,7 +38,7 @@ def test_blocks_are_compiled_once_for_a_shape_before_the_clock_starts():
     rows, failure = scaling.run_world(Orders(**values), 240)
     assert failure is None
     once = {"warm_up": 6, "on_the_clock": 0}  # block and norm of the encoder and of the slm, the projector, the loss
-    assert [row.get("compiled") for row in rows] == [once, once, None]
+    assert [row["compiled"] for row in rows if "placement" in row] == [once, once]
 
 
 def test_a_world_that_fails_says_why_and_keeps_what_it_has(tmp_path):
