@@ -53,6 +53,8 @@ VARIANTS = {
     "quality_more": "labels of further prompts, too",
     "quality_spliced": "labels of further and of spliced prompts, too",
     "quality_wide": "the same, SLM of 17M",
+    "quality_shortened": "the same, SLM begun with four of the LLM's layers",
+    "quality_novel": "the same, without labels of the training prompts for llm_to_slm",
     "quality_replace": "replace",
     "quality_cross": "cross-attention",
     "quality_layer_6": "states of layer 6",
