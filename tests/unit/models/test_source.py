@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_a_missing_quantiser_is_named(monkeypatch):
         quantization_config("4bit")
     with pytest.raises(UserError, match="quantization '3bit'; expected 8bit or 4bit"):
         quantization_config("3bit")
+
+
+def test_why_torchao_has_no_4_bits_here_is_said(monkeypatch):
+    def fail(_layer, _config):
+        raise ImportError("Requires mslk >= 1.0.0")
+
+    fake = types.SimpleNamespace(Int4WeightOnlyConfig=object, Int8WeightOnlyConfig=object, quantize_=fail)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(quantization=fake))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "torchao" else None)
+    with pytest.raises(UserError, match=r"torchao cannot do here: Requires mslk.* GPUs: pip install bitsandbytes"):
+        quantization_config("4bit")
 
 
 def test_weights_that_cannot_be_quantised_are_refused(monkeypatch, tmp_path):
