@@ -199,6 +199,19 @@ def test_a_stopped_file_goes_on_where_it_was(checkpoint, monkeypatch):
     assert Path("out.jsonl").read_text() == Path("whole.jsonl").read_text()
 
 
+def test_a_refused_call_leaves_no_file(checkpoint, monkeypatch):
+    write_prompts(3)
+
+    def refuse(*_args, **_kwargs):
+        raise UserError("that does not fit into memory")
+
+    system = System.load(checkpoint)
+    monkeypatch.setattr(system, "generate", refuse)
+    with pytest.raises(UserError, match="does not fit"):
+        predict_file(system, Path("in.jsonl"), Path("new/out.jsonl"), max_new_tokens=4, batch_size=2)
+    assert not list(Path("new").iterdir())
+
+
 def test_lines_of_other_prompts_are_not_taken_over(checkpoint):
     write_prompts(6)
     system, source, settings = System.load(checkpoint), Path("in.jsonl"), {"max_new_tokens": 4, "batch_size": 2}
