@@ -36,9 +36,22 @@ def without(monkeypatch, *packages):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
 
 
-def test_names_and_folders_pass_as_they_are():
+def test_names_and_folders_pass_as_they_are(tmp_path):
     assert pretrained("google-t5/t5-large") == ("google-t5/t5-large", {})
-    assert pretrained("/models/t5") == ("/models/t5", {})
+    assert pretrained(str(tmp_path)) == (str(tmp_path), {})
+
+
+def test_paths_that_lead_nowhere_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/quickstart/llm").mkdir(parents=True)
+    for name in ("/no/such", "./t5", "../t5", "~/t5", "runs/nope", "runs/quickstart/nope", "/no/such/x.gguf"):
+        for load in (load_tokenizer, Encoder.from_source, load_llm):
+            with pytest.raises(UserError, match=rf"{name}'.*: there is no folder /.*; expected a hub name"):
+                load(name)
+    assert pretrained("runs/quickstart") == ("runs/quickstart", {})
+    (tmp_path / "google/t5").mkdir(parents=True)
+    (tmp_path / "google/t5/config.json").touch()
+    assert pretrained("google/mt5") == ("google/mt5", {}), "downloads may lie in a folder of their owner's name"
 
 
 def test_the_folder_of_a_run_stands_for_its_system(tmp_path):
