@@ -37,8 +37,9 @@ class ModelSource:
         """Raise a UserError that names `key` unless exactly one of source and config is given."""
         if (self.source is None) == (self.config is None):
             given = "neither" if self.source is None else "both"
+            how = "" if self.source is None else f": --{key}.config null leaves out the recipe's"
             raise UserError(
-                f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config"
+                f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config{how}"
             )
 
 
