@@ -16,6 +16,7 @@ from llmslm.recipe import resolve_recipes
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
+    from llmslm.generation.sampling import Sampling
     from llmslm.system import System
 
 USAGE = """usage: llmslm COMMAND [OPTIONS]
@@ -151,10 +152,10 @@ def _export(args: list[str]) -> None:
 def _generate(args: list[str]) -> None:
     options = _generate_parser().parse_args(args)
     _check_generate(options)
+    sampling = _sampling(options)  # a mistake shows before weights are read
 
     import torch
 
-    from llmslm.generation.sampling import Sampling
     from llmslm.system import System
     from llmslm.verified_system import VerifiedSystem
 
@@ -166,8 +167,7 @@ def _generate(args: list[str]) -> None:
     else:
         system = System.load(options.checkpoint, device=device, dtype=dtype)
     limit = options.max_new_tokens or system.codec.text_format.max_target_tokens
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=options.seed)
-    settings = {"max_new_tokens": limit, "sampling": sampling if options.temperature else None}
+    settings = {"max_new_tokens": limit, "sampling": sampling}
     if options.input is not None:
         _generate_file(system, options, settings)
     else:
@@ -198,6 +198,11 @@ def _generate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", type=float, default=0.0, help="draw tokens; default: take the most probable")
     parser.add_argument("--top-k", type=int, default=0, help="draw from so many tokens; 0: from all")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the tokens that have this much of the mass")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        help="above 1, tokens already seen are less likely; default: 1 with a --temperature, else the model's own",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     return parser
 
@@ -216,6 +221,15 @@ def _check_generate(options: argparse.Namespace) -> None:
         raise UserError("--top-k and --top-p say what is drawn from; give a --temperature above 0, too")
     if options.verify is not None and options.dtype == "int8":
         raise UserError("--verify gives the llm's own output, which weights of 8 bits change; use --dtype float32")
+
+
+def _sampling(options: argparse.Namespace) -> "Sampling | None":
+    if not options.temperature and options.repetition_penalty is None:
+        return None
+    from llmslm.generation.sampling import Sampling
+
+    penalty = 1.0 if options.repetition_penalty is None else options.repetition_penalty
+    return Sampling(options.temperature, options.top_k, options.top_p, penalty, options.seed)
 
 
 def _device(name: str | None) -> str:

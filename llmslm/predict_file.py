@@ -97,6 +97,9 @@ def predict_file(
     except OSError as error:
         reason = "the disk is full" if is_disk_full(error) else f"{out} cannot be written: {error.strerror}"
         raise UserError(f"{reason}; what was predicted is kept, run the same command again to go on") from error
+    finally:
+        if part.is_file() and part.stat().st_size == 0:  # there is nothing to go on with
+            part.unlink()
     return progress.throughput(total - done)
 
 

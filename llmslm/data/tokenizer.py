@@ -100,9 +100,11 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     Raises:
         UserError: if there is none.
     """
-    place, file = pretrained(source)
     try:
+        place, file = pretrained(source)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=revision, **file)
+    except UserError:
+        raise
     except (*LOAD_ERRORS, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(

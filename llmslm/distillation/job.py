@@ -19,6 +19,15 @@ from llmslm.recipe import build_data, read_recipe
 from llmslm.system import System
 from llmslm.writing import write_text
 
+_HASHED = {
+    "llm": "another LLM (--checkpoint)",
+    "codec": "another tokenizer, prompt template or limit of lengths (--checkpoint, data.*)",
+    "data": "other data (data.source)",
+    "vocabulary": "another vocabulary (data.tokenizer)",
+    "targets": "other target tokens (data.tokenizer, data.max_target_tokens)",
+}
+"""What a folder is of, where the values that differ are hashes and say nothing."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -110,10 +119,9 @@ def claim(manifest: Path, about: dict[str, Any]) -> None:
     stored = json.loads(manifest.read_text(encoding="utf-8"))
     for name in stored | about:
         if stored.get(name) != about.get(name):
-            raise UserError(
-                f"{manifest.parent} is of another {name}: {str(stored.get(name))[:80]!r}, here it is "
-                f"{str(about.get(name))[:80]!r}; give another folder (--out)"
-            )
+            values = f"{str(stored.get(name))[:80]!r}, here it is {str(about.get(name))[:80]!r}"
+            what = _HASHED.get(name, f"another {name}: {values}")
+            raise UserError(f"{manifest.parent} is of {what}; give another folder (--out)")
 
 
 def _place(checkpoint: str) -> str:

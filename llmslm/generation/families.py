@@ -118,7 +118,7 @@ def sliding_window(config: Any) -> int | None:
 
 
 def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _rms_norm) -> Decoder:
-    """Llama, Mistral, Qwen2 and Qwen3: RMS norms, rotary positions, gated feed-forward."""
+    """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMS norms, rotary positions, gated feed-forward."""
     config, body = model.config, model.model
     if body.rotary_emb.rope_type in ("dynamic", "longrope"):
         raise UnreadableModelError(f"rotary angles of type {body.rotary_emb.rope_type!r} change with the length")
@@ -134,7 +134,7 @@ def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _r
             scale=attention.scaling,
             q_norm=norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
             k_norm=norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            rotary=True,
+            rotary=bool(getattr(attention, "use_rope", True)),  # SmolLM3 rotates in some of its layers
         )
         into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
         before = norm(layer.input_layernorm)
@@ -223,19 +223,21 @@ def _read_opt(model: Any, _max_positions: int) -> Decoder:
 
 
 def _read_bart(model: Any, _max_positions: int) -> Decoder:
+    """BART, and mBART, whose norms come first and which has one more in the end."""
     config, body = model.config, model.model.decoder
-    sublayers, crosses = [], []
+    final_norm = getattr(body, "layer_norm", None)
+    first, sublayers, crosses = final_norm is not None, [], []
     for index, layer in enumerate(body.layers):
         attention, cross = layer.self_attn, layer.encoder_attn
         inner = _bart_attention(attention, index)
         into = _linear(attention.q_proj, attention.k_proj, attention.v_proj)
-        norm = _layer_norm(layer.self_attn_layer_norm)
-        sublayers.append(Sublayer(into, _linear(attention.out_proj), inner, after=norm))
+        sublayer = Sublayer(into, _linear(attention.out_proj), inner)
+        sublayers.append(_placed(sublayer, _layer_norm(layer.self_attn_layer_norm), first=first))
         key_value = _linear(cross.k_proj, cross.v_proj)
         crosses.append(CrossAttention(index, cross.num_heads, cross.head_dim, cross.scaling, key_value))
-        norm = _layer_norm(layer.encoder_attn_layer_norm)
-        sublayers.append(Sublayer(_linear(cross.q_proj), _linear(cross.out_proj), crosses[-1], after=norm))
-        sublayers.append(_bart_feed_forward(layer, config, first=False))
+        sublayer = Sublayer(_linear(cross.q_proj), _linear(cross.out_proj), crosses[-1])
+        sublayers.append(_placed(sublayer, _layer_norm(layer.encoder_attn_layer_norm), first=first))
+        sublayers.append(_bart_feed_forward(layer, config, first=first))
     head = replace(_linear(model.lm_head), bias=model.final_logits_bias.detach().flatten())
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),
@@ -246,6 +248,7 @@ def _read_bart(model: Any, _max_positions: int) -> Decoder:
         positions=body.embed_positions.weight.detach(),
         position_offset=body.embed_positions.offset,
         embedding_norm=_layer_norm(body.layernorm_embedding),
+        final_norm=_layer_norm(final_norm),
         max_positions=config.max_position_embeddings,
         crosses=crosses,
     )
@@ -302,10 +305,12 @@ _READERS: dict[str, Callable[[Any, int], Decoder]] = {
     "mistral": _read_llama,
     "qwen2": _read_llama,
     "qwen3": _read_llama,
+    "smollm3": _read_llama,
     "gemma": _read_gemma,
     "gpt2": _read_gpt2,
     "opt": _read_opt,
     "bart": _read_bart,
+    "mbart": _read_bart,
     "t5": _read_t5,
     "mt5": _read_t5,
 }

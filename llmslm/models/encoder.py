@@ -108,17 +108,17 @@ class Encoder(nn.Module):
             UserError: if there is no such model, its weights are missing, the layer does not exist, or the weights
                 cannot be quantised here.
         """
-        place, file = pretrained_model(source)
-        kwargs: dict[str, Any] = {"revision": revision, "output_loading_info": True} | file
+        kwargs: dict[str, Any] = {"revision": revision, "output_loading_info": True}
         if dtype is not None:
             kwargs["dtype"] = dtype
         if quantization is not None:
             kwargs["quantization_config"] = quantization_config(quantization)
         try:
+            place, file = pretrained_model(source)
             config = AutoConfig.from_pretrained(place, revision=revision, **file)
             empty = empty_encoder(config)
             full_depth = len(layer_list(empty))
-            kwargs |= _part_of(config, empty) | {"config": _shorten(empty.config, layer, full_depth)}
+            kwargs |= file | _part_of(config, empty) | {"config": _shorten(empty.config, layer, full_depth)}
             with without_load_report():
                 model, info = type(empty).from_pretrained(place, **kwargs)
         except UserError:

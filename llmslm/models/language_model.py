@@ -41,8 +41,9 @@ class ModelSource:
         """Raise a UserError that names `key` unless exactly one of source and config is given, and layers fit them."""
         if (self.source is None) == (self.config is None):
             given = "neither" if self.source is None else "both"
+            how = "" if self.source is None else f": --{key}.config null leaves out the recipe's"
             raise UserError(
-                f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config"
+                f"{key} has {given} of source and config; give exactly one of {key}.source and {key}.config{how}"
             )
         if self.layers is not None and (self.source is None or self.train != "full"):
             reason = "there is no source" if self.source is None else "the others are not trained"

@@ -3,6 +3,8 @@
 import importlib.util
 from typing import Any, Literal
 
+import torch
+from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from llmslm.errors import UserError
@@ -17,7 +19,7 @@ def quantization_config(quantization: Quantization) -> Any:
     """Return the `quantization_config` that transformers takes.
 
     Raises:
-        UserError: if no quantiser is installed, or `quantization` is not one of its kinds.
+        UserError: if no quantiser is installed, it cannot do its work here, or `quantization` is not one of its kinds.
     """
     if quantization not in _QUANTISERS:
         raise UserError(f"quantization {quantization!r}; expected 8bit or 4bit (model.encoder.quantization)")
@@ -29,6 +31,16 @@ def quantization_config(quantization: Quantization) -> Any:
         )
     if installed == "bitsandbytes":
         return BitsAndBytesConfig(**{f"load_in_{quantization}": True})
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    return TorchAoConfig(Int8WeightOnlyConfig() if quantization == "8bit" else Int4WeightOnlyConfig())
+    if quantization == "8bit":
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    config = Int4WeightOnlyConfig()
+    try:  # one layer: of a whole model transformers gives the reason in a report alone
+        quantize_(nn.Linear(128, 128, dtype=torch.bfloat16), config)
+    except (ImportError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"model.encoder.quantization is 4bit, which torchao cannot do here: {error}; its 4 bits need kernels for "
+            "GPUs: pip install bitsandbytes, whose 4 bits run on any device, or set model.encoder.quantization to 8bit"
+        ) from error
+    return TorchAoConfig(config)

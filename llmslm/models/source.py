@@ -31,8 +31,12 @@ def pretrained(source: str) -> tuple[str, dict[str, str]]:
 
     Raises:
         UserError: if the package is not installed or does not carry one such file, or GGUF cannot be read here.
+        FileNotFoundError: if the source is the path of a folder that is not there.
     """
     path = Path(_packaged(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else source)
+    place = str(path.parent) if path.suffix == ".gguf" else source
+    if not Path(place).exists() and _is_path(place):
+        raise FileNotFoundError(f"there is no folder {Path(place).absolute()}")
     if path.suffix != ".gguf":
         return system_of(source), {}
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -41,7 +45,17 @@ def pretrained(source: str) -> tuple[str, dict[str, str]]:
             f"{source!r} is a GGUF file, and {' and '.join(missing)} to read it is not installed: "
             "pip install 'llmslm[gguf]'"
         )
-    return str(path.parent), {"gguf_file": path.name}
+    return place, {"gguf_file": path.name}
+
+
+def _is_path(place: str) -> bool:
+    """Whether a name must be that of a folder; NAME and OWNER/NAME may be the hub's.
+
+    Where there is a folder OWNER it is taken for one of the user's, unless it holds models, as one of downloads would.
+    """
+    first, *rest = place.split("/")
+    is_own = bool(rest) and Path(first).is_dir() and not any(Path(first).glob(f"*/{CONFIG}"))
+    return place.startswith(("/", ".", "~")) or len(rest) > 1 or is_own
 
 
 def _packaged(name: str) -> str:
@@ -65,6 +79,7 @@ def pretrained_model(source: str) -> tuple[str, dict[str, str]]:
 
     Raises:
         UserError: as `pretrained`, and if the folder holds adapters alone.
+        FileNotFoundError: as `pretrained`.
     """
     place, file = pretrained(source)
     if not file and (Path(place) / "adapter_config.json").is_file():

@@ -17,9 +17,9 @@ from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.document_attention import reads_plainly
 from llmslm.models.encoder import Encoder
 from llmslm.models.head import logits_at
+from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.shortened import shortened_config
-from llmslm.models.source import pretrained
 from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
 from llmslm.parallel import checkpoint_activations
 from llmslm.planning.costs import Cost, Counter, Device
@@ -213,8 +213,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _config(job: Job, key: str) -> Any:
     options = job.model[key]
     if options.get("source"):
-        place, file = pretrained(options["source"])
-        config = AutoConfig.from_pretrained(place, revision=options.get("revision"), **file)
+        config = load_config(ModelSource(options["source"], options.get("revision")), None, f"model.{key}")
         layers = options.get("layers")
         return config if layers is None else shortened_config(config, layers, f"model.{key}")
     values = dict(options["config"])
@@ -226,8 +225,8 @@ def _config(job: Job, key: str) -> Any:
 
 def _encoder(job: Job, dtype: torch.dtype | None) -> Encoder:
     options = job.encoder_options
-    source = {"source": options["source"]} if options.get("source") else job.model["llm"]
-    config = _config(Job(**vars(job) | {"model": {"llm": source}}), "llm")
+    key, source = ("encoder", {"source": options["source"]}) if options.get("source") else ("llm", job.model["llm"])
+    config = _config(Job(**vars(job) | {"model": {key: source}}), key)
     if dtype is None:
         dtype = getattr(torch, options["dtype"]) if options.get("dtype") else getattr(config, "dtype", None)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel

@@ -236,10 +236,13 @@ def test_models_that_are_not_there_are_named(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     assert "train it first with --model.system llm" in fails(capsys, "fit", "--config", recipe)
     line = fails(capsys, "fit", "--config", recipe, "--model.encoder.source=/nowhere")
-    assert "no tokenizer at '/nowhere'" in line
+    assert "no tokenizer at '/nowhere': there is no folder /nowhere" in line
     assert "expected a hub name or a folder with tokenizer.json" in line
     line = fails(capsys, "fit", "--config", recipe, "--model.slm.source=x")
     assert "model.slm has both of source and config" in line
+    assert ": --model.slm.config null leaves out the recipe's" in line
+    given = ["--model.system=slm", "--model.slm.source=/nowhere", "--model.slm.config=null"]
+    assert "no tokenizer at '/nowhere'" in fails(capsys, "fit", "--config", recipe, *given)
     tiny.CONFIGS["t5"].save_pretrained("empty")
     bytes_of().save_pretrained("empty")
     line = fails(capsys, "fit", "--config", recipe, "--model.encoder.source=empty")

@@ -10,6 +10,7 @@ import torch
 
 from llmslm.cli import main
 from llmslm.errors import UserError
+from llmslm.generation.sampling import Sampling
 from llmslm.predict_file import predict_file
 from llmslm.system import System
 from llmslm.verified_system import VerifiedSystem
@@ -68,6 +69,17 @@ def test_draws_repeat_with_their_seed(checkpoint, capsys):
     draw = ["--checkpoint", checkpoint, "--temperature", "5", *PROMPTS]
     assert output(capsys, *draw, "--seed", "1") == output(capsys, *draw, "--seed", "1")
     assert output(capsys, *draw, "--seed", "1") != output(capsys, *draw, "--seed", "2")
+
+
+def test_what_was_seen_is_penalised(runs, checkpoint, capsys):
+    given = ["--checkpoint", checkpoint, *PROMPTS]
+    penalised = output(capsys, *given, "--repetition-penalty", "3")
+    assert penalised != output(capsys, *given) == output(capsys, *given, "--repetition-penalty", "1")
+    settings = {"max_new_tokens": 8, "sampling": Sampling(temperature=0, repetition_penalty=3)}
+    assert penalised.splitlines() == [one.text for one in System.load(checkpoint).generate(PROMPTS, **settings)]
+    verified = ["--verify", str(runs / "llm"), "--repetition-penalty", "3", *PROMPTS]
+    llm = output(capsys, "--checkpoint", str(runs / "llm"), "--repetition-penalty", "3", *PROMPTS)
+    assert output(capsys, "--checkpoint", checkpoint, *verified) == llm
 
 
 @pytest.mark.parametrize("name", ["llm", "llm_to_slm"])
@@ -187,6 +199,19 @@ def test_a_stopped_file_goes_on_where_it_was(checkpoint, monkeypatch):
     assert Path("out.jsonl").read_text() == Path("whole.jsonl").read_text()
 
 
+def test_a_refused_call_leaves_no_file(checkpoint, monkeypatch):
+    write_prompts(3)
+
+    def refuse(*_args, **_kwargs):
+        raise UserError("that does not fit into memory")
+
+    system = System.load(checkpoint)
+    monkeypatch.setattr(system, "generate", refuse)
+    with pytest.raises(UserError, match="does not fit"):
+        predict_file(system, Path("in.jsonl"), Path("new/out.jsonl"), max_new_tokens=4, batch_size=2)
+    assert not list(Path("new").iterdir())
+
+
 def test_lines_of_other_prompts_are_not_taken_over(checkpoint):
     write_prompts(6)
     system, source, settings = System.load(checkpoint), Path("in.jsonl"), {"max_new_tokens": 4, "batch_size": 2}
@@ -240,9 +265,15 @@ def test_mistakes_in_the_command_are_named(checkpoint, capsys):
         (["--input", "in.jsonl", "--output", "./in.jsonl"], "in.jsonl is the file of the prompts, too"),
         (["--input", "in.txt", "--output", "folder.jsonl"], "folder.jsonl cannot be written: Is a directory"),
         (["--input", "in.txt", "--output", "in.txt/o.jsonl"], "in.txt/o.jsonl cannot be written"),
-        (["--temperature", "-1", "x"], "temperature=-1.0"),
     ):
         assert message in fails(capsys, "generate", "--checkpoint", checkpoint, *args)
+    for args, message in (
+        (["--temperature", "-1"], "temperature=-1.0"),
+        (["--temperature", "1", "--top-k", "-1"], "top_k=-1"),
+        (["--temperature", "1", "--top-p", "2"], "top_p=2.0"),
+        (["--repetition-penalty", "0"], "repetition_penalty=0.0"),
+    ):  # before anything is read
+        assert message in fails(capsys, "generate", "--checkpoint", "nowhere", *args, "x")
     assert "kept" in Path("in.jsonl").read_text()
 
 

@@ -140,6 +140,9 @@ def test_mistakes(workdir, capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--config", "hardware/1gpu"])
     assert "the recipe has neither model.llm.source nor model.llm.config" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", recipe, "--model.encoder.source=/nowhere"])
+    assert "model.encoder.source '/nowhere' cannot be loaded: there is no folder" in capsys.readouterr().err
 
 
 def test_sizes_of_a_model():

@@ -225,7 +225,7 @@ def test_what_does_not_belong_is_refused(arguments, capsys):
     rows_before = rows()
     Path("other.jsonl").write_text('{"prompt": "say x", "target": "x"}\n')
     other = ["--data.source.init_args.train", "other.jsonl"]
-    assert "out is of another data: " in fails(capsys, *arguments, *OPEN, *other)
+    assert "out is of other data (data.source); give another folder (--out)" in fails(capsys, *arguments, *OPEN, *other)
     assert rows() == rows_before
 
 

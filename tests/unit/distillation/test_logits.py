@@ -166,7 +166,7 @@ def test_a_folder_of_something_else_is_refused(trained, recipe, capsys):
     same = ["logits", "--config", recipe, "--out", "logits", "--checkpoint"]
     t5, llama = (str(trained / f"runs/{name}/llm") for name in ("t5", "llama"))
     assert "logits is of another top_k: '2', here it is '3'" in fails(capsys, *same, t5, "--top-k", "3")
-    assert "logits is of another llm: " in fails(capsys, *same, llama, "--top-k", "2")
+    assert "logits is of another LLM (--checkpoint); give another" in fails(capsys, *same, llama, "--top-k", "2")
     assert "--top-k 0 was given" in fails(capsys, *same, t5, "--top-k", "0")
     manifest = Path("logits/manifest.json")
     manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 9'))

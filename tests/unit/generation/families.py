@@ -12,6 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MBartConfig,
+    MBartForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     MT5Config,
@@ -23,6 +25,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -69,6 +73,7 @@ BUILD: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_LLAMA)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=16)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**_LLAMA, no_rope_layers=[1, 0])),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_LLAMA, head_dim=8)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=BOS, **_IDS)
@@ -81,6 +86,7 @@ BUILD: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**_T5)),
     "bart": lambda: BartForConditionalGeneration(BartConfig(**_BART)),
+    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**_BART)),
 }
 
 

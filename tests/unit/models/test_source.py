@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import types
 
 import pytest
 import torch
@@ -35,9 +36,22 @@ def without(monkeypatch, *packages):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find(name))
 
 
-def test_names_and_folders_pass_as_they_are():
+def test_names_and_folders_pass_as_they_are(tmp_path):
     assert pretrained("google-t5/t5-large") == ("google-t5/t5-large", {})
-    assert pretrained("/models/t5") == ("/models/t5", {})
+    assert pretrained(str(tmp_path)) == (str(tmp_path), {})
+
+
+def test_paths_that_lead_nowhere_are_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/quickstart/llm").mkdir(parents=True)
+    for name in ("/no/such", "./t5", "../t5", "~/t5", "runs/nope", "runs/quickstart/nope", "/no/such/x.gguf"):
+        for load in (load_tokenizer, Encoder.from_source, load_llm):
+            with pytest.raises(UserError, match=rf"{name}'.*: there is no folder /.*; expected a hub name"):
+                load(name)
+    assert pretrained("runs/quickstart") == ("runs/quickstart", {})
+    (tmp_path / "google/t5").mkdir(parents=True)
+    (tmp_path / "google/t5/config.json").touch()
+    assert pretrained("google/mt5") == ("google/mt5", {}), "downloads may lie in a folder of their owner's name"
 
 
 def test_the_folder_of_a_run_stands_for_its_system(tmp_path):
@@ -125,6 +139,18 @@ def test_a_missing_quantiser_is_named(monkeypatch):
         quantization_config("4bit")
     with pytest.raises(UserError, match="quantization '3bit'; expected 8bit or 4bit"):
         quantization_config("3bit")
+
+
+def test_why_torchao_has_no_4_bits_here_is_said(monkeypatch):
+    def fail(_layer, _config):
+        raise ImportError("Requires mslk >= 1.0.0")
+
+    fake = types.SimpleNamespace(Int4WeightOnlyConfig=object, Int8WeightOnlyConfig=object, quantize_=fail)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(quantization=fake))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == "torchao" else None)
+    with pytest.raises(UserError, match=r"torchao cannot do here: Requires mslk.* GPUs: pip install bitsandbytes"):
+        quantization_config("4bit")
 
 
 def test_weights_that_cannot_be_quantised_are_refused(monkeypatch, tmp_path):
