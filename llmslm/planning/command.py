@@ -23,7 +23,8 @@ from llmslm.parallel import make_mesh, parallelize
 from llmslm.planning.costs import DEVICES, Device
 from llmslm.planning.job import Job, World
 from llmslm.planning.predict import check, predict
-from llmslm.planning.step import batch, build, loss
+from llmslm.planning.rows import batch
+from llmslm.planning.step import build, keep_examples_apart, loss
 from llmslm.provenance import provenance
 from llmslm.recipe import read_recipe
 from llmslm.target_logits import cross_entropy
@@ -136,16 +137,18 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
     device = _join(world)
     model = _prepared(job, world, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    entropy = cross_entropy
+    entropy, packs = cross_entropy, job.packs(model)
+    if packs:
+        keep_examples_apart(model, job)
     if job.compiled:
-        compile_blocks(model, fixed_shapes=True)
-        entropy = torch.compile(cross_entropy)
+        compile_blocks(model, fixed_shapes=packs)
+        entropy = torch.compile(cross_entropy, dynamic=None if packs else True)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=job.fused_optimizer)
     tensors = batch(model, job, device)
 
     def compute(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
-            return loss(model, job, dict(inputs), entropy)
+            return loss(model, job, inputs, entropy)
 
     loss_of = GraphedLoss(compute, trained) if job.is_graphed(model, world.gpus) else compute
     times = []
