@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llmslm.models.blocks import blocks
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.document_attention import attend_within_documents, reads_plainly
+from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import check_packing
@@ -23,7 +24,7 @@ from llmslm.models.source import pretrained
 from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
 from llmslm.parallel import checkpoint_activations
 from llmslm.planning.costs import Cost, Counter, Device
-from llmslm.planning.job import Job, Values
+from llmslm.planning.job import Job
 from llmslm.planning.rows import batch, decoder_of, states_width
 from llmslm.target_logits import cross_entropy, target_logits
 
@@ -52,7 +53,7 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     if (system := job.model.get("system", "llm_to_slm")) != "llm_to_slm":
         config = _config(job, system)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return _restricted(auto.from_config(config, dtype=dtype or torch.float32), job.model[system])
+        return _trained(auto.from_config(config, dtype=dtype or torch.float32), job, system)
     encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
     parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
     options = job.encoder_options
@@ -66,15 +67,17 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     model = LlmToSlm(config)
     auto = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM
     slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
-    model.slm = _restricted(slm, job.model["slm"])
+    model.slm = _trained(slm, job, "slm")
     model.fusion.attach(model.slm)
     model.encoder = None if options.get("features") else encoder
     return model
 
 
-def _restricted(model: PreTrainedModel, options: Values) -> PreTrainedModel:
-    """Freeze what a recipe does not train of a language model, as training does."""
-    train = options.get("train", "full")
+def _trained(model: PreTrainedModel, job: Job, key: str) -> PreTrainedModel:
+    """Add dropout to a language model and freeze what a recipe does not train of it, as training does."""
+    if dropout := job.model.get("dropout", 0.0):
+        add_dropout(model, dropout)
+    train = job.model[key].get("train", "full")
     if train != "full":
         lora = asdict(Lora(**train)) if isinstance(train, Mapping) else None
         model.config.frozen_base = FrozenBase(source="", revision=None, hash="", lora=lora)

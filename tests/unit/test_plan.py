@@ -296,3 +296,8 @@ def test_a_batch_is_what_the_collator_makes_of_full_rows(system, pack_tokens):
     for name in set(found) - {"input_ids", "prompt_ids", "labels", "target_ids"}:
         assert torch.equal(found[name], expected[name]), name
     assert torch.equal(found["labels"] == IGNORED, expected["labels"] == IGNORED)
+
+
+def test_dropout_keeps_what_it_drops():
+    without, dropping = (planned({"system": "slm", "dropout": rate}, {"pack_tokens": 24}) for rate in (0.0, 0.1))
+    assert without["memory_bytes"]["activations"] < dropping["memory_bytes"]["activations"]
