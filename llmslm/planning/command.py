@@ -44,13 +44,15 @@ _MEMORY = {
     "activations": "activations: kept from forward to backward",
 }
 _TIME = {
-    "compute": "compute, eagerly",
+    "compute": "compute",
+    "host": "host, which launches it meanwhile",
     "communication": "communication, beside it",
     "exposed": "communication that nothing hides",
     "optimizer": "optimizer",
-    "step": "step, eagerly",
-    "step_at_best": "step at best (model.compile comes near)",
+    "step": "step",
+    "step_at_best": "step at best: products alone",
 }
+_RUN = {"eager": "run eagerly", "compiled": "compiled", "one graph": "compiled, as one CUDA graph"}
 
 
 def main(args: Sequence[str]) -> None:
@@ -96,7 +98,7 @@ def table(job: Job, world: World, prediction: Mapping[str, Any]) -> str:
         f"  {'peak: not all at the same moment':<52}{memory['peak'] / 1e9:>9.2f}  "
         f"of {world.device.memory_bytes / 1e9:.0f}: {fits}",
         "",
-        "time of a step (ms)",
+        f"time of a step (ms), {_RUN[prediction['run']]}",
         *(f"  {_TIME[kind]:<52}{seconds[kind] * 1e3:>9.1f}" for kind in _TIME),
         f"limited by {prediction['limit']}; {prediction['tokens_per_s']:,.0f} tokens/s (prompts and targets), "
         f"MFU {prediction['mfu']:.0%}",

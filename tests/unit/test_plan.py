@@ -301,3 +301,19 @@ def test_a_batch_is_what_the_collator_makes_of_full_rows(system, pack_tokens):
 def test_dropout_keeps_what_it_drops():
     without, dropping = (planned({"system": "slm", "dropout": rate}, {"pack_tokens": 24}) for rate in (0.0, 0.1))
     assert without["memory_bytes"]["activations"] < dropping["memory_bytes"]["activations"]
+
+
+def test_time_is_that_of_how_a_step_is_run():
+    packed = {"pack_tokens": 24}
+    eager, compiled, graphed, sharded = (
+        planned({"system": "slm", "compile": on}, data, strategy)
+        for on, data, strategy in ((False, {}, None), (True, {}, None), (True, packed, None), (True, {}, FSDP))
+    )
+    runs = [found["run"] for found in (eager, compiled, graphed, sharded)]
+    assert runs == ["eager", "compiled", "one graph", "compiled"]
+    assert compiled["seconds"]["compute"] < eager["seconds"]["compute"]
+    assert eager["limit"] == "host"  # few rows of a small model
+    assert graphed["seconds"]["host"] == 0
+    assert graphed["limit"] == "compute"
+    assert graphed["seconds"]["step_at_best"] < graphed["seconds"]["step"] < compiled["seconds"]["step"]
+    assert sharded["seconds"]["host"] > 1.5 * compiled["seconds"]["host"]
