@@ -42,7 +42,8 @@ from llmslm.models.language_model import ModelSource
 from llmslm.module import SystemModule
 from llmslm.parallel import Fsdp
 from llmslm.planning.job import Job
-from llmslm.planning.step import batch, build
+from llmslm.planning.rows import batch
+from llmslm.planning.step import build
 from llmslm.system import System
 
 Placement = Literal["sharded", "replicated", "unsharded"]
@@ -196,7 +197,7 @@ def training_batch(model: PreTrainedModel, job: Job, seed: int) -> dict[str, Ten
     labels = ids.masked_fill(torch.arange(prompt + target) < prompt, IGNORED)
     places = (labels != IGNORED).nonzero().T.contiguous()
     changed = {"input_ids": ids, "prompt_ids": ids[:, :prompt].contiguous(), "labels": labels}
-    return tensors | changed | {"target_positions": places}
+    return tensors | changed | {"target_positions": places, "target_ids": labels[*places]}
 
 
 def make_codec(model: PreTrainedModel, job: Job) -> Codec:

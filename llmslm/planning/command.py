@@ -23,7 +23,8 @@ from llmslm.parallel import make_mesh, parallelize
 from llmslm.planning.costs import DEVICES, Device
 from llmslm.planning.job import Job, World
 from llmslm.planning.predict import check, predict
-from llmslm.planning.step import batch, build, loss
+from llmslm.planning.rows import batch
+from llmslm.planning.step import build, keep_examples_apart, loss
 from llmslm.provenance import provenance
 from llmslm.recipe import read_recipe
 from llmslm.target_logits import cross_entropy
@@ -43,13 +44,15 @@ _MEMORY = {
     "activations": "activations: kept from forward to backward",
 }
 _TIME = {
-    "compute": "compute, eagerly",
+    "compute": "compute",
+    "host": "host, which launches it meanwhile",
     "communication": "communication, beside it",
     "exposed": "communication that nothing hides",
     "optimizer": "optimizer",
-    "step": "step, eagerly",
-    "step_at_best": "step at best (model.compile comes near)",
+    "step": "step",
+    "step_at_best": "step at best: products alone",
 }
+_RUN = {"eager": "run eagerly", "compiled": "compiled", "one graph": "compiled, as one CUDA graph"}
 
 
 def main(args: Sequence[str]) -> None:
@@ -95,7 +98,7 @@ def table(job: Job, world: World, prediction: Mapping[str, Any]) -> str:
         f"  {'peak: not all at the same moment':<52}{memory['peak'] / 1e9:>9.2f}  "
         f"of {world.device.memory_bytes / 1e9:.0f}: {fits}",
         "",
-        "time of a step (ms)",
+        f"time of a step (ms), {_RUN[prediction['run']]}",
         *(f"  {_TIME[kind]:<52}{seconds[kind] * 1e3:>9.1f}" for kind in _TIME),
         f"limited by {prediction['limit']}; {prediction['tokens_per_s']:,.0f} tokens/s (prompts and targets), "
         f"MFU {prediction['mfu']:.0%}",
@@ -136,16 +139,18 @@ def measure(job: Job, world: World, steps: int = 8, warmups: int = 3) -> dict[st
     device = _join(world)
     model = _prepared(job, world, device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    entropy = cross_entropy
+    entropy, packs = cross_entropy, job.packs(model)
+    if packs:
+        keep_examples_apart(model, job)
     if job.compiled:
-        compile_blocks(model, fixed_shapes=True)
-        entropy = torch.compile(cross_entropy)
+        compile_blocks(model, fixed_shapes=packs)
+        entropy = torch.compile(cross_entropy, dynamic=None if packs else True)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=job.fused_optimizer)
     tensors = batch(model, job, device)
 
     def compute(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=job.mixed, cache_enabled=False):
-            return loss(model, job, dict(inputs), entropy)
+            return loss(model, job, inputs, entropy)
 
     loss_of = GraphedLoss(compute, trained) if job.is_graphed(model, world.gpus) else compute
     times = []

@@ -95,6 +95,7 @@ class Job:
     """Whether rows are padded, so that layers keep a mask."""
     compiled: bool
     """Whether blocks and loss are compiled."""
+    label_smoothing: float
     steps: int | None
     """Optimizer steps of the whole training, where the recipe says."""
 
@@ -127,6 +128,7 @@ class Job:
             pack_tokens=data.get("pack_tokens"),
             masked=data.get("pack_tokens") is None,
             compiled=recipe["model"].get("compile", False),
+            label_smoothing=recipe["model"].get("label_smoothing", 0.0),
             steps=steps if (steps := trainer.get("max_steps", -1)) > 0 else None,
         )
 
@@ -137,20 +139,26 @@ class Job:
 
     def is_graphed(self, model: PreTrainedModel, gpus: int) -> bool:
         """Whether forward and backward of a step are one CUDA graph; see `llmslm.graphed`."""
-        packs = self.pack_tokens is not None and _can_pack(model)
         alone = gpus == 1 or count_parameters(model)["trained"] <= MOST_OF_COPIES
-        return self.compiled and packs and alone and not self.is_sharded
+        return self.compiled and self.packs(model) and alone and not self.is_sharded
+
+    def packs(self, model: PreTrainedModel) -> bool:
+        """Whether several examples share a row: the recipe asks for it, and the system can."""
+        return self.pack_tokens is not None and (model.can_pack if isinstance(model, LlmToSlm) else True)
+
+    def examples(self, model: PreTrainedModel) -> int:
+        """Return how many examples of the given lengths a row holds."""
+        if self.pack_tokens is None or not self.packs(model):
+            return 1
+        of_an_example = self.prompt_tokens + (0 if model.config.is_encoder_decoder else self.target_tokens)
+        return max(1, self.pack_tokens // of_an_example)
 
     def lengths(self, model: PreTrainedModel) -> tuple[int, int]:
         """Return tokens of prompts and of targets in a row; packed examples keep the proportion of the two."""
         prompt, target = self.prompt_tokens, self.target_tokens
-        if self.pack_tokens is None or not _can_pack(model):
+        if self.pack_tokens is None or not self.packs(model):
             return prompt, target
         if not model.config.is_encoder_decoder:
             prompt = round(self.pack_tokens * prompt / (prompt + target))
             return prompt, self.pack_tokens - prompt
         return self.pack_tokens, max(target, math.ceil(self.pack_tokens * target / prompt))
-
-
-def _can_pack(model: PreTrainedModel) -> bool:
-    return model.can_pack if isinstance(model, LlmToSlm) else True

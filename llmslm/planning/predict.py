@@ -21,6 +21,15 @@ from llmslm.planning.costs import Cost, allocated
 from llmslm.planning.job import Job, World
 from llmslm.planning.step import build, recomputed_bytes, trial
 
+_EAGER = 1.4
+"""Time of an eager step over the roofline of its operations: 1.28 to 1.57 where steps of 32 and 64 rows were measured
+on H200s (docs/distributed.md)."""
+_LEFT = 0.5
+"""Share of what is not matrix products that compiling leaves. So a step of 350M parameters on one H200 is predicted 2 %
+too long and one of llm_to_slm 11 % too short; with all of it they were half too long (docs/distributed.md)."""
+_SHARDED_HOST = 2
+"""Work of the host that shards, over that without: one H200 took 144 to 163 ms for two rows, 77 without sharding."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -87,9 +96,9 @@ def predict(job: Job, world: World) -> dict[str, Any]:
     """Predict memory per GPU and the time of an optimizer step.
 
     Returns:
-        Tokens of a row; bytes by kind and their peak; seconds by kind, of a step run eagerly, and of one in which all
-        but matrix products is fused away, which compiled blocks come near; tokens a second of all GPUs, prompts and
-        targets; what limits it.
+        Tokens of a row; how the step is run (eager, compiled, or compiled as one CUDA graph); bytes by kind and their
+        peak; seconds by kind, of a step run so, and of one in which all but matrix products is fused away; tokens a
+        second of all GPUs, prompts and targets; what limits it.
     """
     half = job.mixed and job.is_sharded  # blocks are gathered in it
     # Of one rank that does not accumulate, gradients go before the backward makes new ones; others add to theirs.
@@ -107,18 +116,20 @@ def predict(job: Job, world: World) -> dict[str, Any]:
         if job.compiled:
             again = recomputed_bytes(job, dtype)
             cost.peak_bytes, cost.forward_bytes = cost.peak_bytes - again, cost.forward_bytes - again
-    memory = _memory(job, world, sizes, cost, anew, job.is_graphed(model, world.gpus))
-    seconds = _seconds(job, world, sizes, cost)
+    graphed = job.is_graphed(model, world.gpus)
+    memory = _memory(job, world, sizes, cost, anew, graphed)
+    seconds = _seconds(job, world, sizes, cost, graphed)
     tokens = job.rows * (prompt + target) * world.gpus * job.accumulate
     return {
         "row_tokens": {"prompt": prompt, "target": target},
+        "run": "one graph" if graphed else "compiled" if job.compiled else "eager",
         "weights": {"trained": sizes.trained, "frozen": sizes.frozen + sizes.base},
         "memory_bytes": memory,
         "fits": memory["peak"] < world.device.memory_bytes * 0.94,  # the driver and fragments take some
         "seconds": seconds,
         "tokens_per_s": tokens / seconds["step"],
         "mfu": cost.flops * job.accumulate / seconds["step"] / world.device.matmul_flops,
-        "limit": "communication" if seconds["communication"] > seconds["compute"] else "compute",
+        "limit": max(("compute", "host", "communication"), key=lambda kind: seconds[kind]),
     }
 
 
@@ -171,8 +182,12 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool, graphe
     return parts | {"peak": held + max(parts["gathered"] + parts["activations"], encoding, step)}
 
 
-def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, float]:
-    """Hold arithmetic against communication: they overlap, but for the first gather and the last reduction."""
+def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost, graphed: bool) -> dict[str, float]:
+    """Hold arithmetic, launching and communication against each other.
+
+    They overlap, but for the first gather and the last reduction. Of compiled blocks the host is taken to launch as
+    many operations: their steps of two rows took about as long as eager ones.
+    """
     shard = world.shard if job.is_sharded else 1
     copies = world.gpus // shard
     width = 2 if job.mixed else 4
@@ -188,11 +203,15 @@ def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost) -> dict[str, floa
     exposed = share * sizes.root * (width + 4) / world.shard_link
     passes = 8 if job.fused_optimizer else 16  # over weights, gradients and moments, clipping too
     optimizer = sizes.trained * 4 * passes / shard / world.device.bytes_per_s
-    compute = job.accumulate * cost.seconds
-    step = max(compute, communication) + exposed + optimizer
+    rest = cost.seconds - cost.product_seconds
+    compute = job.accumulate * (cost.product_seconds + _LEFT * rest if job.compiled else _EAGER * cost.seconds)
+    launches = 0 if graphed else cost.operations * (_SHARDED_HOST if job.is_sharded else 1)
+    host = job.accumulate * launches * world.device.launch_s
+    step = max(compute, host, communication) + exposed + optimizer
     at_best = max(job.accumulate * cost.product_seconds, communication) + exposed + optimizer
     return {
         "compute": compute,
+        "host": host,
         "communication": communication,
         "exposed": exposed,
         "optimizer": optimizer,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,17 +15,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmslm.models.blocks import blocks
 from llmslm.models.configuration import LlmToSlmConfig
-from llmslm.models.document_attention import reads_plainly
+from llmslm.models.document_attention import attend_within_documents, reads_plainly
+from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder
-from llmslm.models.head import logits_at
 from llmslm.models.language_model import ModelSource, load_config
 from llmslm.models.modeling import LlmToSlm
+from llmslm.models.packing import check_packing
 from llmslm.models.shortened import shortened_config
 from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
 from llmslm.parallel import checkpoint_activations
 from llmslm.planning.costs import Cost, Counter, Device
-from llmslm.planning.job import Job, Values
-from llmslm.target_logits import cross_entropy
+from llmslm.planning.job import Job
+from llmslm.planning.rows import batch, decoder_of, states_width
+from llmslm.target_logits import cross_entropy, target_logits
 
 _WITHOUT_MASKS = "without masks"
 ALL_ATTENTION_FUNCTIONS.register(_WITHOUT_MASKS, sdpa_attention_forward)
@@ -51,7 +54,7 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     if (system := job.model.get("system", "llm_to_slm")) != "llm_to_slm":
         config = _config(job, system)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return _restricted(auto.from_config(config, dtype=dtype or torch.float32), job.model[system])
+        return _trained(auto.from_config(config, dtype=dtype or torch.float32), job, system)
     encoder, slm_config = _encoder(job, dtype), _config(job, "slm")
     parts: dict[str, Any] = {name: _spec(job.model.get(name), name) for name in _PARTS}
     options = job.encoder_options
@@ -65,15 +68,17 @@ def _build(job: Job, dtype: torch.dtype | None) -> PreTrainedModel:
     model = LlmToSlm(config)
     auto = AutoModelForSeq2SeqLM if slm_config.is_encoder_decoder else AutoModelForCausalLM
     slm = auto.from_config(slm_config, dtype=dtype or torch.float32)  # with the attention that training takes
-    model.slm = _restricted(slm, job.model["slm"])
+    model.slm = _trained(slm, job, "slm")
     model.fusion.attach(model.slm)
     model.encoder = None if options.get("features") else encoder
     return model
 
 
-def _restricted(model: PreTrainedModel, options: Values) -> PreTrainedModel:
-    """Freeze what a recipe does not train of a language model, as training does."""
-    train = options.get("train", "full")
+def _trained(model: PreTrainedModel, job: Job, key: str) -> PreTrainedModel:
+    """Add dropout to a language model and freeze what a recipe does not train of it, as training does."""
+    if dropout := job.model.get("dropout", 0.0):
+        add_dropout(model, dropout)
+    train = job.model[key].get("train", "full")
     if train != "full":
         lora = asdict(Lora(**train)) if isinstance(train, Mapping) else None
         model.config.frozen_base = FrozenBase(source="", revision=None, hash="", lora=lora)
@@ -86,38 +91,25 @@ def _restricted(model: PreTrainedModel, options: Values) -> PreTrainedModel:
     return model
 
 
-def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Make a batch of full rows."""
-    rows, (prompt, target) = job.rows, job.lengths(model)
-    ones = torch.ones(rows, prompt, dtype=torch.long, device=device)
-    sides = {"prompt_ids": ones, "prompt_attention_mask": ones} if isinstance(model, LlmToSlm) else {}
-    if isinstance(model, LlmToSlm) and model.encoder is None:  # its states were stored before
-        sides["hidden_states"] = torch.zeros(
-            rows, prompt, _states_width(model), dtype=torch.bfloat16 if job.mixed else None, device=device
-        )
-    if model.config.is_encoder_decoder:
-        targets = ones[:, :1].expand(rows, target).contiguous()
-        return sides | {"input_ids": ones, "attention_mask": ones, "decoder_input_ids": targets}
-    ids = ones[:, :1].expand(rows, prompt + target).contiguous()
-    return sides | {"input_ids": ids, "attention_mask": ids}
-
-
 def loss(
     model: PreTrainedModel,
     job: Job,
-    tensors: dict[str, Tensor],
-    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    tensors: Mapping[str, Tensor],
+    cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = cross_entropy,
 ) -> Tensor:
-    """Compute the loss as training does: logits of targets alone."""
-    rows, device = job.rows, tensors["input_ids"].device
-    prompt, target = job.lengths(model)
-    start = 0 if model.config.is_encoder_decoder else prompt - 1
-    length = target if model.config.is_encoder_decoder else prompt + target
-    columns = torch.arange(start, start + target, device=device).repeat(rows)
-    places = torch.arange(rows, device=device).repeat_interleave(target)
-    with logits_at(model, places, columns, length):
-        logits = model(**tensors, use_cache=False).logits[0]
-    return cross_entropy(logits, torch.ones_like(columns))
+    """Compute the loss as `SystemModule.loss_terms` does."""
+    logits, targets = target_logits(model, tensors, pad_id=0)
+    return cross_entropy(logits, targets, job.label_smoothing)
+
+
+def keep_examples_apart(model: PreTrainedModel, job: Job) -> None:
+    """Take the attention that `SystemModule` takes for packed rows on this device, or end with its error."""
+    composed = isinstance(model, LlmToSlm)
+    stored = states_width(model) if composed and model.encoder is None else None
+    check = partial(check_packing, model, reads_states=composed, stored_width=stored)
+    check()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=job.mixed):
+        attend_within_documents(decoder_of(model), check)
 
 
 def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
@@ -130,7 +122,7 @@ def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
         anew: gradients take memory when they are made; else each goes at once into memory that is there.
     """
     if job.activation_checkpointing:
-        checkpoint_activations(model.slm if isinstance(model, LlmToSlm) else model, preserve_rng_state=False)
+        checkpoint_activations(decoder_of(model), preserve_rng_state=False)
     if not anew:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -146,7 +138,7 @@ def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
 
 def _attend(model: PreTrainedModel, job: Job) -> None:
     """Read rows without padding as `attend_within_documents` does on a GPU: no layer keeps a mask."""
-    decodes = model.slm if isinstance(model, LlmToSlm) else model
+    decodes = decoder_of(model)
     if not job.masked and reads_plainly(decodes.config):
         decodes.set_attn_implementation(_WITHOUT_MASKS)
 
@@ -195,15 +187,9 @@ class _OnePass(torch.autograd.Function):
         return torch.zeros_like(ctx.saved_tensors[0])
 
 
-def _one_pass(logits: Tensor, _targets: Tensor) -> Tensor:
+def _one_pass(logits: Tensor, _targets: Tensor, _label_smoothing: float) -> Tensor:
     result: Tensor = _OnePass.apply(logits)
     return result
-
-
-def _states_width(model: LlmToSlm) -> int:
-    layer = model.config.encoder_layer
-    width: int = model.projector.encoder_hidden_size
-    return width * (len(layer) if isinstance(layer, list) else 1)
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
+from llmslm.checkpoint import codec_for
 from llmslm.cli import main
+from llmslm.data.codec import IGNORED, PackedShape, TextFormat
+from llmslm.data.datamodule import collate_training
 from llmslm.errors import UserError
 from llmslm.planning.costs import DEVICES, allocated
 from llmslm.planning.job import Job, World
 from llmslm.planning.predict import Sizes, check, predict
-from llmslm.planning.step import batch as full_batch
+from llmslm.planning.rows import batch as full_batch
 from llmslm.planning.step import build, loss
 from tests import tiny
 from tests.unit import toy
@@ -175,7 +178,8 @@ def test_packed_rows_keep_no_mask():
     packed, padded = (planned({"system": "slm"}, same | more) for more in ({"pack_tokens": 256}, {}))
     assert packed["row_tokens"] == padded["row_tokens"]
     masks = 4 * 256 * 256 * 2  # of rows, in the one block
-    assert packed["memory_bytes"]["activations"] == padded["memory_bytes"]["activations"] - masks
+    positions = 3 * 2 * 256 * 8 * 4  # sines and cosines are of each row's own positions
+    assert packed["memory_bytes"]["activations"] == padded["memory_bytes"]["activations"] - masks + positions
 
 
 @pytest.mark.parametrize(("mib", "block"), [(9.5, 9.5), (10, 10), (11, 12), (11.5, 12), (10.5, 10.5), (12, 12)])
@@ -274,3 +278,59 @@ def test_many_gradients_of_copies_are_averaged_during_the_backward(monkeypatch):
     packed = RECIPE | {"model": compiled, "data": RECIPE["data"] | {"pack_tokens": 32}}
     copies = predict(Job.of(packed), world(2, 1))
     assert copies["memory_bytes"]["gradients"] == 4 * copies["weights"]["trained"]
+
+
+class Tokenizer:
+    """As much of a tokenizer as collating needs."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+
+@pytest.mark.parametrize("pack_tokens", [None, 24, 60])
+@pytest.mark.parametrize("system", ["llm", "slm", "llm_to_slm", "stored", "states"])
+def test_a_batch_is_what_the_collator_makes_of_full_rows(system, pack_tokens):
+    config = toy.T5 if system in ("llm", "states") else toy.LLAMA
+    parts = {"stored": {"encoder": {"features": "folder"}}, "states": {"fusion": "ReplaceEncoder"}}.get(system, {})
+    model = {"llm": {"config": config}, "slm": {"config": config}, **parts}
+    model["system"] = "llm_to_slm" if parts else system
+    one = Job.of(RECIPE | {"model": model, "data": RECIPE["data"] | {"pack_tokens": pack_tokens}})
+    built = build(one)
+    found = full_batch(built, one)
+    count, codec = one.examples(built), codec_for(built, Tokenizer(), None, TextFormat())
+    assert count == {None: 1, 24: 1, 60: 3 if built.config.is_encoder_decoder else 2}[pack_tokens]
+    rows = []
+    for number in range(one.rows * count):
+        prompt, target = ((i + 1) * n // count - i * n // count for n in one.lengths(built) for i in [number % count])
+        states = {"hidden_states": torch.zeros(prompt, 32, dtype=torch.bfloat16)} if system == "stored" else {}
+        own = [1] if system == "states" else [2] * prompt
+        rows.append({"input_prompt_ids": own, "prompt_ids": [2] * prompt, "target_ids": [2] * target, **states})
+    capacities = tuple(sum(len(row[name]) for row in rows[:count] for name in side) for side in codec.packed_sides)
+    shape = PackedShape(one.rows, capacities, one.rows * (count + 1))
+    expected = collate_training(rows, codec, [shape] if pack_tokens else [])
+    del expected["sizes"]
+    shapes = [{name: (x.shape, x.dtype) for name, x in tensors.items()} for tensors in (found, expected)]
+    assert shapes[0] == shapes[1]
+    for name in set(found) - {"input_ids", "prompt_ids", "labels", "target_ids"}:
+        assert torch.equal(found[name], expected[name]), name
+    assert torch.equal(found["labels"] == IGNORED, expected["labels"] == IGNORED)
+
+
+def test_dropout_keeps_what_it_drops():
+    without, dropping = (planned({"system": "slm", "dropout": rate}, {"pack_tokens": 24}) for rate in (0.0, 0.1))
+    assert without["memory_bytes"]["activations"] < dropping["memory_bytes"]["activations"]
+
+
+def test_time_is_that_of_how_a_step_is_run():
+    packed = {"pack_tokens": 24}
+    eager, compiled, graphed, sharded = (
+        planned({"system": "slm", "compile": on}, data, strategy)
+        for on, data, strategy in ((False, {}, None), (True, {}, None), (True, packed, None), (True, {}, FSDP))
+    )
+    runs = [found["run"] for found in (eager, compiled, graphed, sharded)]
+    assert runs == ["eager", "compiled", "one graph", "compiled"]
+    assert compiled["seconds"]["compute"] < eager["seconds"]["compute"]
+    assert eager["limit"] == "host"  # few rows of a small model
+    assert graphed["seconds"]["host"] == 0
+    assert graphed["limit"] == "compute"
+    assert graphed["seconds"]["step_at_best"] < graphed["seconds"]["step"] < compiled["seconds"]["step"]
+    assert sharded["seconds"]["host"] > 1.5 * compiled["seconds"]["host"]
