@@ -1,15 +1,21 @@
-"""The loss curve of `llmslm fit` beside that of a plain loop: same weights to begin with, same data, same schedule.
+"""The loss curve of `llmslm fit` beside those of a plain loop: same weights to begin with, same data, same schedule.
 
     python -m evaluation.benchmarks.loss_curve --config debian_translation_en_it --steps 400 --seeds 1 2 3 \
         -- --model.system slm --data.pack_tokens 512 --data.micro_batch_size 16 --config hardware/1gpu
 
 The plain loop is what one writes first: float32, padded batches of shuffled examples, eager, as many examples a step as
-the recipe's packed rows hold on average. What follows `--` goes to `llmslm fit`. The last line is one JSON object.
+the recipe's packed rows hold on average (`plain`). It runs once more on the examples of our batches, step by step
+(`same_batches`). Our curve less that one is what precision, packed attention, compiled kernels and graphs do
+(`from_computing`); that one less `plain` is what the choice of batches does (`from_batches`), seed by seed. Our
+validation loss is computed in the recipe's precision, the plain loop's in float32.
+
+What follows `--` goes to `llmslm fit`. The last line is one JSON object.
 """
 
 import argparse
 import copy
 import csv
+import itertools
 import json
 import shlex
 import statistics
@@ -28,11 +34,15 @@ from transformers import get_scheduler
 from llmslm import training
 from llmslm.data.codec import IGNORED
 from llmslm.data.datamodule import TextDataModule
+from llmslm.data.loader import BatchLoader
+from llmslm.data.sampler import LengthBatchSampler
 from llmslm.module import SystemModule
 from llmslm.provenance import provenance
 
 Curve = dict[int, float]
 """Nats a target token of the validation split, by step."""
+
+DIFFERENCES = {"from_computing": ("llmslm", "same_batches"), "from_batches": ("same_batches", "plain")}
 
 
 class Watch(Callback):
@@ -40,6 +50,7 @@ class Watch(Callback):
 
     module: SystemModule
     data: TextDataModule
+    sampler: LengthBatchSampler
     model: nn.Module
     device: torch.device
     clip: float | None
@@ -52,6 +63,11 @@ class Watch(Callback):
         self.device = pl_module.device
         self.module, self.data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
         self.model, self.clip = copy.deepcopy(pl_module.model), trainer.gradient_clip_val
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what says which examples make a batch."""
+        assert isinstance(trainer.train_dataloader, BatchLoader)
+        self.sampler = trainer.train_dataloader.batch_sampler  # type: ignore[assignment]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -85,17 +101,18 @@ def ours(config: str, seed: int, steps: int, every: int, arguments: list[str]) -
     return {int(row["step"]) + 1: float(row["val/loss"]) for row in rows}, watch
 
 
-def plain(watch: Watch, seed: int, steps: int, every: int) -> Curve:
-    """Train the same weights by the plain loop, and return the validation losses at the same steps."""
+def plain(watch: Watch, batches: Iterator[list[int]], seed: int, steps: int, every: int) -> Curve:
+    """Train the same weights on batches of training examples, and return the validation losses at the same steps."""
     module, data, device = watch.module, watch.data, watch.device
-    model = watch.model.to(device).train()
+    model = copy.deepcopy(watch.model).to(device).train()
+    rows = data.rows("train")
     torch.manual_seed(seed)
     optimizer = module.optimizer_factory([p for p in model.parameters() if p.requires_grad])
     scheduler = get_scheduler(module.schedule, optimizer, module.warmup_steps, steps)
-    size = round(watch.examples / watch.batches)
     curve: Curve = {}
-    for step, batch in zip(range(1, steps + 1), _shuffled(data, size, seed), strict=False):
-        loss = _loss(model, _on(batch, device), module.label_smoothing)
+    for step, examples in zip(range(1, steps + 1), batches, strict=False):
+        batch = _on(data.codec.collate(rows.__getitems__(examples)), device)
+        loss = _loss(model, batch, module.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         if watch.clip:
@@ -107,13 +124,21 @@ def plain(watch: Watch, seed: int, steps: int, every: int) -> Curve:
     return curve
 
 
-def _shuffled(data: TextDataModule, size: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    rows = data.rows("train")
+def same_batches(watch: Watch) -> Iterator[list[int]]:
+    """Yield the examples of the batches that were trained, in their order."""
+    watch.sampler.done = 0
+    for watch.sampler.epoch in itertools.count():
+        yield from watch.sampler
+
+
+def shuffled_batches(watch: Watch, seed: int) -> Iterator[list[int]]:
+    """Yield shuffled examples, in each batch as many as the trained batches had on average."""
+    count, size = len(watch.data.rows("train")), round(watch.examples / watch.batches)
     generator = np.random.default_rng(seed)
     while True:
-        order = generator.permutation(len(rows))
-        for begin in range(0, len(order) - size + 1, size):
-            yield data.codec.collate(rows.__getitems__(order[begin : begin + size].tolist()))
+        order = generator.permutation(count)
+        for begin in range(0, count - size + 1, size):
+            yield order[begin : begin + size].tolist()
 
 
 def _on(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -157,23 +182,37 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of weights and order")
     options = parser.parse_args(given[:split])
     command = shlex.join(["python", "-m", "evaluation.benchmarks.loss_curve", *given])
-    curves: dict[str, list[Curve]] = {"llmslm": [], "plain": []}
+    curves: dict[str, list[Curve]] = {"llmslm": [], "same_batches": [], "plain": []}
     for number, seed in enumerate(options.seeds, start=1):
         curve, watch = ours(options.config, seed, options.steps, options.every, given[split + 1 :])
         curves["llmslm"].append(curve)
-        curves["plain"].append(plain(watch, seed, options.steps, options.every))
+        length = (seed, options.steps, options.every)
+        curves["same_batches"].append(plain(watch, same_batches(watch), *length))
+        curves["plain"].append(plain(watch, shuffled_batches(watch, seed), *length))
         rows = [_row(step, curves) for step in sorted(curves["plain"][0])]
         about = {"command": command, "seeds": options.seeds[:number], "rows": rows, "provenance": provenance()}
         print(json.dumps(about), flush=True)  # after each seed, so that one that does not end takes nothing with it
+        line = "{step:>6}  llmslm {llmslm:.4f}  same batches {same_batches:.4f}  plain {plain:.4f}  sd {sd:.4f}\n"
         for row in rows:
-            sys.stderr.write("{step:>6}  llmslm {llmslm:.4f}  plain {plain:.4f}  sd {sd:.4f}\n".format(**row))
+            sys.stderr.write(line.format(**row))
 
 
-def _row(step: int, curves: dict[str, list[Curve]]) -> dict[str, float]:
-    """Return the means over seeds, and the larger of the two standard deviations: what another seed changes."""
+def _row(step: int, curves: dict[str, list[Curve]]) -> dict[str, Any]:
+    """Return the means over seeds, and the larger of the standard deviations: what another seed changes.
+
+    Beside them mean and standard deviation of the differences that the docstring above names.
+    """
     values = {name: [curve[step] for curve in of_seeds] for name, of_seeds in curves.items()}
-    spread = [statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0 for of_seeds in values.values()]
-    return {"step": step} | {name: statistics.mean(of_seeds) for name, of_seeds in values.items()} | {"sd": max(spread)}
+    row: dict[str, Any] = {"step": step} | {name: statistics.mean(of_seeds) for name, of_seeds in values.items()}
+    row["sd"] = max(_sd(of_seeds) for of_seeds in values.values())
+    for name, (of, less) in DIFFERENCES.items():
+        found = [a - b for a, b in zip(values[of], values[less], strict=True)]
+        row[name] = {"mean": statistics.mean(found), "sd": _sd(found)}
+    return row
+
+
+def _sd(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ step plan-350m 90 "$python" -m llmslm plan --measure --config headline/pretrain 
 step plan-pair 90 "$python" -m llmslm plan --measure --config headline/pretrain --config "$hardware" \
   --model.system llm_to_slm --model.llm.config "$encoder" --data.micro_batch_size "${ROWS:-128}"
 
-step loss-curve 300 "$python" -m evaluation.benchmarks.loss_curve --config headline/pretrain --steps "${CURVE:-200}" \
+step loss-curve 400 "$python" -m evaluation.benchmarks.loss_curve --config headline/pretrain --steps "${CURVE:-200}" \
   --every "${EVERY:-50}" --seeds 1 2 3 -- --config "$hardware" "$(files en_it)" --model.system slm --model.dropout 0.0 \
   --model.label_smoothing 0.0 --model.warmup_steps 50 --data.micro_batch_size "${CURVE_ROWS:-16}"
 exit $failed

@@ -110,6 +110,16 @@ class PackedRows:
         """Full batches of these rows, or the one that they do not fill."""
         return max(1, len(self.rows) // self.a_batch)
 
+    def dealt(self, generator: np.random.Generator) -> np.ndarray:
+        """Return numbers of rows, (batches, rows of a batch): of the rows sorted by their examples, one of each part.
+
+        What fills no batch is left out, at random.
+        """
+        order = generator.permutation(len(self.rows))[: self.batches * self.a_batch]
+        order = order[np.argsort([len(self.rows[row]) for row in order], kind="stable")]
+        parts = order.reshape(-1, self.batches)  # fewer than a_batch, where there are not as many rows
+        return generator.permuted(parts, axis=1).T
+
     def most_of_a_batch(self, counts: np.ndarray) -> int:
         """Return what hardly any batch exceeds of something that example i has counts[i] of."""
         of_rows = np.array([counts[row].sum() for row in self.rows])
@@ -120,8 +130,10 @@ class PackedRows:
 class PackedBatchSampler(LengthBatchSampler):
     """Training batches of examples that fill `batch_size` rows, several examples a row.
 
-    Examples are shuffled and packed once, within windows, best fit first; in each epoch the rows are shuffled and dealt
-    out in batches. A batch lists its examples row by row: `pack_rows` finds the same rows, or fewer.
+    Examples are shuffled and packed once, within windows, best fit first, so a row's examples have similar lengths, and
+    batches of any rows would differ more than batches of any examples do. In each epoch the rows are shuffled and dealt
+    out so that each batch has rows of few examples and rows of many. A batch lists its examples row by row: `pack_rows`
+    finds the same rows, or fewer.
 
     Args:
         lengths: (examples,) or (examples, sides), tokens of each example, on each side that a row has.
@@ -186,10 +198,7 @@ class PackedBatchSampler(LengthBatchSampler):
         generator = np.random.default_rng((self.seed, self.epoch))
         batches = []
         for kind in self.kinds:
-            order = generator.permutation(len(kind.rows))
-            for number in range(kind.batches):
-                numbers = order[number * kind.a_batch : (number + 1) * kind.a_batch]
-                batches.append([example for row in numbers for example in kind.rows[row]])
+            batches += [[example for row in rows for example in kind.rows[row]] for rows in kind.dealt(generator)]
         batches = [batches[i] for i in generator.permutation(len(batches))]
         # A split that is smaller than one round of batches is repeated.
         wanted = len(self) * self.world_size

@@ -138,6 +138,25 @@ def test_short_examples_are_packed_into_parts_of_rows(size, batch_size, world_si
         assert max(counts.values()) == 1
 
 
+def test_packed_batches_differ_in_length_no_more_than_shuffled_ones():
+    random = np.random.default_rng(0)
+    lengths = random.lognormal(3.5, 0.8, 30000).clip(5, 512).astype(int)
+    sampler = PackedBatchSampler(lengths, 16, (512,))
+    packed = list(sampler)
+    size = round(np.mean([len(batch) for batch in packed]))
+    shuffled = random.permutation(30000)[: 30000 // size * size].reshape(-1, size)
+
+    def spread(batches):
+        """Of the length of the example that a token of a batch is in."""
+        return np.std([(lengths[batch] ** 2).sum() / lengths[batch].sum() for batch in batches])
+
+    assert spread(packed) < spread(shuffled)
+    assert np.std([len(batch) for batch in packed]) < 0.1 * size
+    later = PackedBatchSampler(lengths, 16, (512,))
+    later.epoch = 1
+    assert not {frozenset(batch) for batch in later} & {frozenset(batch) for batch in packed}
+
+
 def test_few_long_examples_are_no_batch_of_their_own():
     lengths = np.array([[5, 5]] * 2000 + [[40, 9]] * 3)
     sampler = PackedBatchSampler(lengths, 8, (64, 48), parts=4)
