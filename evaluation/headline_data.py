@@ -26,6 +26,8 @@ LANGUAGE = "it"
 FURTHER = ("da", "fr", "de", "sk", "pl", "cs", "es")
 """Languages with thousands of pairs, in Latin script: they share the vocabulary."""
 TRANSLATION, SUMMARY, DOCSTRINGS, PRETRAIN = "en_it", "summary", "docstrings", "pretrain"
+TAGS = {TRANSLATION: LANGUAGE, SUMMARY: SUMMARY}
+"""What the prompts of either task begin with, so that one LLM does both."""
 HELD_OUT: Any = {"held_out_percent": 4}
 """Of the source packages, in validation and in test: over 2,000 test examples of either task."""
 
@@ -38,10 +40,10 @@ def prepare(out: Path) -> dict[str, int]:
         DOCSTRINGS: Docstrings(),
     }
     parts = {name: {split: rows_of(source, split) for split in SPLITS} for name, source in sources.items()}
-    parts[PRETRAIN] = {
-        "train": mixture(parts[TRANSLATION], parts[SUMMARY]),
-        "validation": [_tagged(LANGUAGE, row) for row in parts[TRANSLATION]["validation"]],
-    }
+    mixed = mixture(parts[TRANSLATION], parts[SUMMARY])
+    for name, tag in TAGS.items():
+        parts[name] = {split: [tagged(tag, row) for row in rows] for split, rows in parts[name].items()}
+    parts[PRETRAIN] = {"train": mixed, "validation": parts[TRANSLATION]["validation"]}
     files = {f"{name}/{split}": rows for name, splits in parts.items() for split, rows in splits.items()}
     sizes = {name: write_rows(out / f"{name}.parquet", rows) for name, rows in files.items()}
     write_text(out / "sizes.json", json.dumps(sizes, indent=2) + "\n")
@@ -49,7 +51,7 @@ def prepare(out: Path) -> dict[str, int]:
 
 
 def mixture(translation: dict[Split, Rows], summary: dict[Split, Rows]) -> Rows:
-    """Return tagged training pairs: each language from English, the task's into English too, and synopses."""
+    """Tag training pairs of splits without tags: each language from English, the task's into English, and synopses."""
     held_out = {row[c] for part in (translation, summary) for s in SPLITS[1:] for row in part[s] for c in COLUMNS}
     pairs = [(row["prompt"], LANGUAGE, row) for row in translation["train"]]
     pairs += [(row["prompt"], "en", {"prompt": row["target"], "target": row["prompt"]}) for _, _, row in pairs]
@@ -58,7 +60,7 @@ def mixture(translation: dict[Split, Rows], summary: dict[Split, Rows]) -> Rows:
         pairs += [(row["prompt"], language, row) for row in rows_of(DebianTranslation(language, **HELD_OUT), "train")]
     kept = [pair for pair in pairs if held_out.isdisjoint(pair[2][column] for column in COLUMNS)]
     kept.sort(key=lambda pair: pair[:2])  # what is made of one text stands together, which compresses
-    return [_tagged(tag, row) for _, tag, row in kept]
+    return [tagged(tag, {column: row[column] for column in COLUMNS}) for _, tag, row in kept]
 
 
 def rows_of(source: BuiltSource, split: Split) -> Rows:
@@ -66,8 +68,9 @@ def rows_of(source: BuiltSource, split: Split) -> Rows:
     return list(source.load(split))
 
 
-def _tagged(tag: str, row: dict[str, str]) -> dict[str, str]:
-    return {"prompt": f"{tag}: {row['prompt']}", "target": row["target"]}
+def tagged(tag: str, row: dict[str, str]) -> dict[str, str]:
+    """Say in a row's prompt which task it is of."""
+    return row | {"prompt": f"{tag}: {row['prompt']}"}
 
 
 def write_rows(path: Path, rows: Rows) -> int:

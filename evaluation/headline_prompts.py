@@ -16,7 +16,7 @@ from random import Random
 
 import pyarrow.parquet as pq
 
-from evaluation.headline_data import HELD_OUT, SUMMARY, TRANSLATION, Rows, rows_of, write_rows
+from evaluation.headline_data import HELD_OUT, LANGUAGE, SUMMARY, TAGS, TRANSLATION, Rows, rows_of, tagged, write_rows
 from llmslm.data.sources import DebianSummary
 from llmslm.data.sources.base import SPLITS, Split
 
@@ -31,10 +31,7 @@ JOINTS = ("for", "of", "to", "with", "from", "in", "by", "on", "using", "that", 
 
 def prepare(out: Path, data: Path) -> dict[str, int]:
     """Write the prompts beyond a prepared folder; return their numbers by file."""
-    translation, summary = (
-        {split: pq.read_table(data / name / f"{split}.parquet").to_pylist() for split in SPLITS}
-        for name in (TRANSLATION, SUMMARY)
-    )
+    translation, summary = ({split: _untagged(data / name / f"{split}.parquet") for split in SPLITS} for name in TAGS)
     sources = [DebianSummary(release=release, **HELD_OUT) for release in RELEASES]
     others = [row for source in sources for row in rows_of(source, "train")]
     known = {row["prompt"] for rows in translation.values() for row in rows} | _held_out(summary)
@@ -42,12 +39,18 @@ def prepare(out: Path, data: Path) -> dict[str, int]:
     new = [text for text in found if text not in known and len(text) <= MAX_CHARS]
     spliced = splices([row["prompt"] for row in translation["train"]] + new, SPLICED)
     described = {row["prompt"] for row in summary["train"]} | _held_out(summary)
-    prompts: Mapping[str, Iterable[str]] = {
-        TRANSLATION: new,
-        "spliced": _without(spliced, known | set(new)),
-        SUMMARY: _without(dict.fromkeys(row["prompt"] for row in others), described),
+    prompts: Mapping[str, tuple[str, Iterable[str]]] = {
+        TRANSLATION: (LANGUAGE, new),
+        "spliced": (LANGUAGE, _without(spliced, known | set(new))),
+        SUMMARY: (SUMMARY, _without(dict.fromkeys(row["prompt"] for row in others), described)),
     }
-    return {name: write_rows(out / f"{name}.parquet", _as_rows(texts)) for name, texts in prompts.items()}
+    return {name: write_rows(out / f"{name}.parquet", _as_rows(*given)) for name, given in prompts.items()}
+
+
+def _untagged(path: Path) -> Rows:
+    """Read a task's split, its texts as they were before they were told apart by a tag."""
+    rows: Rows = pq.read_table(path).to_pylist()
+    return [row | {"prompt": row["prompt"].removeprefix(f"{TAGS[path.parent.name]}: ")} for row in rows]
 
 
 def splices(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
@@ -88,8 +91,8 @@ def _without(texts: Iterable[str], known: Container[str]) -> list[str]:
     return [text for text in texts if text not in known]
 
 
-def _as_rows(texts: Iterable[str]) -> Rows:
-    return [{"id": hashlib.sha256(text.encode()).hexdigest()[:16], "prompt": text} for text in texts]
+def _as_rows(tag: str, texts: Iterable[str]) -> Rows:
+    return [tagged(tag, {"id": hashlib.sha256(text.encode()).hexdigest()[:16], "prompt": text}) for text in texts]
 
 
 def main(args: list[str] | None = None) -> None:

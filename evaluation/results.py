@@ -40,7 +40,6 @@ TITLES = {
     "en_it": "English to Italian (debian-translation)",
     "summary": "Synopses (debian-summary)",
     "t5_en_it": "T5 1.1 as the LLM: English to Italian",
-    "t5_summary": "T5 1.1 as the LLM: synopses",
     "smollm2_summary": "SmolLM2-135M as the LLM: synopses",
     "smollm2_docstrings": "SmolLM2-135M as the LLM: docstrings",
 }
@@ -49,21 +48,18 @@ SHOWN_ELSE = ("rouge_l", "bleu")
 VARIANTS = {
     "quality": "as above",
     "quality_gold": "gold targets",
+    "quality_first": "labels of the training prompts alone",
+    "quality_novel": "labels of further prompts alone",
     "quality_distilled": "labels and logits of the LLM",
-    "quality_more": "labels of further prompts, too",
-    "quality_spliced": "labels of further and of spliced prompts, too",
-    "quality_wide": "the same, SLM of 17M",
-    "quality_shortened": "the same, SLM begun with four of the LLM's layers",
-    "quality_novel": "the same, without labels of the training prompts for llm_to_slm",
+    "quality_wide": "SLM of 17M",
+    "quality_shortened": "SLM begun with four of the LLM's layers, 25M",
     "quality_replace": "replace",
     "quality_cross": "cross-attention",
     "quality_layer_6": "states of layer 6",
     "quality_layer_last": "states of the last layer",
     "quality_read": "encoder-decoder SLM",
-    "quality_read_gold": "gold targets for llm_to_slm",
-    "quality_first": "labels of the training prompts alone for llm_to_slm",
-    "quality_add": "decoder-only SLM, add",
     "quality_llm_alone": "LLM without the mixture",
+    "quality_llm_tuned": "LLM tuned to the task",
 }
 """By stage: what it compares."""
 SETUP = """\
@@ -75,8 +71,8 @@ in float32. Test examples are of packages that training never saw.
 Intervals and p-values are of the bootstrap over test examples, paired between systems.
 """
 LIMITS = """\
-- There is one LLM for each task, trained once, as a pretrained one would be: seeds and intervals speak of the SLMs, and
-  of the test examples.
+- There is one LLM for both tasks, trained once, as a pretrained one would be: seeds and intervals speak of the SLMs
+  and of the test examples.
 - The texts are descriptions of one distribution's packages, whose phrases repeat. Packages of one source are on one
   side of the split, but scores do not carry over to other texts.
 - BLEU, chrF and ROUGE-L count words and letters in common with one reference; nobody judged the texts.

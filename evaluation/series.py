@@ -53,7 +53,6 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         *("--ckpt_path=last", "--trainer.enable_progress_bar=false"),
     ),
     "label": ("llmslm", "label", "--out={folder}"),
-    "features": ("llmslm", "features", "--out={folder}"),
     "logits": ("llmslm", "logits", "--out={folder}"),
     "compare": ("evaluation", "compare", "--out={folder}", "--reuse={series}"),
     "speed": ("evaluation", "compare", "--out={folder}", "--reuse={series}"),

@@ -14,22 +14,24 @@ from llmslm.training import run
 STAGES = load_series("headline")
 REHEARSED = load_series("rehearsal")
 OTHERS = (
-    "llm",
     "llm_alone",
+    "llm_tuned",
     "layer_6_labels",
     "cross_labels",
     "slm_encoder_decoder",
     "read_labels",
-    "slm_more",
-    "add_more",
-    "add_spliced",
+    "slm_novel",
+    "add_distilled",
     "slm_wide",
     "add_wide",
+    "slm_shortened",
+    "add_shortened",
 )
 PARSED = [
+    "pretrain/llm",
     "pretrain/t5",
     *(f"en_it/{name}" for name in OTHERS),
-    *(f"t5_en_it/{name}" for name in ("llm", "slm_labels", "read_labels", "read_gold", "add_labels")),
+    *(f"t5_en_it/{name}" for name in ("llm", "slm_first", "read_first")),
     "summary/slm_labels_2",
     "smollm2_docstrings/add",
     "smollm2_summary/llm",
@@ -82,7 +84,7 @@ def test_other_stages_have_arguments_of_their_commands():
 
 def test_nothing_is_timed_before_all_is_trained():
     assert {stage.kind for stage in choose(STAGES, ["*/speed"])} == {"data", "prompts", "fit", "label", "speed"}
-    assert list(STAGES)[-1] == "t5_summary/batches"
+    assert list(STAGES)[-1] == "summary/batches"
 
 
 @pytest.mark.parametrize("task", ["en_it", "summary"])
@@ -91,24 +93,24 @@ def test_the_verified_mode_is_compared_where_rounding_turns_no_choice(task):
     assert (options.dtype, options.limit) == ("float32", None)
 
 
-@pytest.mark.parametrize("name", ["add", "add_labels", "add_labels_2", "replace_labels", "add_distilled"])
+@pytest.mark.parametrize("name", ["add", "add_labels_2", "replace_labels", "add_distilled", "add_shortened"])
 def test_all_slms_read_the_llm_at_one_depth_which_is_no_matter_of_its_own_training(name):
     """What the LLM is trained with does not change with it: its weights stay."""
     assert "headline/states" in STAGES[f"en_it/{name}"].arguments
-    assert "headline/states" not in {*STAGES["en_it/llm"].arguments, *STAGES["en_it/slm"].arguments}
+    assert "headline/states" not in {*STAGES["pretrain/llm"].arguments, *STAGES["en_it/slm"].arguments}
 
 
-def test_further_labels_are_learned_beside_the_first():
-    for name in ("slm_more", "add_more"):
-        arguments = STAGES[f"en_it/{name}"].arguments
-        files = yaml.safe_load(arguments[arguments.index("--data.source.init_args.train") + 1])
-        assert files == [f"{STAGES[f'en_it/{need}'].folder}/train.parquet" for need in ("labels", "labels_more")]
-        assert STAGES[f"en_it/{name}"].needs == ("en_it/labels", "en_it/labels_more")
+@pytest.mark.parametrize("task", ["en_it", "summary"])
+def test_all_labels_are_those_that_the_stages_write(task):
+    files = read_recipe([f"headline/{task}_labels"], [])["data"]["source"]["init_args"]["train"]
+    for name in ("slm_labels", "add_labels", "add_shortened", "logits"):
+        stage = STAGES[f"{task}/{name}"]
+        assert files == [f"{STAGES[need].folder}/train.parquet" for need in stage.needs]
+        assert f"headline/{task}_labels" in stage.arguments
 
 
-def test_stored_states_are_those_of_the_prompts_that_are_learned_from():
-    features, fit = (STAGES[f"en_it/{name}"].arguments for name in ("features", "add_spliced"))
-    assert {*features} < {*fit}
-    assert fit[-2:] == ("--model.encoder.features", str(STAGES["en_it/features"].folder))
-    needs = {f"{STAGES[need].folder}/train.parquet" for need in STAGES["en_it/features"].needs}
-    assert needs == set(read_recipe(["headline/spliced"], [])["data"]["source"]["init_args"]["train"])
+@pytest.mark.parametrize("task", ["en_it", "summary"])
+def test_the_llm_reads_what_it_was_trained_on(task):
+    """One LLM does both tasks: they are told apart by what their prompts begin with, in the data."""
+    for recipe in (task, "pretrain"):
+        assert "prompt_template" not in read_recipe([f"headline/{recipe}"], [])["data"]

@@ -28,11 +28,15 @@ def prompts(monkeypatch, tmp_path):
         "summary/test": rows(("out\nof it", "test")),
     }
     for name, part in parts.items():
-        headline_data.write_rows(tmp_path / "data" / f"{name}.parquet", part)
+        tag = headline_data.TAGS[name.partition("/")[0]]
+        written = [headline_data.tagged(tag, row) for row in part]
+        headline_data.write_rows(tmp_path / "data" / f"{name}.parquet", written)
     headline_prompts.main([f"--out={tmp_path}", "--data", str(tmp_path / "data")])
     files = {path.stem: pq.read_table(path).to_pylist() for path in tmp_path.glob("*.parquet")}
     assert all(len({row["id"] for row in part}) == len(part) for part in files.values())
-    return {name: [row["prompt"] for row in part] for name, part in files.items()}
+    tags = {name: headline_data.TAGS.get(name, "it") + ": " for name in files}
+    assert all(row["prompt"].startswith(tags[name]) for name, part in files.items() for row in part)
+    return {name: [row["prompt"].removeprefix(tags[name]) for row in part] for name, part in files.items()}
 
 
 def test_they_are_new_and_held_out_of_neither_task(prompts):
