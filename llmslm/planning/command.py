@@ -97,6 +97,7 @@ def table(job: Job, world: World, prediction: Mapping[str, Any]) -> str:
         *(f"  {_MEMORY[kind]:<52}{memory[kind] / 1e9:>9.2f}" for kind in _MEMORY),
         f"  {'peak: not all at the same moment':<52}{memory['peak'] / 1e9:>9.2f}  "
         f"of {world.device.memory_bytes / 1e9:.0f}: {fits}",
+        *([f"  {'of each host: the encoder':<52}{host / 1e9:>9.2f}"] if (host := prediction["host_bytes"]) else []),
         "",
         f"time of a step (ms), {_RUN[prediction['run']]}",
         *(f"  {_TIME[kind]:<52}{seconds[kind] * 1e3:>9.1f}" for kind in _TIME),

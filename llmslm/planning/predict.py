@@ -97,8 +97,9 @@ def predict(job: Job, world: World) -> dict[str, Any]:
 
     Returns:
         Tokens of a row; how the step is run (eager, compiled, or compiled as one CUDA graph); bytes by kind and their
-        peak; seconds by kind, of a step run so, and of one in which all but matrix products is fused away; tokens a
-        second of all GPUs, prompts and targets; what limits it.
+        peak; bytes of an offloaded encoder in the memory of a node's host; seconds by kind, of a step run so, and of
+        one in which all but matrix products is fused away; tokens a second of all GPUs, prompts and targets; what
+        limits it.
     """
     half = job.mixed and job.is_sharded  # blocks are gathered in it
     # Of one rank that does not accumulate, gradients go before the backward makes new ones; others add to theirs.
@@ -125,6 +126,7 @@ def predict(job: Job, world: World) -> dict[str, Any]:
         "run": "one graph" if graphed else "compiled" if job.compiled else "eager",
         "weights": {"trained": sizes.trained, "frozen": sizes.frozen + sizes.base},
         "memory_bytes": memory,
+        "host_bytes": _offloaded(job, world, sizes),
         "fits": memory["peak"] < world.device.memory_bytes * 0.94,  # the driver and fragments take some
         "seconds": seconds,
         "tokens_per_s": tokens / seconds["step"],
@@ -180,6 +182,12 @@ def _memory(job: Job, world: World, sizes: Sizes, cost: Cost, anew: bool, graphe
     held = parts["weights"] + parts["encoder"] + parts["optimizer"] + parts["gradients"]
     step = 0 if job.fused_optimizer else trained
     return parts | {"peak": held + max(parts["gathered"] + parts["activations"], encoding, step)}
+
+
+def _offloaded(job: Job, world: World, sizes: Sizes) -> float:
+    """Count what the GPUs of a node leave in the memory of its host."""
+    offloads = job.is_sharded and job.encoder == "offloaded"
+    return sizes.frozen_bytes / world.shard * min(world.gpus, world.gpus_per_node) if offloads else 0.0
 
 
 def _seconds(job: Job, world: World, sizes: Sizes, cost: Cost, graphed: bool) -> dict[str, float]:

@@ -10,6 +10,7 @@ from llmslm.cli import main
 from llmslm.data.codec import IGNORED, PackedShape, TextFormat
 from llmslm.data.datamodule import collate_training
 from llmslm.errors import UserError
+from llmslm.planning.command import table
 from llmslm.planning.costs import DEVICES, allocated
 from llmslm.planning.job import Job, World
 from llmslm.planning.predict import Sizes, check, predict
@@ -85,6 +86,9 @@ def test_shards_divide_what_is_held():
     assert replicated["memory_bytes"]["encoder"] == whole["memory_bytes"]["encoder"]
     offloaded = predict(job(strategy=FSDP | {"init_args": {"encoder": "offloaded"}}), world(2, 2))
     assert offloaded["memory_bytes"]["encoder"] == 0
+    assert (half["host_bytes"], offloaded["host_bytes"]) == (0, whole["memory_bytes"]["encoder"])
+    assert "of each host: the encoder" in table(job(), world(2, 2), offloaded)
+    assert "of each host" not in table(job(), world(2, 2), half)
 
 
 def test_copies_hold_each_gradient_once():
