@@ -76,8 +76,9 @@ def sharded_gradients(rank, world_size, shards, options, trained="full"):
         (2, None, {"encoder": "offloaded", "activation_checkpointing": True}),
         (3, None, {}),
         (2, 1, {}),
+        (4, 2, {"encoder": "replicated"}),
     ],
-    ids=["sharded", "replicated", "offloaded", "uneven", "hybrid"],
+    ids=["sharded", "replicated", "offloaded", "uneven", "copies", "hybrid"],
 )
 def test_loss_and_gradients_are_those_of_one_process(world_size, shards, options):
     model = composition()
