@@ -1,10 +1,10 @@
-"""Where the time of a block of the verified mode goes: each product of a few rows, by each kernel there is, and parts.
+"""Where the time of a block of the verified mode goes: each product of a few rows, by both kernels, and parts.
 
     python -m evaluation.benchmarks.row_products --out rows.json
 
 Products: chains of one shape with weights of their own, and of a whole LLM's shapes in order, each a CUDA graph whose
-kernels start early, as the engine's do. `one` is the kernel of single rows, the others are those of `fused_rows`; what
-each is off from float64 stands beside. Parts: graphs of a block, of its drafting, of its verifying and of the LLM's own
+kernels start early, as the engine's do. `one` is the kernel of single rows, `rows` that of `fused_rows`; what each is
+off from float64 stands beside. Parts: graphs of a block, of its drafting, of its verifying and of the LLM's own
 step, whole and with kernels left out. Microseconds; the last line is one JSON object.
 """
 
@@ -28,7 +28,7 @@ from llmslm.generation.plan import Decoder, Linear, Norm
 from llmslm.generation.state import CacheShape, DecodeState
 from llmslm.generation.step import TorchStep
 
-ONE = "one"
+ONE, ROWS = "one", "rows"
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -68,18 +68,18 @@ LAYERS = {
 
 
 class Products:
-    """Products of one shape or of a layer's, by one variant.
+    """Products of one shape or of a layer's, by one kernel.
 
     Args:
-        variant: `ONE` or one of `fused_rows.VARIANTS`.
+        kernel: `ONE` or `ROWS`.
         rows: of the input.
         device: where; elsewhere than on CUDA, Triton's interpreter runs the kernels.
     """
 
-    def __init__(self, variant: str, rows: int, device: torch.device) -> None:
+    def __init__(self, kernel: str, rows: int, device: torch.device) -> None:
         from llmslm.generation.fused import FusedStep
 
-        self.variant, self.rows, self.device = variant, rows, device
+        self.kernel, self.rows, self.device = kernel, rows, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         tiny = torch.zeros(8, 8, device=device, dtype=self.dtype)
         shape = CacheShape(1, 1, 4, 8)
@@ -100,11 +100,10 @@ class Products:
         """One product."""
         from llmslm.generation import fused_rows
 
-        if self.variant == ONE:
-            with changed(fused_rows, "_trusted", value=False):
-                return self.step.linear(x, linear, norm, residual)
-        with changed(fused_rows, "VARIANT", value=self.variant):
+        if self.kernel == ROWS:
             return fused_rows.rows_product(x, linear, norm, residual, self.step.options)
+        with changed(fused_rows, "_trusted", value=False):
+            return self.step.linear(x, linear, norm, residual)
 
     def norm(self, width: int) -> Norm:
         """A random one."""
@@ -189,10 +188,10 @@ def graph_microseconds(work: Callable[[], Any], rounds: int = 7, replays: int = 
     return statistics.median(times)
 
 
-def measure_products(model: str, variant: str, rows: int, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
+def measure_products(model: str, kernel: str, rows: int, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
     """Microseconds a kernel of each shape and of the whole, and what each shape is off from float64."""
     layer_products, head, layers = LAYERS[model]
-    products, shapes = Products(variant, rows, device), [*layer_products, head]
+    products, shapes = Products(kernel, rows, device), [*layer_products, head]
     found = []
     for product in shapes:
         times = 12 if product is head else 120
@@ -200,13 +199,13 @@ def measure_products(model: str, variant: str, rows: int, device: torch.device, 
         found.append({"product": product.name, "us": microseconds, "off": products.off(product)})
     whole = clock(products.chain(layer_products, layers)) / (layers * len(layer_products))
     found.append({"product": "layers", "us": whole, "off": 0.0})
-    return [{"model": model, "variant": variant, "rows": rows, **entry} for entry in found]
+    return [{"model": model, "kernel": kernel, "rows": rows, **entry} for entry in found]
 
 
-def _compile(model: str, variant: str, rows: int) -> None:
+def _compile(model: str, kernel: str, rows: int) -> None:
     """Leave the kernels of these products in Triton's cache."""
     layer_products, head, _ = LAYERS[model]
-    products = Products(variant, rows, torch.device("cuda"))
+    products = Products(kernel, rows, torch.device("cuda"))
     for product in [*layer_products, head]:
         products.off(product)
     torch.cuda.synchronize()
@@ -267,24 +266,21 @@ def parts(block: Any, size: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure_parts(
-    engine: Any, sizes: list[int], variants: list[str], clock: Clock, prompt: int = 128, new: int = 128
+    engine: Any, sizes: list[int], clock: Clock, prompt: int = 128, new: int = 128
 ) -> list[dict[str, Any]]:
-    """Microseconds of each part of a block of each size, by each variant of the products, halfway to the last token."""
-    from llmslm.generation import fused_rows
-
+    """Microseconds of each part of a block of each size, halfway to the last token."""
     ids = torch.randint(3, 60, (1, prompt), device=engine.llm.device)
     mask = torch.ones_like(ids)
     inputs = {"prompt_ids": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask}
     engine.generate(**inputs, max_new_tokens=new, min_new_tokens=new)
     block, found = engine.loops[-1].block, []
-    for variant in variants:
-        for size in sizes:
-            with torch.no_grad(), changed(fused_rows, "VARIANT", value=variant):
-                block.start()
-                block.produced.fill_(new // 2)
-                block.open.fill_(False)  # so that it stays where it is
-                for name, work in parts(block, size).items():
-                    found.append({"variant": variant, "size": size, "part": name, "us": clock(work)})
+    for size in sizes:
+        with torch.no_grad():
+            block.start()
+            block.produced.fill_(new // 2)
+            block.open.fill_(False)  # so that it stays where it is
+            for name, work in parts(block, size).items():
+                found.append({"size": size, "part": name, "us": clock(work)})
     return found
 
 
@@ -305,7 +301,6 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.row_products", description=__doc__)
     parser.add_argument("--models", nargs="*", choices=LAYERS, default=["llama-24x576"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 3, 5, 8, 13])
-    parser.add_argument("--variants", nargs="+", help="of `fused_rows.VARIANTS`, or 'one'; all if left out")
     parser.add_argument("--llm", choices=SHAPES, default="llama-24x576")
     parser.add_argument("--slm", choices=SHAPES, default="llama-4x256")
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 7, 12], help="of blocks, whose parts are timed")
@@ -315,39 +310,37 @@ def main(args: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     from evaluation.benchmarks.verified_block import made
-    from llmslm.generation import fused_rows
     from llmslm.generation.fused import WIDEST_BATCH
 
-    device, variants = torch.device("cuda"), options.variants or [ONE, *fused_rows.VARIANTS]
+    device = torch.device("cuda")
     torch.manual_seed(0)
     cases = [
-        (model, variant, rows)
+        (model, kernel, rows)
         for model in options.models
-        for variant in variants
+        for kernel in (ONE, ROWS)
         for rows in options.rows
-        if variant != ONE or rows <= WIDEST_BATCH
+        if kernel != ONE or rows <= WIDEST_BATCH
     ]
     compile_ahead(cases, options.workers)
     products, found, failed = [], [], []
     for case in cases:
         try:
             products += measure_products(*case, device, graph_microseconds)
-        except Exception as error:  # one variant that fails does not take the others along
+        except Exception as error:  # one that fails does not take the others along
             failed.append({"case": case, "error": f"{type(error).__name__}: {str(error)[:300]}"})
             print(failed[-1])
     if products:
         print("microseconds a kernel, by rows")
-        print("\n".join(table(products, ("model", "product", "variant"), "rows")))
+        print("\n".join(table(products, ("model", "product", "kernel"), "rows")))
         print("relative difference to float64, by rows")
         shapes = [row for row in products if row["product"] != "layers"]
-        print("\n".join(table(shapes, ("model", "product", "variant"), "rows", "off")))
+        print("\n".join(table(shapes, ("model", "product", "kernel"), "rows", "off")))
     if options.sizes:
-        names = [name for name in variants if name != ONE]
         engine = made(*(build(SHAPES[name], device, torch.bfloat16) for name in (options.llm, options.slm)))
         try:
-            found = measure_parts(engine, options.sizes, names, graph_microseconds)
+            found = measure_parts(engine, options.sizes, graph_microseconds)
             print("microseconds of the parts of a block, by its size")
-            print("\n".join(table(found, ("variant", "part"), "size")))
+            print("\n".join(table(found, ("part",), "size")))
         except Exception as error:
             failed.append({"case": "parts", "error": f"{type(error).__name__}: {str(error)[:300]}"})
             print(failed[-1])

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 from evaluation.benchmarks import row_products
 from evaluation.benchmarks.row_products import Product
 from evaluation.benchmarks.verified_block import made
-from llmslm.generation import fused, fused_rows, verified_loop
+from llmslm.generation import fused, verified_loop
 from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the benchmark itself runs there")
@@ -33,14 +33,15 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(row_products.LAYERS, "tiny", layers)
 
 
-@pytest.mark.parametrize("variant", [row_products.ONE, *fused_rows.VARIANTS])
-def test_products_are_chained_and_right(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", [row_products.ONE, row_products.ROWS])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_are_chained_and_right(kernel: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = row_products.Products.chain
     monkeypatch.setattr(row_products.Products, "chain", lambda self, products, times: chain(self, products, 2))
-    found = row_products.measure_products("tiny", variant, 3, CPU, runs)
+    found = row_products.measure_products("tiny", kernel, rows, CPU, runs)
     assert [row["product"] for row in found] == ["qkv", "out", "up", "down", "head", "layers"]
     assert all(row["off"] < 2e-3 for row in found)
-    lines = list(row_products.table(found, ("product", "variant"), "rows"))
+    lines = list(row_products.table(found, ("product", "kernel"), "rows"))
     assert len(lines) == 7
 
 
@@ -54,7 +55,7 @@ def test_parts_of_a_block_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
         vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
     engine = made(*(LlamaForCausalLM(config).eval() for _ in range(2)))
-    found = row_products.measure_parts(engine, [2], ["tiles"], runs, 5, 2)
+    found = row_products.measure_parts(engine, [2], runs, 5, 2)
     assert len({row["part"] for row in found}) == len(found) == 12
 
 

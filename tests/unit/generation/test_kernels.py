@@ -164,8 +164,16 @@ def test_products_whose_input_takes_several_passes(
     close(ours.linear(x, gated), exact(x, gated))
 
 
-def hold_rows(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
-    """Hold products by the matrix units against float64."""
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 300), (5, 20, 1040), (13, 70, 100)]
+)
+def test_products_by_the_matrix_units(
+    norm: str, activation: str | None, batch: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The units take weights that are rounded once the norm's gain is in them."""
+    monkeypatch.setattr(fused_rows, "_MANY_OUTPUTS", 64)
     x, before = drawn(batch, columns, dtype=HALF), NORMS[norm](columns, HALF)
     for gated, biased, residual in (
         (False, False, None),
@@ -180,25 +188,23 @@ def hold_rows(norm: str, activation: str | None, batch: int, rows: int, columns:
         close(ours.linear(x, linear, before, residual), exact(x, linear, before, residual))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize(("batch", "rows", "columns"), [(3, 61, 48), (8, 33, 31), (16, 7, 100)])
-def test_products_by_the_matrix_units(norm: str, activation: str | None, batch: int, rows: int, columns: int) -> None:
-    """The units take inputs that are rounded once normed, as the models' own layers do."""
-    hold_rows(norm, activation, batch, rows, columns)
-
-
-@pytest.mark.parametrize("variant", [name for name in fused_rows.VARIANTS if name != fused_rows.VARIANT])
-@pytest.mark.parametrize("norm", ["rms", "layer"] if COMPILED else NORMS)  # a compiler takes a second for each
 @pytest.mark.parametrize(
-    ("batch", "rows", "columns"), [(5, 33, 304)] if COMPILED else [(3, 61, 48), (8, 33, 31), (16, 7, 300)]
+    ("outputs", "inputs", "batch", "gated", "tile"),
+    [
+        (1728, 576, 8, False, (2, 9, 2)),
+        (1536, 576, 13, True, (2, 9, 2)),
+        (16384, 576, 13, False, (2, 9, 4)),
+        (576, 1536, 13, False, (4, 12, 2)),
+        (50257, 768, 8, False, (2, 12, 2)),
+        (5632, 2048, 8, True, (8, 8, 2)),
+        (32000, 2048, 13, False, (8, 8, 4)),
+    ],
 )
-def test_products_by_other_variants(
-    variant: str, norm: str, batch: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+def test_tiles_have_more_warps_where_a_thread_has_too_few_registers(
+    outputs: int, inputs: int, batch: int, gated: bool, tile: tuple[int, int, int]
 ) -> None:
-    """Or weights that are rounded once the norm's gain is in them."""
-    monkeypatch.setattr(fused_rows, "VARIANT", variant)
-    hold_rows(norm, "silu", batch, rows, columns)
+    """The first four are those that were measured."""
+    assert fused_rows.row_tile(outputs, inputs, batch, gated=gated) == fused_rows.RowTile(*tile)
 
 
 @pytest.mark.parametrize(("batch", "columns"), [(3, 40), (5, 33), (9, 17)])
@@ -209,7 +215,7 @@ def test_products_by_the_matrix_units_in_several_passes(
         columns += 2048
     else:
         monkeypatch.setattr(fused_rows, "_WIDEST", 16)
-        monkeypatch.setattr(fused_rows, "row_tile", lambda outputs, inputs: fused_rows.RowTile(1, 16, 2))
+        monkeypatch.setattr(fused_rows, "_LONG", (1, 16))
     x, residual = drawn(batch, columns, dtype=HALF), drawn(batch, 21, dtype=HALF)
     ours = steps(made_decoder(), made_state(batch, 4))[0]
     for bias, added in ((None, None), (drawn(21, dtype=HALF), residual)):
