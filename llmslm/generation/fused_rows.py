@@ -1,7 +1,8 @@
 """Products of several rows by the matrix units' kernels: which of them they serve, and by which tiles."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from llmslm.generation import kernels, row_kernels
 from llmslm.generation.plan import Linear, Norm
 
-FEWEST_ROWS, MOST_ROWS = 3, 16  # of fewer the single rows' kernels were measured to be good, more are cuBLAS's
+FEWEST_ROWS, MOST_ROWS = 3, 16  # fewer are for the kernels of single rows, more for cuBLAS; 1 is to be measured
 _WIDEST = 2048  # input width up to which a program holds the whole input
 _LONG = (8, 128)  # of an input that is wider: slices, and inputs of each at a time
 _LONG_OUTPUTS = 16  # of a program then: what one instruction of the matrix units gives
@@ -56,6 +57,17 @@ def suits(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
     return _trusted and halves and FEWEST_ROWS <= x.shape[0] <= MOST_ROWS and (x.shape[1] <= _WIDEST or bare)
 
 
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Compute these products the slower way for a while."""
+    global _trusted
+    before, _trusted = _trusted, False
+    try:
+        yield
+    finally:
+        _trusted = before
+
+
 def try_out(measure: Callable[[], float], tolerance: float) -> None:
     """Leave these products to the kernels of few rows and to cuBLAS from now on, if they fail or are wrong.
 
@@ -71,7 +83,8 @@ def try_out(measure: Callable[[], float], tolerance: float) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if reason is not None and _trusted:
         _trusted = False
-        warnings.warn(f"products of 3 to 16 rows are computed the slower way: {reason}", UserWarning, stacklevel=2)
+        rows = f"{FEWEST_ROWS} to {MOST_ROWS} rows"
+        warnings.warn(f"products of {rows} are computed the slower way: {reason}", UserWarning, stacklevel=2)
 
 
 def rows_product(
