@@ -44,7 +44,7 @@ step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$devic
   --out "$out/h200-waterfall.json"
 step growth 120 "$python" -m evaluation.benchmarks.memory_growth --device "$device" --shape "${SMALL:-llama-4x512}" \
   --prompts "${COUNT:-1000}" --out "$out/h200-growth.json"
-step row-products 180 "$python" -m evaluation.benchmarks.row_products --out "$out/h200-row-products.json"
+step row-products 240 "$python" -m evaluation.benchmarks.row_products --out "$out/h200-row-products.json"
 step verified 120 "$python" -m evaluation.benchmarks.verified_block --device "$device" --llm "${VERIFIER:-llama-24x576}" \
   --slm "${DRAFTER:-llama-4x256}" --out "$out/h200-verified-block.json"
 exit $failed

@@ -1,11 +1,12 @@
-"""Where the time of a block of the verified mode goes: each product of a few rows, by each kernel there is, and parts.
+"""Where the time of a step and of a block of the verified mode goes: products of a few rows by both kernels, and parts.
 
     python -m evaluation.benchmarks.row_products --out rows.json
 
 Products: chains of one shape with weights of their own, and of a whole LLM's shapes in order, each a CUDA graph whose
-kernels start early, as the engine's do. `one` is the kernel of single rows, the others are those of `fused_rows`; what
-each is off from float64 stands beside. Parts: graphs of a block, of its drafting, of its verifying and of the LLM's own
-step, whole and with kernels left out. Microseconds; the last line is one JSON object.
+kernels start early, as the engine's do. `one` is the kernel of single rows, `rows` that of `fused_rows`; what each is
+off from float64 stands beside. Steps: a model's own step of one and of two rows, which are what drafting reads, too.
+Parts: graphs of a block, of its drafting, of its verifying and of the LLM's own step, whole and with kernels left out.
+Steps and parts are taken with `fused_rows.FEWEST_ROWS` at 3 and at 1. Microseconds; the last line is one JSON object.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from evaluation.benchmarks.report import report
 from evaluation.decoding.shapes import SHAPES, build
+from llmslm.generation.families import read
 from llmslm.generation.plan import Decoder, Linear, Norm
 from llmslm.generation.state import CacheShape, DecodeState
 from llmslm.generation.step import TorchStep
 
-ONE = "one"
+ONE, ROWS = "one", "rows"
+FEWEST = (3, 1)  # values of `fused_rows.FEWEST_ROWS`
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -49,10 +52,10 @@ class Product:
         return Linear(weight.to(dtype), None, "silu" if self.gated else None, self.gated)
 
 
-def layer(width: int, wide: int, *, gated: bool) -> list[Product]:
-    """The products of a layer."""
+def layer(width: int, wide: int, *, gated: bool, qkv: int | None = None) -> list[Product]:
+    """The products of a layer; queries, keys and values are as wide as three inputs if nothing else is said."""
     return [
-        Product("qkv", 3 * width, width, normed=True),
+        Product("qkv", qkv or 3 * width, width, normed=True),
         Product("out", width, width),
         Product("up", wide, width, normed=True, gated=gated),
         Product("down", width, wide),
@@ -64,22 +67,25 @@ LAYERS = {
     "t5-24x512": (layer(512, 2048, gated=False), Product("head", 32128, 512, normed=True), 24),
     "gpt2": (layer(768, 3072, gated=False), Product("head", 50257, 768, normed=True), 12),
     "llama-4x256": (layer(256, 704, gated=True), Product("head", 16384, 256, normed=True), 4),
+    "llama-4x512": (layer(512, 1408, gated=True), Product("head", 16000, 512, normed=True), 4),
+    "llama-22x2048": (layer(2048, 5632, gated=True, qkv=2560), Product("head", 32000, 2048, normed=True), 22),
 }
+STEPS = ["llama-24x576", "llama-4x256", "llama-4x512", "gpt2", "t5-small", "llama-22x2048"]
 
 
 class Products:
-    """Products of one shape or of a layer's, by one variant.
+    """Products of one shape or of a layer's, by one kernel.
 
     Args:
-        variant: `ONE` or one of `fused_rows.VARIANTS`.
+        kernel: `ONE` or `ROWS`.
         rows: of the input.
         device: where; elsewhere than on CUDA, Triton's interpreter runs the kernels.
     """
 
-    def __init__(self, variant: str, rows: int, device: torch.device) -> None:
+    def __init__(self, kernel: str, rows: int, device: torch.device) -> None:
         from llmslm.generation.fused import FusedStep
 
-        self.variant, self.rows, self.device = variant, rows, device
+        self.kernel, self.rows, self.device = kernel, rows, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
         tiny = torch.zeros(8, 8, device=device, dtype=self.dtype)
         shape = CacheShape(1, 1, 4, 8)
@@ -100,11 +106,10 @@ class Products:
         """One product."""
         from llmslm.generation import fused_rows
 
-        if self.variant == ONE:
-            with changed(fused_rows, "_trusted", value=False):
-                return self.step.linear(x, linear, norm, residual)
-        with changed(fused_rows, "VARIANT", value=self.variant):
+        if self.kernel == ROWS:
             return fused_rows.rows_product(x, linear, norm, residual, self.step.options)
+        with fused_rows.left_out():
+            return self.step.linear(x, linear, norm, residual)
 
     def norm(self, width: int) -> Norm:
         """A random one."""
@@ -189,10 +194,10 @@ def graph_microseconds(work: Callable[[], Any], rounds: int = 7, replays: int = 
     return statistics.median(times)
 
 
-def measure_products(model: str, variant: str, rows: int, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
+def measure_products(model: str, kernel: str, rows: int, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
     """Microseconds a kernel of each shape and of the whole, and what each shape is off from float64."""
     layer_products, head, layers = LAYERS[model]
-    products, shapes = Products(variant, rows, device), [*layer_products, head]
+    products, shapes = Products(kernel, rows, device), [*layer_products, head]
     found = []
     for product in shapes:
         times = 12 if product is head else 120
@@ -200,25 +205,62 @@ def measure_products(model: str, variant: str, rows: int, device: torch.device, 
         found.append({"product": product.name, "us": microseconds, "off": products.off(product)})
     whole = clock(products.chain(layer_products, layers)) / (layers * len(layer_products))
     found.append({"product": "layers", "us": whole, "off": 0.0})
-    return [{"model": model, "variant": variant, "rows": rows, **entry} for entry in found]
+    return [{"model": model, "kernel": kernel, "rows": rows, **entry} for entry in found]
 
 
-def _compile(model: str, variant: str, rows: int) -> None:
+def _compile_products(model: str, kernel: str, rows: int) -> None:
     """Leave the kernels of these products in Triton's cache."""
     layer_products, head, _ = LAYERS[model]
-    products = Products(variant, rows, torch.device("cuda"))
+    products = Products(kernel, rows, torch.device("cuda"))
     for product in [*layer_products, head]:
         products.off(product)
     torch.cuda.synchronize()
 
 
-def compile_ahead(cases: list[tuple[str, str, int]], workers: int) -> None:
+def _compile_steps(name: str) -> None:
+    """Leave the kernels of a model's steps there."""
+    measure_steps(name, torch.device("cuda"), lambda work: float(work() is None))
+    torch.cuda.synchronize()
+
+
+def compile_ahead(jobs: list[Callable[[], None]], workers: int) -> None:
     """Compile in several processes, so that what is measured afterwards finds its kernels."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(_compile, *case) for case in cases]:
+        for future in [pool.submit(job) for job in jobs]:
             error = future.exception()
             if error is not None:
                 print(f"not compiled ahead: {type(error).__name__}: {str(error)[:200]}")
+
+
+@torch.no_grad()
+def measure_steps(name: str, device: torch.device, clock: Clock, filled: int = 192) -> list[dict[str, Any]]:
+    """Microseconds of a model's own step of one row and of two, behind so many tokens."""
+    from llmslm.generation import fused_rows
+    from llmslm.generation.fused import FusedStep
+
+    decoder = read(build(SHAPES[name], device, torch.bfloat16 if device.type == "cuda" else torch.float16), 256)
+    found = []
+    for rows in (1, 2):
+        state = DecodeState(
+            decoder.shape,
+            batch=rows,
+            capacity=256,
+            encoder_capacity=128 if decoder.shape.cross_heads else 0,
+            mode="plain",
+            penalise=False,
+            device=device,
+            dtype=decoder.embedding.dtype,
+        )
+        for everything in (state.valid, state.encoder_valid):
+            everything.fill_(True)
+        for place in (state.slot, state.position):
+            place.fill_(filled)
+        step = FusedStep(decoder, state, early=device.type == "cuda")
+        for fewest in FEWEST:
+            with changed(fused_rows, "FEWEST_ROWS", value=fewest):
+                us = clock(functools.partial(step.logits, filled))
+            found.append({"model": name, "rows": rows, "fewest": fewest, "us": us})
+    return found
 
 
 def parts(block: Any, size: int) -> dict[str, Callable[[], Any]]:
@@ -267,9 +309,9 @@ def parts(block: Any, size: int) -> dict[str, Callable[[], Any]]:
 
 
 def measure_parts(
-    engine: Any, sizes: list[int], variants: list[str], clock: Clock, prompt: int = 128, new: int = 128
+    engine: Any, sizes: list[int], clock: Clock, prompt: int = 128, new: int = 128
 ) -> list[dict[str, Any]]:
-    """Microseconds of each part of a block of each size, by each variant of the products, halfway to the last token."""
+    """Microseconds of each part of a block of each size, halfway to the last token."""
     from llmslm.generation import fused_rows
 
     ids = torch.randint(3, 60, (1, prompt), device=engine.llm.device)
@@ -277,14 +319,14 @@ def measure_parts(
     inputs = {"prompt_ids": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask}
     engine.generate(**inputs, max_new_tokens=new, min_new_tokens=new)
     block, found = engine.loops[-1].block, []
-    for variant in variants:
+    for fewest in FEWEST:
         for size in sizes:
-            with torch.no_grad(), changed(fused_rows, "VARIANT", value=variant):
+            with torch.no_grad(), changed(fused_rows, "FEWEST_ROWS", value=fewest):
                 block.start()
                 block.produced.fill_(new // 2)
                 block.open.fill_(False)  # so that it stays where it is
                 for name, work in parts(block, size).items():
-                    found.append({"variant": variant, "size": size, "part": name, "us": clock(work)})
+                    found.append({"fewest": fewest, "size": size, "part": name, "us": clock(work)})
     return found
 
 
@@ -303,9 +345,9 @@ def table(rows: list[dict[str, Any]], down: tuple[str, ...], across: str, value:
 def main(args: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.row_products", description=__doc__)
-    parser.add_argument("--models", nargs="*", choices=LAYERS, default=["llama-24x576"])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 3, 5, 8, 13])
-    parser.add_argument("--variants", nargs="+", help="of `fused_rows.VARIANTS`, or 'one'; all if left out")
+    parser.add_argument("--models", nargs="*", choices=LAYERS, default=["llama-24x576", "gpt2", "llama-22x2048"])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 5, 8, 13])
+    parser.add_argument("--steps", nargs="*", choices=SHAPES, default=STEPS, help="models whose own step is timed")
     parser.add_argument("--llm", choices=SHAPES, default="llama-24x576")
     parser.add_argument("--slm", choices=SHAPES, default="llama-4x256")
     parser.add_argument("--sizes", type=int, nargs="*", default=[2, 4, 7, 12], help="of blocks, whose parts are timed")
@@ -315,44 +357,44 @@ def main(args: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     from evaluation.benchmarks.verified_block import made
-    from llmslm.generation import fused_rows
     from llmslm.generation.fused import WIDEST_BATCH
 
-    device, variants = torch.device("cuda"), options.variants or [ONE, *fused_rows.VARIANTS]
+    device, failed = torch.device("cuda"), []
     torch.manual_seed(0)
     cases = [
-        (model, variant, rows)
+        (model, kernel, rows)
         for model in options.models
-        for variant in variants
+        for kernel in (ONE, ROWS)
         for rows in options.rows
-        if variant != ONE or rows <= WIDEST_BATCH
+        if kernel != ONE or rows <= WIDEST_BATCH
     ]
-    compile_ahead(cases, options.workers)
-    products, found, failed = [], [], []
-    for case in cases:
+    jobs = [functools.partial(_compile_steps, name) for name in options.steps]
+    compile_ahead([*jobs, *(functools.partial(_compile_products, *case) for case in cases)], options.workers)
+
+    def tried(case: Any, measure: Callable[..., list[dict[str, Any]]], *given: Any) -> list[dict[str, Any]]:
         try:
-            products += measure_products(*case, device, graph_microseconds)
-        except Exception as error:  # one variant that fails does not take the others along
+            return measure(*given)
+        except Exception as error:  # one that fails does not take the others along
             failed.append({"case": case, "error": f"{type(error).__name__}: {str(error)[:300]}"})
             print(failed[-1])
-    if products:
-        print("microseconds a kernel, by rows")
-        print("\n".join(table(products, ("model", "product", "variant"), "rows")))
-        print("relative difference to float64, by rows")
-        shapes = [row for row in products if row["product"] != "layers"]
-        print("\n".join(table(shapes, ("model", "product", "variant"), "rows", "off")))
+            return []
+
+    def shown(title: str, *of: Any) -> None:
+        print("\n".join([title, *(table(*of) if of[0] else ())]))
+
+    products = [row for case in cases for row in tried(case, measure_products, *case, device, graph_microseconds)]
+    shown("microseconds a kernel, by rows", products, ("model", "product", "kernel"), "rows")
+    shapes = [row for row in products if row["product"] != "layers"]
+    shown("relative difference to float64, by rows", shapes, ("model", "product", "kernel"), "rows", "off")
+    steps = [row for name in options.steps for row in tried(name, measure_steps, name, device, graph_microseconds)]
+    shown("microseconds of a step, by FEWEST_ROWS", steps, ("model", "rows"), "fewest")
+    found = []
     if options.sizes:
-        names = [name for name in variants if name != ONE]
         engine = made(*(build(SHAPES[name], device, torch.bfloat16) for name in (options.llm, options.slm)))
-        try:
-            found = measure_parts(engine, options.sizes, names, graph_microseconds)
-            print("microseconds of the parts of a block, by its size")
-            print("\n".join(table(found, ("variant", "part"), "size")))
-        except Exception as error:
-            failed.append({"case": "parts", "error": f"{type(error).__name__}: {str(error)[:300]}"})
-            print(failed[-1])
-    record = {"llm": options.llm, "slm": options.slm, "products": products, "parts": found, "failed": failed}
-    report(record, options.out)
+        found = tried("parts", measure_parts, engine, options.sizes, graph_microseconds)
+    shown("microseconds of the parts of a block, by FEWEST_ROWS and its size", found, ("fewest", "part"), "size")
+    record = {"llm": options.llm, "slm": options.slm, "products": products, "steps": steps, "parts": found}
+    report({**record, "failed": failed}, options.out)
 
 
 if __name__ == "__main__":
