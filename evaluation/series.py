@@ -103,7 +103,7 @@ def load_series(name: str, overrides: Sequence[str] = ()) -> dict[str, Stage]:
         UserError: if there is no such series, or a stage of it is none.
     """
     values = _read(name)
-    further = {**values.get("more", {}), **({"fit *": shlex.join(overrides)} if overrides else {})}
+    further = [*values.get("more", {}).items(), ("fit *", shlex.join(overrides))]
     stages: dict[str, Stage] = {}
     for label, text in expand(values["stages"], values.get("for", {})):
         kinds = [kind for kind in KINDS if kind in text]
@@ -112,7 +112,7 @@ def load_series(name: str, overrides: Sequence[str] = ()) -> dict[str, Stage]:
             known = ", ".join(KINDS)
             raise UserError(f"series {name}: stage {label!r} needs one of {known}, and stages above it in `needs`")
         folder, kind = RUNS / values.get("like", name) / label, kinds[0]
-        more = [text for pattern, text in further.items() if fnmatch.fnmatchcase(f"{kind} {label}", pattern)]
+        more = [text for pattern, text in further if fnmatch.fnmatchcase(f"{kind} {label}", pattern)]
         arguments = shlex.split(text[kind]) + [_fill(part, {"folder": folder}) for part in shlex.split(" ".join(more))]
         stages[label] = Stage(label, kind, tuple(arguments), needs, folder)
     return stages

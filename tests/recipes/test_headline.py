@@ -22,10 +22,8 @@ OTHERS = (
     "read_labels",
     "slm_novel",
     "add_distilled",
-    "slm_wide",
-    "add_wide",
-    "slm_shortened",
-    "add_shortened",
+    "slm_small",
+    "add_small",
 )
 PARSED = [
     "pretrain/llm",
@@ -93,7 +91,7 @@ def test_the_verified_mode_is_compared_where_rounding_turns_no_choice(task):
     assert (options.dtype, options.limit) == ("float32", None)
 
 
-@pytest.mark.parametrize("name", ["add", "add_labels_2", "replace_labels", "add_distilled", "add_shortened"])
+@pytest.mark.parametrize("name", ["add", "add_labels_2", "replace_labels", "add_distilled", "add_small"])
 def test_all_slms_read_the_llm_at_one_depth_which_is_no_matter_of_its_own_training(name):
     """What the LLM is trained with does not change with it: its weights stay."""
     assert "headline/states" in STAGES[f"en_it/{name}"].arguments
@@ -103,7 +101,7 @@ def test_all_slms_read_the_llm_at_one_depth_which_is_no_matter_of_its_own_traini
 @pytest.mark.parametrize("task", ["en_it", "summary"])
 def test_all_labels_are_those_that_the_stages_write(task):
     files = read_recipe([f"headline/{task}_labels"], [])["data"]["source"]["init_args"]["train"]
-    for name in ("slm_labels", "add_labels", "add_shortened", "logits"):
+    for name in ("slm_labels", "add_labels", "add_small", "logits"):
         stage = STAGES[f"{task}/{name}"]
         assert files == [f"{STAGES[need].folder}/train.parquet" for need in stage.needs]
         assert f"headline/{task}_labels" in stage.arguments
