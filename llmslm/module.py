@@ -293,7 +293,10 @@ class SystemModule(L.LightningModule):
 
     @property
     def _may_be_graphed(self) -> bool:
-        """Whether each GPU computes alone, and the host decides nothing: half precision scales, some drop layers."""
+        """Whether it is on GPUs that compute alone, and the host decides nothing meanwhile.
+
+        In float16 it scales the loss by what the gradients were, and some models have it drop layers.
+        """
         drops = any(getattr(self._decodes.config, f"{side}layerdrop", 0) for side in ("", "encoder_", "decoder_"))
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         return self.compile_blocks and self._computes_alone and self.device.type == "cuda" and not scaled and not drops

@@ -162,7 +162,7 @@ def _check_strategy(strategy: Any) -> None:
     """Refuse a strategy that is nothing but a name to the parser, and no name to Lightning.
 
     Raises:
-        UserError: with the names, or where the arguments of a class are listed.
+        UserError: with an example, or where the arguments of a class are listed.
     """
     names = ("auto", *StrategyRegistry.available_strategies())
     if not isinstance(strategy, str) or strategy.lower() in names:
@@ -172,7 +172,9 @@ def _check_strategy(strategy: Any) -> None:
             f"trainer.strategy {strategy} cannot be used: no such class, or one of its init_args is wrong; "
             "`llmslm fit --trainer.strategy.help CLASS` lists them"
         )
-    raise UserError(f"trainer.strategy is {strategy}; expected a class_path, for example llmslm.parallel.Fsdp, or auto")
+    raise UserError(
+        f"trainer.strategy is {strategy}; expected auto, ddp or a class_path, for example llmslm.parallel.Fsdp"
+    )
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -121,9 +121,22 @@ class MlflowLogger(MLFlowLogger):
         from mlflow.entities import Metric as Entity  # mlflow takes 2 s to import
 
         self._open()  # makes the run, where the server was gone before
-        self._write_records()
+        self._write_late_records()
         entities = [Entity(*metric) for metric in metrics]
         self._mlflow_client.log_batch(str(self._run_id), metrics=entities)
+
+    def _write_late_records(self) -> None:
+        """Write what waits; where the server refuses one, leave it out, or metrics would wait behind it for ever."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._write_records()
+        except MlflowException as error:
+            if error.get_http_status_code() >= 500:  # it does not answer, or cannot for now
+                raise
+            self._records.pop(0)
+            warnings.warn(f"the MLflow run {self._run_id} lacks what its server refuses: {error}", stacklevel=2)
+            self._write_late_records()
 
     def _is_no_answer(self, error: Exception) -> bool:
         """Whether a server is gone: one that is there and refuses says so, and a file is never gone."""

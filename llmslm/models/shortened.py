@@ -27,9 +27,9 @@ def shortened_config(config: PreTrainedConfig, layers: int | Sequence[int], key:
         key: the recipe's key, for messages.
 
     Raises:
-        UserError: if the model does not have these layers.
+        UserError: if the model does not have these layers, or keeps their number elsewhere.
     """
-    count = _count(config)
+    count = _count(config, key)
     chosen = _chosen(count, layers, key)
     short = copy.deepcopy(config)
     for name in _names(config):
@@ -52,7 +52,7 @@ def shortened(model: PreTrainedModel, layers: int | Sequence[int], key: str) -> 
     Raises:
         UserError: if the model does not have these layers, or cannot do without the others.
     """
-    chosen = _chosen(_count(model.config), layers, key)
+    chosen = _chosen(_count(model.config, key), layers, key)
     auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
     short: PreTrainedModel = auto.from_config(shortened_config(model.config, layers, key), dtype=model.dtype)
     stack = _stack(model)
@@ -73,8 +73,10 @@ def shortened(model: PreTrainedModel, layers: int | Sequence[int], key: str) -> 
     return short
 
 
-def _count(config: PreTrainedConfig) -> int:
-    return int(getattr(config, _names(config)[0]))
+def _count(config: PreTrainedConfig, key: str) -> int:
+    if not (names := _names(config)):  # it is put together of other models' configs
+        raise UserError(f"{key}.layers cannot take layers of a {config.model_type}, whose config does not number them")
+    return int(getattr(config, names[0]))
 
 
 def _names(config: PreTrainedConfig) -> list[str]:

@@ -210,9 +210,11 @@ def _config(job: Job, key: str) -> Any:
 
 
 def _encoder(job: Job, dtype: torch.dtype | None) -> Encoder:
-    options = job.encoder_options
-    key, source = ("encoder", {"source": options["source"]}) if options.get("source") else ("llm", job.model["llm"])
-    config = _config(Job(**vars(job) | {"model": {key: source}}), key)
+    options, llm = job.encoder_options, job.model["llm"]
+    key, source = ("encoder", options["source"]) if options.get("source") else ("llm", llm.get("source"))
+    # A source is read whole: `model.llm.layers` is of the llm's own training.
+    values = {"source": source, "revision": options.get("revision")} if source else llm
+    config = _config(Job(**vars(job) | {"model": {key: values}}), key)
     if dtype is None:
         dtype = getattr(torch, options["dtype"]) if options.get("dtype") else getattr(config, "dtype", None)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModel

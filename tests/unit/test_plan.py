@@ -167,6 +167,15 @@ def planned(model=None, data=None, strategy=None, at=ONE, **trainer):
     return predict(Job.of(recipe), at)
 
 
+def test_an_encoder_is_read_whole(tmp_path):
+    tiny.CONFIGS["llama"].save_pretrained(tmp_path)
+    whole, short = ({"source": str(tmp_path), **more} for more in ({}, {"layers": 1}))
+    held = [planned({"llm": llm})["memory_bytes"]["encoder"] for llm in (whole, short)]
+    assert held[0] == held[1]
+    trained = [planned({"system": "llm", "llm": llm})["weights"]["trained"] for llm in (whole, short)]
+    assert trained[0] > trained[1]
+
+
 def test_packed_rows_are_as_long_as_they_are_packed():
     found = planned(data={"pack_tokens": 96})
     assert found["row_tokens"] == {"prompt": 64, "target": 32}

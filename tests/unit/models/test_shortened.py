@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from llmslm.errors import UserError
 from llmslm.models.language_model import ModelSource, load_language_model
-from llmslm.models.shortened import shortened
+from llmslm.models.shortened import shortened, shortened_config
 from tests import tiny
 
 STACKS = {
@@ -70,6 +71,11 @@ def test_so_many_are_taken_at_equal_distances(layers, chosen):
 def test_layers_that_cannot_be_taken(family, layers, message):
     with pytest.raises(UserError, match=message):
         shortened(tiny.build(family), layers, "model.slm")
+
+
+def test_a_model_put_together_of_others_is_refused():
+    with pytest.raises(UserError, match=r"model\.slm\.layers cannot take layers of a t5gemma"):
+        shortened_config(AutoConfig.for_model("t5gemma"), 2, "model.slm")
 
 
 @pytest.mark.parametrize(
