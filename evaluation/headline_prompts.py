@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from evaluation.headline_data import HELD_OUT, LANGUAGE, SUMMARY, TAGS, TRANSLATION, Rows, rows_of, tagged, write_rows
 from llmslm.data.sources import DebianSummary
 from llmslm.data.sources.base import SPLITS, Split
+from llmslm.errors import UserError
 
 RELEASES = ("trixie", "sid")
 """Whose packages have further texts; sid's change from day to day."""
@@ -48,9 +49,16 @@ def prepare(out: Path, data: Path) -> dict[str, int]:
 
 
 def _untagged(path: Path) -> Rows:
-    """Read a task's split, its texts as they were before they were told apart by a tag."""
+    """Read a task's split, its texts as they were before they were told apart by a tag.
+
+    Raises:
+        UserError: if they were not.
+    """
     rows: Rows = pq.read_table(path).to_pylist()
-    return [row | {"prompt": row["prompt"].removeprefix(f"{TAGS[path.parent.name]}: ")} for row in rows]
+    tag = f"{TAGS[path.parent.name]}: "
+    if not all(row["prompt"].startswith(tag) for row in rows):
+        raise UserError(f"prompts in {path} do not begin with {tag!r}: remove its folder, and run make headline-data")
+    return [row | {"prompt": row["prompt"].removeprefix(tag)} for row in rows]
 
 
 def splices(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:

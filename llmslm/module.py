@@ -299,10 +299,16 @@ class SystemModule(L.LightningModule):
         """
         drops = any(getattr(self._decodes.config, f"{side}layerdrop", 0) for side in ("", "encoder_", "decoder_"))
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        return self.compile_blocks and self._computes_alone and self.device.type == "cuda" and not scaled and not drops
+        return (
+            self.compile_blocks
+            and self._averages_afterwards
+            and self.device.type == "cuda"
+            and not scaled
+            and not drops
+        )
 
     @property
-    def _computes_alone(self) -> bool:
+    def _averages_afterwards(self) -> bool:
         """Whether it is one device, or copies whose gradients are so few that they may be averaged after the backward.
 
         DDP averages while the backward runs, but those of a graph come all at once.

@@ -32,7 +32,7 @@ class ModelSource:
     """A transformers config with its `model_type`; vocabulary and special ids come from the tokenizer."""
     layers: int | list[int] | None = None
     """Of the source, take some layers alone: so many at equal distances from the first to the last, or those of these
-    numbers. Of an encoder-decoder they are the decoder's."""
+    numbers. Of an encoder-decoder they are the decoder's. An llm that is read as encoder is read whole."""
     train: Trained = "full"
     """What training changes: all ("full"), low-rank adapters (their settings: rank, alpha, dropout, dora,
     target_modules), or nothing, so that projector, fusion and alignment alone are trained."""

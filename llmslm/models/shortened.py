@@ -64,11 +64,9 @@ def shortened(model: PreTrainedModel, layers: int | Sequence[int], key: str) -> 
             weights[name] = weight
         elif (old := int(number[1])) in chosen:
             weights[f"{stack}.{chosen.index(old)}.{name[number.end() :]}"] = weight
-    try:
-        short.load_state_dict(weights)
-    except RuntimeError as error:
-        lacking = str(error).splitlines()[1].strip()
-        raise UserError(f"{key}.layers leaves out a layer that others need ({lacking}); add layer 0") from error
+    if lacking := sorted(set(short.state_dict()) - set(weights)):
+        raise UserError(f"{key}.layers leaves out a layer that others need ({lacking[0]}); add layer 0")
+    short.load_state_dict(weights)
     short.generation_config = copy.deepcopy(model.generation_config)
     return short
 

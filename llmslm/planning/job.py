@@ -140,7 +140,10 @@ class Job:
     def is_graphed(self, model: PreTrainedModel, gpus: int) -> bool:
         """Whether forward and backward of a step are one CUDA graph; see `llmslm.graphed`."""
         alone = gpus == 1 or count_parameters(model)["trained"] <= MOST_OF_COPIES
-        return self.compiled and self.packs(model) and alone and not self.is_sharded
+        by_logits = bool(
+            (self.model.get("distillation") or {}).get("logits")
+        )  # each batch has another number of targets
+        return self.compiled and self.packs(model) and alone and not self.is_sharded and not by_logits
 
     def packs(self, model: PreTrainedModel) -> bool:
         """Whether several examples share a row: the recipe asks for it, and the system can."""

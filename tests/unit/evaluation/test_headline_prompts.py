@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation import headline_data, headline_prompts
+from llmslm.errors import UserError
 
 
 def rows(*pairs):
@@ -37,6 +38,13 @@ def prompts(monkeypatch, tmp_path):
     tags = {name: headline_data.TAGS.get(name, "it") + ": " for name in files}
     assert all(row["prompt"].startswith(tags[name]) for name, part in files.items() for row in part)
     return {name: [row["prompt"].removeprefix(tags[name]) for row in part] for name, part in files.items()}
+
+
+def test_data_of_before_there_were_tags_is_refused(tmp_path):
+    for split in ("train", "validation", "test"):
+        headline_data.write_rows(tmp_path / "data" / "en_it" / f"{split}.parquet", rows(("known", "noto")))
+    with pytest.raises(UserError, match="do not begin with 'it: '"):
+        headline_prompts.prepare(tmp_path / "prompts", tmp_path / "data")
 
 
 def test_they_are_new_and_held_out_of_neither_task(prompts):
