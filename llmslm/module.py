@@ -36,7 +36,7 @@ from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder, Layers
 from llmslm.models.fusion import Add, Fusion
 from llmslm.models.language_model import ModelSource, load_language_model
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 from llmslm.models.packing import check_packing
 from llmslm.models.projector import MlpProjector, Projector
 from llmslm.models.quantization import Quantization
@@ -289,7 +289,7 @@ class SystemModule(L.LightningModule):
     @property
     def _decodes(self) -> PreTrainedModel:
         """The language model that is trained."""
-        return self._built.slm if isinstance(self._built, LlmToSlm) else self._built
+        return language_model_of(self._built)
 
     @property
     def _may_be_graphed(self) -> bool:

@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from llmslm.errors import UserError
 from llmslm.models.blocks import blocks
 from llmslm.models.encoder import Encoder
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 from llmslm.models.trained import base_names, tied_names
 from llmslm.resume import REST, aside_of, checksums, named, put, remove, seal
 from llmslm.writing import is_disk_full
@@ -84,7 +84,7 @@ def parallelize(
     fixed = [] if frozen is None else blocks(frozen)
     trained = [block for block in blocks(model) if all(block is not one for one in fixed)]
     if activation_checkpointing:
-        checkpoint_activations(model.slm if isinstance(model, LlmToSlm) else model)
+        checkpoint_activations(language_model_of(model))
     if mesh is not None:
         reduce_dtype = None if compute_dtype is None else torch.float32
         policy: dict[str, Any] = {

@@ -21,7 +21,7 @@ from llmslm.generation.products import fast_products
 from llmslm.generation.prompt_pass import PromptPass
 from llmslm.generation.sampling import Sampling
 from llmslm.generation.streaming import FirstToken, TextStream
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 
 Control = Literal["zero", "shuffled"]
 
@@ -115,7 +115,7 @@ class System:
     @property
     def language_model(self) -> PreTrainedModel:
         """The model that produces tokens: the slm of a composition, or the model itself."""
-        return self.model.slm if isinstance(self.model, LlmToSlm) else self.model
+        return language_model_of(self.model)
 
     @functools.cached_property
     def engine(self) -> DecodeEngine:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmslm.data.codec import BatchSizes
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 
 _HALF = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -110,7 +110,7 @@ class FlopCount:
     @classmethod
     def of(cls, model: PreTrainedModel) -> "FlopCount":
         """Count the weights of a system."""
-        slm = model.slm if isinstance(model, LlmToSlm) else model
+        slm = language_model_of(model)
         head = matmul_weights(slm.get_output_embeddings())
         body = matmul_weights(slm) - head
         frozen = front = 0

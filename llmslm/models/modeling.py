@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from llmslm.errors import UserError
@@ -282,6 +282,11 @@ def _positions(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None or attention_mask.dim() != 2:
         return None
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def language_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model that produces tokens: the slm of a composition, or the model itself."""
+    return model.slm if isinstance(model, LlmToSlm) else model
 
 
 def register() -> None:

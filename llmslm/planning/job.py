@@ -140,10 +140,9 @@ class Job:
     def is_graphed(self, model: PreTrainedModel, gpus: int) -> bool:
         """Whether forward and backward of a step are one CUDA graph; see `llmslm.graphed`."""
         alone = gpus == 1 or count_parameters(model)["trained"] <= MOST_OF_COPIES
-        by_logits = bool(
-            (self.model.get("distillation") or {}).get("logits")
-        )  # each batch has another number of targets
-        return self.compiled and self.packs(model) and alone and not self.is_sharded and not by_logits
+        # With the LLM's logits each batch has another number of targets.
+        fixed = self.packs(model) and not (self.model.get("distillation") or {}).get("logits")
+        return self.compiled and fixed and alone and not self.is_sharded
 
     def packs(self, model: PreTrainedModel) -> bool:
         """Whether several examples share a row: the recipe asks for it, and the system can."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from llmslm.errors import UserError
 from llmslm.models.blocks import blocks
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 from llmslm.models.trained import base_names
 from llmslm.planning.costs import Cost, allocated
 from llmslm.planning.job import Job, World
@@ -68,7 +68,7 @@ class Sizes:
         trained = sum(tensors)
         frozen = [] if encoder is None else list(encoder.parameters())
         base = sum(p.numel() for name, p in model.named_parameters() if name in base_names(model))
-        ours = blocks(model.slm if isinstance(model, LlmToSlm) else model)
+        ours = blocks(language_model_of(model))
         own = [_numel(block) for block in ours if base or any(p.requires_grad for p in block.parameters())]
         fixed = [] if encoder is None else [_numel(block) for block in blocks(encoder)]
         return cls(

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmslm.data.codec import IGNORED
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 from llmslm.models.packing import document_positions
 from llmslm.planning.job import Job
 
@@ -22,7 +22,7 @@ def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") 
     """
     prompts, targets = (_shares(total, job.examples(model)) for total in job.lengths(model))
     rows_of = _two_sides if model.config.is_encoder_decoder else _one_side
-    tensors = rows_of(job.rows, prompts, targets, decoder_of(model).config.vocab_size)
+    tensors = rows_of(job.rows, prompts, targets, language_model_of(model).config.vocab_size)
     if isinstance(model, LlmToSlm):
         tensors |= _encoder_side(model, job, prompts)
         if not model.config.is_encoder_decoder:
@@ -35,11 +35,6 @@ def batch(model: PreTrainedModel, job: Job, device: torch.device | str = "cpu") 
         if "prompt_ids" in tensors:
             tensors["prompt_attention_mask"] = torch.ones_like(tensors["prompt_ids"])
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the language model that is trained."""
-    return model.slm if isinstance(model, LlmToSlm) else model
 
 
 def states_width(model: LlmToSlm) -> int:

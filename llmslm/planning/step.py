@@ -19,14 +19,14 @@ from llmslm.models.document_attention import attend_within_documents, reads_plai
 from llmslm.models.dropout import add_dropout
 from llmslm.models.encoder import Encoder
 from llmslm.models.language_model import ModelSource, load_config
-from llmslm.models.modeling import LlmToSlm
+from llmslm.models.modeling import LlmToSlm, language_model_of
 from llmslm.models.packing import check_packing
 from llmslm.models.shortened import shortened_config
 from llmslm.models.trained import FrozenBase, Lora, adapters, freeze
 from llmslm.parallel import checkpoint_activations
 from llmslm.planning.costs import Cost, Counter, Device
 from llmslm.planning.job import Job
-from llmslm.planning.rows import batch, decoder_of, states_width
+from llmslm.planning.rows import batch, states_width
 from llmslm.target_logits import cross_entropy, target_logits
 
 _WITHOUT_MASKS = "without masks"
@@ -109,7 +109,7 @@ def keep_examples_apart(model: PreTrainedModel, job: Job) -> None:
     check = partial(check_packing, model, reads_states=composed, stored_width=stored)
     check()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=job.mixed):
-        attend_within_documents(decoder_of(model), check)
+        attend_within_documents(language_model_of(model), check)
 
 
 def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
@@ -122,7 +122,7 @@ def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
         anew: gradients take memory when they are made; else each goes at once into memory that is there.
     """
     if job.activation_checkpointing:
-        checkpoint_activations(decoder_of(model), preserve_rng_state=False)
+        checkpoint_activations(language_model_of(model), preserve_rng_state=False)
     if not anew:
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -138,7 +138,7 @@ def trial(model: PreTrainedModel, job: Job, device: Device, anew: bool) -> Cost:
 
 def _attend(model: PreTrainedModel, job: Job) -> None:
     """Read rows without padding as `attend_within_documents` does on a GPU: no layer keeps a mask."""
-    decodes = decoder_of(model)
+    decodes = language_model_of(model)
     if not job.masked and reads_plainly(decodes.config):
         decodes.set_attn_implementation(_WITHOUT_MASKS)
 

@@ -50,6 +50,16 @@ def server(tmp_path):
         yield f"http://127.0.0.1:{port}", send
 
 
+def fit(folder, uri, recipe, timeout_s):
+    """Start a run of slow steps that logs each of them to the server, which it asks once."""
+    losses = {"class_path": "tests.probe.Losses", "init_args": {"file": "losses", "seconds": 0.1}}
+    logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
+    args = ["--model.system=slm", f"--trainer.callbacks={json.dumps([losses])}", "--trainer.log_every_n_steps=1"]
+    environment = {"LLMSLM_CACHE": str(folder / "cache"), "MLFLOW_TRACKING_URI": uri}
+    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": timeout_s, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    return Run(["fit", "--config", recipe, *args, f"--trainer.logger={json.dumps(logger)}"], folder, environment)
+
+
 def lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
@@ -59,12 +69,7 @@ def test_training_does_not_wait_for_the_server(tmp_path, server):
 
     uri, send = server
     recipe = toy.write_recipe(tmp_path, max_steps=150, val_check_interval=150, limit_val_batches=1)
-    losses = {"class_path": "tests.probe.Losses", "init_args": {"file": "losses", "seconds": 0.1}}
-    logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
-    args = ["--model.system=slm", f"--trainer.callbacks={json.dumps([losses])}", "--trainer.log_every_n_steps=1"]
-    environment = {"LLMSLM_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": uri}
-    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    run = Run(["fit", "--config", recipe, *args, f"--trainer.logger={json.dumps(logger)}"], tmp_path, environment)
+    run = fit(tmp_path, uri, recipe, "3")
     done = tmp_path / "losses.0.txt"
 
     until(lambda: lines(done) >= 5 or not run.process.is_alive())
@@ -93,12 +98,7 @@ def test_a_server_that_comes_late_gets_it_all(tmp_path):
 
     uri = f"http://127.0.0.1:{(port := free_port())}"
     recipe = toy.write_recipe(tmp_path, max_steps=2000, val_check_interval=2000, limit_val_batches=0)
-    losses = {"class_path": "tests.probe.Losses", "init_args": {"file": "losses", "seconds": 0.1}}
-    logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
-    args = ["--model.system=slm", f"--trainer.callbacks={json.dumps([losses])}", "--trainer.log_every_n_steps=1"]
-    environment = {"LLMSLM_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": uri}
-    environment |= {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    run = Run(["fit", "--config", recipe, *args, f"--trainer.logger={json.dumps(logger)}"], tmp_path, environment)
+    run = fit(tmp_path, uri, recipe, "5")
     until(lambda: lines(tmp_path / "losses.0.txt") >= 5 or not run.process.is_alive())
     assert list((tmp_path / "mlflow_unsent").glob("without-run-id-*.jsonl")), run.text
     with serving(tmp_path, port):
