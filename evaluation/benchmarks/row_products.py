@@ -6,7 +6,7 @@ Products: chains of one shape with weights of their own, and of a whole LLM's sh
 kernels start early, as the engine's do. `one` is the kernel of single rows, `rows` that of `fused_rows`; what each is
 off from float64 stands beside. Steps: a model's own step of one and of two rows, which are what drafting reads, too.
 Parts: graphs of a block, of its drafting, of its verifying and of the LLM's own step, whole and with kernels left out.
-Steps and parts are taken with `fused_rows.FEWEST_ROWS` at 3 and at 1. Microseconds; the last line is one JSON object.
+Steps and parts have the kernels that the engine chooses. Microseconds; the last line is one JSON object.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from llmslm.generation.state import CacheShape, DecodeState
 from llmslm.generation.step import TorchStep
 
 ONE, ROWS = "one", "rows"
-FEWEST = (3, 1)  # values of `fused_rows.FEWEST_ROWS`
 Clock = Callable[[Callable[[], Any]], float]
 
 
@@ -235,7 +234,6 @@ def compile_ahead(jobs: list[Callable[[], None]], workers: int) -> None:
 @torch.no_grad()
 def measure_steps(name: str, device: torch.device, clock: Clock, filled: int = 192) -> list[dict[str, Any]]:
     """Microseconds of a model's own step of one row and of two, behind so many tokens."""
-    from llmslm.generation import fused_rows
     from llmslm.generation.fused import FusedStep
 
     decoder = read(build(SHAPES[name], device, torch.bfloat16 if device.type == "cuda" else torch.float16), 256)
@@ -256,10 +254,7 @@ def measure_steps(name: str, device: torch.device, clock: Clock, filled: int = 1
         for place in (state.slot, state.position):
             place.fill_(filled)
         step = FusedStep(decoder, state, early=device.type == "cuda")
-        for fewest in FEWEST:
-            with changed(fused_rows, "FEWEST_ROWS", value=fewest):
-                us = clock(functools.partial(step.logits, filled))
-            found.append({"model": name, "rows": rows, "fewest": fewest, "us": us})
+        found.append({"model": name, "rows": rows, "us": clock(functools.partial(step.logits, filled))})
     return found
 
 
@@ -312,21 +307,18 @@ def measure_parts(
     engine: Any, sizes: list[int], clock: Clock, prompt: int = 128, new: int = 128
 ) -> list[dict[str, Any]]:
     """Microseconds of each part of a block of each size, halfway to the last token."""
-    from llmslm.generation import fused_rows
-
     ids = torch.randint(3, 60, (1, prompt), device=engine.llm.device)
     mask = torch.ones_like(ids)
     inputs = {"prompt_ids": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask}
     engine.generate(**inputs, max_new_tokens=new, min_new_tokens=new)
     block, found = engine.loops[-1].block, []
-    for fewest in FEWEST:
-        for size in sizes:
-            with torch.no_grad(), changed(fused_rows, "FEWEST_ROWS", value=fewest):
-                block.start()
-                block.produced.fill_(new // 2)
-                block.open.fill_(False)  # so that it stays where it is
-                for name, work in parts(block, size).items():
-                    found.append({"fewest": fewest, "size": size, "part": name, "us": clock(work)})
+    for size in sizes:
+        with torch.no_grad():
+            block.start()
+            block.produced.fill_(new // 2)
+            block.open.fill_(False)  # so that it stays where it is
+            for name, work in parts(block, size).items():
+                found.append({"size": size, "part": name, "us": clock(work)})
     return found
 
 
@@ -387,12 +379,12 @@ def main(args: list[str] | None = None) -> None:
     shapes = [row for row in products if row["product"] != "layers"]
     shown("relative difference to float64, by rows", shapes, ("model", "product", "kernel"), "rows", "off")
     steps = [row for name in options.steps for row in tried(name, measure_steps, name, device, graph_microseconds)]
-    shown("microseconds of a step, by FEWEST_ROWS", steps, ("model", "rows"), "fewest")
+    shown("microseconds of a step, by rows", steps, ("model",), "rows")
     found = []
     if options.sizes:
         engine = made(*(build(SHAPES[name], device, torch.bfloat16) for name in (options.llm, options.slm)))
         found = tried("parts", measure_parts, engine, options.sizes, graph_microseconds)
-    shown("microseconds of the parts of a block, by FEWEST_ROWS and its size", found, ("fewest", "part"), "size")
+    shown("microseconds of the parts of a block, by its size", found, ("part",), "size")
     record = {"llm": options.llm, "slm": options.slm, "products": products, "steps": steps, "parts": found}
     report({**record, "failed": failed}, options.out)
 

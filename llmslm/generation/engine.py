@@ -352,7 +352,7 @@ class DecodeEngine:
         rounded = decoder.head.row_scale is not None
         tolerance = _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
         compiled = self.device.type == "cuda"
-        if compiled:  # several rows have kernels of their own, which can be done without
+        if compiled:  # there are faster kernels for products, which can be done without
             from llmslm.generation import fused_rows
         with fused_rows.left_out() if compiled else contextlib.nullcontext():
             found = difference(2)
@@ -361,7 +361,8 @@ class DecodeEngine:
                 f"the lean step's logits differ from the model's own by {found:.3g} of their spread"
             )
         if compiled:
-            fused_rows.try_out(lambda: difference(fused_rows.FEWEST_ROWS), tolerance)
+            for rows in (1, fused_rows.FEW_ROWS + 1):
+                fused_rows.try_out(functools.partial(difference, rows), tolerance)
 
 
 def _as_encoder_output(states: Tensor) -> Any:

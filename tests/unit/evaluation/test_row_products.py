@@ -57,12 +57,11 @@ def test_parts_of_a_block_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     engine = made(*(LlamaForCausalLM(config).eval() for _ in range(2)))
     found = row_products.measure_parts(engine, [2], runs, 5, 2)
-    assert len({(row["fewest"], row["part"]) for row in found}) == len(found) == 24
-    assert fused_rows.FEWEST_ROWS == 3
+    assert len({row["part"] for row in found}) == len(found) == 12
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_steps_go_to_the_matrix_units_where_they_are_told_to(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_one_row_and_of_two_go_to_the_matrix_units(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(row_products.SHAPES, "tiny", lambda: tiny(family))
     given, product = [], fused_rows.rows_product
     monkeypatch.setattr(fused_rows, "rows_product", lambda x, *rest: given.append(x.shape[0]) or product(x, *rest))
@@ -73,8 +72,8 @@ def test_steps_go_to_the_matrix_units_where_they_are_told_to(family: str, monkey
         return float(len(given))
 
     found = row_products.measure_steps("tiny", CPU, clock, 5)
-    products = {(row["rows"], row["fewest"]): row["us"] for row in found}
-    assert products[1, 3] == products[2, 3] == 0 < products[1, 1] == products[2, 1]
+    products = {row["rows"]: row["us"] for row in found}
+    assert 0 < products[1] == products[2]
 
 
 def test_what_fails_does_not_take_the_rest_along(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -181,7 +181,6 @@ def test_products_by_the_matrix_units(
     norm: str, activation: str | None, batch: int, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The units take weights that are rounded once the norm's gain is in them."""
-    monkeypatch.setattr(fused_rows, "FEWEST_ROWS", 1)
     monkeypatch.setattr(fused_rows, "_MANY_OUTPUTS", 64)
     x, before = drawn(batch, columns, dtype=HALF), NORMS[norm](columns, HALF)
     for gated, biased, residual in (
@@ -216,11 +215,10 @@ def test_tiles_have_more_warps_where_a_thread_has_too_few_registers(
     assert fused_rows.row_tile(outputs, inputs, batch, gated=gated) == fused_rows.RowTile(*tile)
 
 
-@pytest.mark.parametrize(("batch", "columns"), [(1, 33), (2, 17), (3, 40), (5, 33), (9, 17)])
+@pytest.mark.parametrize(("batch", "columns"), [(3, 40), (5, 33), (9, 17)])
 def test_products_by_the_matrix_units_in_several_passes(
     batch: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_rows, "FEWEST_ROWS", 1)
     if COMPILED:
         columns += 2048
     else:
@@ -235,10 +233,12 @@ def test_products_by_the_matrix_units_in_several_passes(
     assert not fused_rows.suits(x, linear, NORMS["rms"](columns, HALF))
 
 
-@pytest.mark.parametrize(("fewest", "rows", "suits"), [(3, 2, False), (3, 3, True), (1, 1, True), (1, 17, False)])
-def test_few_rows_are_left_to_the_kernels_of_single_ones(fewest, rows, suits, monkeypatch) -> None:
-    monkeypatch.setattr(fused_rows, "FEWEST_ROWS", fewest)
-    x, linear = torch.zeros(rows, 64, dtype=HALF), Linear(torch.zeros(16, 64, dtype=HALF))
+@pytest.mark.parametrize(
+    ("rows", "inputs", "suits"),
+    [(1, 1536, True), (2, 1536, True), (1, 1544, False), (2, 3072, False), (3, 3072, True), (17, 64, False)],
+)
+def test_few_rows_of_wide_inputs_are_left_to_the_kernels_of_single_ones(rows: int, inputs: int, suits: bool) -> None:
+    x, linear = torch.zeros(rows, inputs, dtype=HALF), Linear(torch.zeros(16, inputs, dtype=HALF))
     assert fused_rows.suits(x, linear, None) == suits
     with fused_rows.left_out():
         assert not fused_rows.suits(x, linear, None)
