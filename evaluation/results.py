@@ -53,6 +53,8 @@ VARIANTS = {
     "quality_distilled": "labels and logits of the LLM",
     "quality_mlp": "the paper's projector",
     "quality_unread": "the LLM's embeddings alone",
+    "quality_deeper": "a projector of eight layers",
+    "quality_longer": "twice the steps",
     "quality_four": "SLM of four layers, 25M",
     "quality_small": "SLM from nothing, 7M",
     "quality_replace": "replace",

@@ -25,6 +25,8 @@ OTHERS = (
     "mlp_labels",
     "unread_labels",
     "add_four",
+    "add_deeper",
+    "slm_longer",
     "slm_small",
     "add_small",
 )
