@@ -6,6 +6,11 @@ from torch.nn import functional
 HEAD_SIZE = 64
 
 
+def head_count(width: int) -> int:
+    """Return how many heads a width is divided into: of `HEAD_SIZE`, or a little more where that does not divide it."""
+    return next(n for n in range(max(1, width // HEAD_SIZE), 0, -1) if width % n == 0)
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to states of another width; queries are normalised (RMS) first.
 
@@ -16,7 +21,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, states_width: int) -> None:
         super().__init__()
-        self.heads = next(n for n in range(max(1, width // HEAD_SIZE), 0, -1) if width % n == 0)
+        self.heads = head_count(width)
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(states_width, 2 * width, bias=False)

@@ -66,7 +66,7 @@ class LlmToSlm(Composition):
         hidden_states = hidden_states.to(self.slm.dtype)
         if self.layer_mix is not None:
             hidden_states = self.layer_mix(hidden_states)
-        prompt_embeds = self.projector(hidden_states, prompt_attention_mask)
+        prompt_embeds = self.projector(hidden_states, prompt_attention_mask, prompt_documents)
         mask = self.projector.states_mask(prompt_attention_mask)
         projected = ProjectedPrompt(prompt_embeds, mask, token_embeds, prompt_spans, prompt_documents)
         own = SlmPrompt(self.get_input_embeddings()(input_ids), attention_mask, documents=documents)

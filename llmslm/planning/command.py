@@ -113,7 +113,10 @@ def _price(job: Job, world: World, seconds: Mapping[str, float]) -> list[str]:
     if job.steps is None:
         return []
     hours = [job.steps * seconds[kind] / 3600 for kind in ("step_at_best", "step")]
-    whole, paid = (" to ".join(f"{hour * n:,.1f}" for hour in hours) for n in (1, world.gpus))
+    whole, paid = (
+        " to ".join(f"{h:,.1f}" if h >= 10 else f"{h:.2g}" for h in (n * hour for hour in hours))
+        for n in (1, world.gpus)
+    )
     return [f"{job.steps:,} steps: {whole} hours, {paid} GPU-hours, without validation and checkpoints"]
 
 

@@ -22,6 +22,11 @@ OTHERS = (
     "read_labels",
     "slm_novel",
     "add_distilled",
+    "mlp_labels",
+    "unread_labels",
+    "add_four",
+    "add_deeper",
+    "slm_longer",
     "slm_small",
     "add_small",
 )
@@ -91,7 +96,7 @@ def test_the_verified_mode_is_compared_where_rounding_turns_no_choice(task):
     assert (options.dtype, options.limit) == ("float32", None)
 
 
-@pytest.mark.parametrize("name", ["add", "add_labels_2", "replace_labels", "add_distilled", "add_small"])
+@pytest.mark.parametrize("name", ["add", "add_labels_2", "mlp_labels", "add_four", "add_small"])
 def test_all_slms_read_the_llm_at_one_depth_which_is_no_matter_of_its_own_training(name):
     """What the LLM is trained with does not change with it: its weights stay."""
     assert "headline/states" in STAGES[f"en_it/{name}"].arguments

@@ -4,17 +4,32 @@ import pytest
 import torch
 
 from llmslm.errors import UserError
-from llmslm.models.projector import GatedMlpProjector, LinearProjector, MlpProjector, Projector, Resampler
+from llmslm.models.projector import (
+    GatedMlpProjector,
+    LinearProjector,
+    MlpProjector,
+    Projector,
+    Resampler,
+    TransformerProjector,
+)
 from tests import tiny
 
-ALL = [LinearProjector, MlpProjector, GatedMlpProjector, Resampler]
+ALL = [LinearProjector, MlpProjector, GatedMlpProjector, Resampler, TransformerProjector]
+
+
+def trained(projector):
+    """New layers end at zero, where they do not count yet."""
+    for name, parameter in projector.named_parameters():
+        if name.endswith(("out.weight", "down.weight")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return projector
 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_padding_is_not_read(kind):
     mask = tiny.prompts()[1]
     states = torch.randn(*mask.shape, 12)
-    projector = kind(12, 8)
+    projector = trained(kind(12, 8))
     other = states.masked_fill(~mask.bool().unsqueeze(-1), 1e4)
     kept = projector.states_mask(mask).bool()
     torch.testing.assert_close(projector(states, mask)[kept], projector(other, mask)[kept])
@@ -50,3 +65,28 @@ def test_a_resampler_makes_as_many_states_as_it_has_queries():
         assert resampler(torch.randn(2, length, 12), torch.ones(2, length)).shape == (2, 3, 8)
     with pytest.raises(UserError, match="states=0, layers=2; expected 1 or more"):
         Resampler(12, 8, states=0)
+
+
+def test_each_state_of_a_prompt_sees_the_others_and_no_other_prompt():
+    projector = trained(TransformerProjector(12, 8, layers=2))
+    states, documents = torch.randn(1, 9, 12), torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1, -1]])
+    packed = projector(states, documents=documents)
+    torch.testing.assert_close(packed[:, :4], projector(states[:, :4]))
+    torch.testing.assert_close(packed[:, 4:7], projector(states[:, 4:7]))
+    changed = projector(states.index_fill(1, torch.tensor(3), 1.0), documents=documents)
+    assert ((packed - changed).abs().amax(-1) > 1e-4).squeeze().tolist()[:7] == [True] * 4 + [False] * 3
+    backwards = projector(states[:, :4].flip(1)).flip(1)
+    assert not torch.allclose(packed[:, :4], backwards, atol=1e-3), "its positions do not count"
+
+
+def test_new_reading_layers_change_nothing_yet():
+    projector = TransformerProjector(12, 8, layers=3, output_norm=False)
+    states = torch.randn(2, 5, 12)
+    torch.testing.assert_close(projector(states), projector.linear(projector.norm_in(states)))
+
+
+def test_a_transformer_projector_needs_layers_and_even_heads():
+    with pytest.raises(UserError, match="layers=0; expected 1 or more"):
+        TransformerProjector(12, 8, layers=0)
+    with pytest.raises(UserError, match="wide has heads of 9"):
+        TransformerProjector(12, 9)
