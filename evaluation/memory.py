@@ -48,7 +48,7 @@ def peak_memory(system: EvaluatedSystem, batch: Sequence[str], *, max_new_tokens
 def weight_bytes(system: EvaluatedSystem) -> int:
     """Count the bytes that a system's weights take, once each; 0 for a system without a torch module.
 
-    Those of a system that drafts for it count too, and the copies of weights that decode engines have.
+    Those of a system that drafts for it count too, and the copies of weights that engines and encoders have.
     """
     from llmslm.generation.memory import weight_bytes as with_copies
 
@@ -59,6 +59,10 @@ def weight_bytes(system: EvaluatedSystem) -> int:
         for engine in _engines(system)
         if engine.decoder is not None
     ]
+    prompt_pass = getattr(system, "__dict__", {}).get("_prompt_pass")
+    if prompt_pass is not None and prompt_pass.stack is not None:
+        encoder = prompt_pass.model.encoder
+        copies.append(with_copies(encoder, prompt_pass.stack) - _stored_bytes([encoder]))
     return _stored_bytes(models) + sum(copies)
 
 

@@ -243,7 +243,7 @@ class System:
 
     def _front(self, batch: dict[str, Tensor]) -> Front:
         """What a composition does before its slm decodes."""
-        return Front(self.model, "slm_inputs", batch)
+        return Front(self.model, "slm_inputs", batch, self._prompt_pass.stack)
 
     @torch.inference_mode()
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> list[TargetScore]:

@@ -1,7 +1,8 @@
 """The decode engine: `generate()`'s tokens from a bare transformers model, at the speed of the machine.
 
 The prompt goes through the model's own forward; each further token through a lean step (`plan.py`) over static caches.
-On CUDA that step is fused kernels in a graph which feeds itself: nothing waits for the host between tokens.
+On CUDA that step is fused kernels in a graph which feeds itself: nothing waits for the host between tokens; and the
+prompt of a decoder-only model goes through fused kernels as well.
 """
 
 import contextlib
@@ -80,6 +81,7 @@ class DecodeEngine:
                 self.decoder = read(model, limit)
                 if verify:
                     self._verify(self.decoder)
+                    self.decoder = self._with_prompts_verified(self.decoder)
         except UnreadableModelError as error:
             self.reason, self.decoder = str(error), None
 
@@ -349,9 +351,7 @@ class DecodeEngine:
         def difference(batch: int) -> float:
             return relative_difference(self.model, decoder, start_token(self.model) or 0, batch)
 
-        rounded = decoder.head.row_scale is not None
-        tolerance = _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
-        compiled = self.device.type == "cuda"
+        tolerance, compiled = _tolerance(decoder), self.device.type == "cuda"
         if compiled:  # there are faster kernels for products, which can be done without
             from llmslm.generation import fused_rows
         with fused_rows.left_out() if compiled else contextlib.nullcontext():
@@ -363,6 +363,23 @@ class DecodeEngine:
         if compiled:
             for rows in (1, fused_rows.FEW_ROWS + 1):
                 fused_rows.try_out(functools.partial(difference, rows), tolerance)
+
+    def _with_prompts_verified(self, decoder: Decoder) -> Decoder:
+        """Hold the lean pass over prompts, where there is one, against the model's own; it can be done without."""
+        if self.device.type != "cuda" or self.model.config.is_encoder_decoder:
+            return decoder
+        from llmslm.generation.self_check import prompt_difference, reason_against
+
+        reason = reason_against(lambda: prompt_difference(self.model, decoder), _tolerance(decoder))
+        if reason is None:
+            return decoder
+        warnings.warn(f"prompts go through the model's own forward, which is slower: {reason}", stacklevel=3)
+        return replace(decoder, reads_prompts=False)
+
+
+def _tolerance(decoder: Decoder) -> float:
+    rounded = decoder.head.row_scale is not None
+    return _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
 
 
 def _as_encoder_output(states: Tensor) -> Any:

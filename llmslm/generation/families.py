@@ -39,6 +39,18 @@ def read(model: PreTrainedModel, max_positions: int) -> Decoder:
     """
     if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
         raise UnreadableModelError("hooks change what its layers do (as fusion CrossAttend does)")
+    return _read(model, max_positions)
+
+
+def read_stack(model: PreTrainedModel, max_positions: int) -> Decoder:
+    """Read a decoder-only base model, as a frozen encoder is one; arguments and errors as for `read`.
+
+    Hooks are let be: an `Encoder` takes the states of an inner layer by one.
+    """
+    return _read(model, max_positions)
+
+
+def _read(model: PreTrainedModel, max_positions: int) -> Decoder:
     reader = _READERS.get(model.config.model_type)
     if reader is None:
         raise UnreadableModelError(f"model_type {model.config.model_type!r} has no step of its own")
@@ -99,8 +111,15 @@ def _rms_norm(module: Any, scale: float = 1.0) -> Norm:
     return Norm(module.weight.detach(), None, module.variance_epsilon, False, scale)
 
 
-def _shape(model: PreTrainedModel, inner: SelfAttention, *, layers: int, cross: bool) -> CacheShape:
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+def _head(model: Any) -> Linear:
+    """Read what gives the logits; where a base model has none, its embeddings stand there, as those of a tied head."""
+    if hasattr(model, "lm_head"):
+        return _linear(model.lm_head)
+    return Linear(model.get_input_embeddings().weight.detach())
+
+
+def _shape(head: Linear, inner: SelfAttention, *, layers: int, cross: bool) -> CacheShape:
+    vocabulary = head.weight.shape[0]
     return CacheShape(layers, inner.kv_heads, inner.head_dim, vocabulary, inner.heads if cross else 0)
 
 
@@ -119,7 +138,7 @@ def sliding_window(config: Any) -> int | None:
 
 def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _rms_norm) -> Decoder:
     """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMS norms, rotary positions, gated feed-forward."""
-    config, body = model.config, model.model
+    config, body, head = model.config, model.base_model, _head(model)
     if body.rotary_emb.rope_type in ("dynamic", "longrope"):
         raise UnreadableModelError(f"rotary angles of type {body.rotary_emb.rope_type!r} change with the length")
     activation = _activation(config.hidden_act)
@@ -146,9 +165,9 @@ def _read_llama(model: Any, max_positions: int, norm: Callable[[Any], Norm] = _r
     cos, sin = body.rotary_emb(torch.empty(0, device=model.device, dtype=torch.float32), steps)
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),
-        head=_linear(model.lm_head),
+        head=head,
         sublayers=sublayers,
-        shape=_shape(model, inner, layers=len(body.layers), cross=False),
+        shape=_shape(head, inner, layers=len(body.layers), cross=False),
         final_norm=norm(body.norm),
         cos=cos[0].float().contiguous(),
         sin=sin[0].float().contiguous(),
@@ -163,7 +182,7 @@ def _read_gemma(model: Any, max_positions: int) -> Decoder:
 
 
 def _read_gpt2(model: Any, _max_positions: int) -> Decoder:
-    config, body = model.config, model.transformer
+    config, body, head = model.config, model.base_model, _head(model)
     if config.add_cross_attention:
         raise UnreadableModelError("GPT-2 with cross-attention has no step of its own")
     sublayers = []
@@ -176,9 +195,9 @@ def _read_gpt2(model: Any, _max_positions: int) -> Decoder:
         sublayers.append(Sublayer(up, _linear(layer.mlp.c_proj), before=_layer_norm(layer.ln_2)))
     return Decoder(
         embedding=body.wte.weight.detach(),
-        head=_linear(model.lm_head),
+        head=head,
         sublayers=sublayers,
-        shape=_shape(model, inner, layers=len(body.h), cross=False),
+        shape=_shape(head, inner, layers=len(body.h), cross=False),
         positions=body.wpe.weight.detach(),
         final_norm=_layer_norm(body.ln_f),
         max_positions=config.n_positions,
@@ -199,7 +218,7 @@ def _bart_feed_forward(layer: Any, config: Any, *, first: bool) -> Sublayer:
 
 
 def _read_opt(model: Any, _max_positions: int) -> Decoder:
-    config, body = model.config, model.model.decoder
+    config, body, head = model.config, model.base_model.decoder, _head(model)
     if body.project_in is not None:
         raise UnreadableModelError("OPT with projected embeddings has no step of its own")
     first, sublayers = config.do_layer_norm_before, []
@@ -212,9 +231,9 @@ def _read_opt(model: Any, _max_positions: int) -> Decoder:
         sublayers.append(_bart_feed_forward(layer, config, first=first))
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),
-        head=_linear(model.lm_head),
+        head=head,
         sublayers=sublayers,
-        shape=_shape(model, inner, layers=len(body.layers), cross=False),
+        shape=_shape(head, inner, layers=len(body.layers), cross=False),
         positions=body.embed_positions.weight.detach(),
         position_offset=body.embed_positions.offset,
         final_norm=_layer_norm(body.final_layer_norm),
@@ -243,7 +262,7 @@ def _read_bart(model: Any, _max_positions: int) -> Decoder:
         embedding=body.embed_tokens.weight.detach(),
         head=head,
         sublayers=sublayers,
-        shape=_shape(model, inner, layers=len(body.layers), cross=True),
+        shape=_shape(head, inner, layers=len(body.layers), cross=True),
         embedding_scale=body.embed_tokens.embed_scale,
         positions=body.embed_positions.weight.detach(),
         position_offset=body.embed_positions.offset,
@@ -276,7 +295,7 @@ def _t5_distance_bias(attention: Any) -> Tensor:
 
 
 def _read_t5(model: Any, _max_positions: int) -> Decoder:
-    config, body = model.config, model.decoder
+    config, body, head = model.config, model.decoder, _head(model)
     sublayers, crosses = [], []
     for index, block in enumerate(body.block):
         attention, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
@@ -291,9 +310,9 @@ def _read_t5(model: Any, _max_positions: int) -> Decoder:
     scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
     return Decoder(
         embedding=body.embed_tokens.weight.detach(),
-        head=_linear(model.lm_head),
+        head=head,
         sublayers=sublayers,
-        shape=_shape(model, inner, layers=len(body.block), cross=True),
+        shape=_shape(head, inner, layers=len(body.block), cross=True),
         final_norm=_rms_norm(body.final_layer_norm, scale),
         distance_bias=_t5_distance_bias(body.block[0].layer[0].SelfAttention),
         crosses=crosses,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmslm.generation.dispatch import step_for
+from llmslm.generation.dispatch import prefill_for, step_for
 from llmslm.generation.graphs import Captured
 from llmslm.generation.plan import Decoder
-from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
+from llmslm.generation.prefill import EncodedPrefill
 from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
@@ -40,7 +40,7 @@ class DecodeLoop(ABC):
     ) -> None:
         self.state, self.rules = state, rules
         self.step = step_for(decoder, state)
-        self.causal = CausalPrefill(model, decoder, state) if start is None else None
+        self.causal = prefill_for(model, decoder, state) if start is None else None
         self.encoded = None if start is None else EncodedPrefill(model, decoder, state, start)
 
     def prefill(self, prompt: Tensor, attention_mask: Tensor) -> Tensor | None:

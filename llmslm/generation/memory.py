@@ -8,7 +8,7 @@ import copy
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from llmslm.errors import UserError
 from llmslm.generation.plan import Decoder
-from llmslm.generation.prefill import causal_mask
+from llmslm.generation.prefill import causal_mask, prompt_positions
 from llmslm.generation.products import row_bucket
 from llmslm.generation.state import CacheShape
 
@@ -74,6 +74,8 @@ class Front:
     """Of the module, called with the batch by keyword."""
     batch: Mapping[str, Tensor]
     """Each (rows, tokens, ...)."""
+    stack: Decoder | None = None
+    """Of the frozen encoder, where fused kernels run it: it has copies of weights."""
 
     @property
     def rows(self) -> int:
@@ -153,11 +155,13 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def weight_bytes(model: nn.Module, decoder: Decoder) -> int:
-    """Bytes of the model's weights and of the copies that its decoder has."""
-    linears = [linear for sublayer in decoder.sublayers for linear in (sublayer.into, sublayer.out)]
-    linears += [decoder.head, *(cross.key_value for cross in decoder.crosses)]
-    copies = [linear.weight for linear in linears]
+def weight_bytes(model: nn.Module, *decoders: Decoder) -> int:
+    """Bytes of the model's weights and of the copies that decoders of its parts have."""
+    copies = []
+    for decoder in decoders:
+        linears = [linear for sublayer in decoder.sublayers for linear in (sublayer.into, sublayer.out)]
+        linears += [decoder.head, *(cross.key_value for cross in decoder.crosses)]
+        copies += [linear.weight for linear in linears]
     tensors = [*model.parameters(), *model.buffers(), *copies]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
@@ -248,7 +252,8 @@ def predict_with(
     call = call_of(walked.length)
     later = predict(model, decoder, call)
     pass_ = max(walked.peak - later.state - later.workspace, walked.kept + later.pass_)
-    return replace(later, weights=weight_bytes(front.module, decoder), pass_=pass_), call
+    decoders = (decoder,) if front.stack is None else (decoder, front.stack)
+    return replace(later, weights=weight_bytes(front.module, *decoders), pass_=pass_), call
 
 
 def _refuse_more(added: int, free: int, call: Call, device: torch.device) -> None:
@@ -298,6 +303,8 @@ def _left_in_container(cgroup: Path) -> int | None:
 @torch.no_grad()
 def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
     """Walk the prompt's pass on the meta device and count."""
+    if model.device.type == "cuda" and decoder.reads_prompts and not model.config.is_encoder_decoder:
+        return _fused_pass_bytes(decoder, call)
     module = twin(model.get_encoder() if model.config.is_encoder_decoder else model)
     dtype = decoder.embedding.dtype
     size = (call.batch, call.length)
@@ -321,6 +328,32 @@ def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
             for cross in decoder.crosses:
                 torch.empty(rows, cross.key_value.weight.shape[0], dtype=dtype, device="meta")
     return live.peak
+
+
+def _fused_pass_bytes(decoder: Decoder, call: Call) -> int:
+    """The same of the pass by fused kernels."""
+    from llmslm.generation.fused_prefill import FusedStack
+
+    shape, width = decoder.shape, decoder.embedding.shape[1]
+    mask = torch.ones(call.batch, call.length, dtype=torch.long, device="meta")
+    wide = (shape.layers, 2, call.batch, shape.kv_heads, call.capacity, shape.head_dim)
+    bare = _without_data(decoder)
+    prompt = bare.embedding.new_empty(*mask.shape, width) if call.embedded else mask
+    cache = bare.embedding.new_empty(wide)
+    with LiveBytes() as live, _FusedAttention():
+        FusedStack(bare).last_logits(prompt, mask, prompt_positions(mask), cache)
+    return live.peak
+
+
+def _without_data(given: Any) -> Any:
+    """A plan, or a part of one, whose tensors have shapes alone."""
+    if isinstance(given, Tensor):
+        return torch.empty_like(given, device="meta")
+    if isinstance(given, list):
+        return [_without_data(part) for part in given]
+    if not is_dataclass(given) or isinstance(given, type):
+        return given
+    return replace(given, **{field.name: _without_data(getattr(given, field.name)) for field in fields(given)})
 
 
 def twin(module: nn.Module) -> Any:

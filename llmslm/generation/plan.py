@@ -108,6 +108,8 @@ class Decoder:
         distance_bias: (heads, distances), float32: added to a score by how far back its key lies; the last serves
             all that lie farther.
         max_positions: positions that the model can have; None if unlimited.
+        reads_prompts: whether prompts, too, are read by what this says, where there are kernels for it; else the
+            model's own forward reads them.
         window: tokens that some layer sees at most; None if all see all. A step sees all, so it serves no longer texts.
     """
 
@@ -125,6 +127,7 @@ class Decoder:
     distance_bias: Tensor | None = None
     max_positions: int | None = None
     window: int | None = None
+    reads_prompts: bool = True
     crosses: list[CrossAttention] = field(default_factory=list)
 
     def decoding_bytes(self) -> int:

@@ -21,6 +21,11 @@ def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
     return additive_mask(seen, dtype)[:, None]
 
 
+def prompt_positions(attention_mask: Tensor) -> Tensor:
+    """Positions (batch, length) counted over attended tokens; padding on the left has position 0."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
 class CausalPrefill:
     """The pass of a decoder-only model over its prompt.
 
@@ -37,12 +42,23 @@ class CausalPrefill:
     def __call__(self, prompt: Tensor, attention_mask: Tensor) -> Tensor:
         """Read ids (batch, length) or embeddings (batch, length, width), left-padded; logits (batch, vocabulary)."""
         state, length = self.state, attention_mask.shape[1]
-        valid = attention_mask.bool()
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        valid, positions = attention_mask.bool(), prompt_positions(attention_mask)
+        logits = self.last_logits(prompt, attention_mask, positions)
+        state.valid[:, :length].copy_(valid)
+        state.position.copy_(positions[:, -1] + 1)
+        state.slot.fill_(length)
+        if state.seen is not None and prompt.dim() == 2:
+            counts = torch.zeros_like(state.seen, dtype=torch.long).scatter_add_(1, prompt, valid.long())
+            state.seen.copy_(counts > 0)
+        return logits
+
+    def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Fill the caches; logits (batch, vocabulary) of what follows."""
+        state, length = self.state, attention_mask.shape[1]
         name = "input_ids" if prompt.dim() == 2 else "inputs_embeds"
         output = self.model(
             **{name: prompt},
-            attention_mask=causal_mask(valid, self.dtype),
+            attention_mask=causal_mask(attention_mask.bool(), self.dtype),
             position_ids=positions,
             use_cache=True,
             logits_to_keep=1,
@@ -50,13 +66,8 @@ class CausalPrefill:
         for index, layer in enumerate(output.past_key_values.layers):
             state.cache[index, 0, :, :, :length].copy_(layer.keys)
             state.cache[index, 1, :, :, :length].copy_(layer.values)
-        state.valid[:, :length].copy_(valid)
-        state.position.copy_(positions[:, -1] + 1)
-        state.slot.fill_(length)
-        if state.seen is not None and prompt.dim() == 2:
-            counts = torch.zeros_like(state.seen, dtype=torch.long).scatter_add_(1, prompt, valid.long())
-            state.seen.copy_(counts > 0)
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
 
 class EncodedPrefill:

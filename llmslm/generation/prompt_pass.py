@@ -4,6 +4,7 @@ The frozen encoder, the projector and the fusion are hundreds of small kernels: 
 than the slm takes for its answer.
 """
 
+import math
 import warnings
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmslm.generation.dispatch import encoder_pass_for
 from llmslm.generation.families import UnreadableModelError, sliding_window
 from llmslm.generation.graphs import Captured
+from llmslm.generation.plan import Decoder
+from llmslm.generation.self_check import reason_against
 from llmslm.generation.state import padded_batch, prompt_bucket
 from llmslm.models.modeling import LlmToSlm
 
@@ -24,7 +28,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 class PromptPass:
     """Encodes, projects and fuses: `LlmToSlm.slm_inputs`, whatever runs it.
 
-    A graph is trusted once its result was held against the model's own on a first batch.
+    A graph is trusted once its result was held against the model's own on a first batch; so is the encoder's pass by
+    fused kernels, without which the graph has the encoder's own forward.
 
     Args:
         model: the composition, in eval mode on its device.
@@ -34,8 +39,15 @@ class PromptPass:
         self.model = model
         pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._graphs = Captured(self._of_padded, model.device, pool=pool)
+        encoder = None if model.fusion.step_parameters() else model.encoder
+        self._encoder = None if encoder is None else encoder_pass_for(encoder, _MOST_TOKENS)
         self._trusted: bool | None = None
         self._window = _sight(model)
+
+    @property
+    def stack(self) -> Decoder | None:
+        """What the encoder's fused pass computes, with copies of weights; None where its own forward runs."""
+        return None if self._encoder is None else self._encoder.stack.decoder
 
     def padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pad a batch to one of a few sizes if it is to run as a graph, else leave it as it is."""
@@ -53,7 +65,7 @@ class PromptPass:
         if not self._pays(batch):
             return self.model.slm_inputs(**batch)
         if self._trusted is None:
-            self._trusted = self.agrees(batch)
+            self._trusted = self._is_to_be_trusted(batch)
         if not self._trusted:
             return self.model.slm_inputs(**batch)
         try:
@@ -67,14 +79,32 @@ class PromptPass:
     @torch.inference_mode()
     def agrees(self, batch: dict[str, Tensor]) -> bool:
         """Say whether a graph can run this, and gives what the model does."""
+        return self._error(batch) <= self._tolerance
+
+    @property
+    def _tolerance(self) -> float:
+        return _TOLERANCE.get(self.model.dtype, 0.05)
+
+    def _is_to_be_trusted(self, batch: dict[str, Tensor]) -> bool:
+        """Hold a graph's result against the model's own, without the encoder's fused pass and with it."""
+        fused, self._encoder = self._encoder, None
+        if not self.agrees(batch):
+            return False
+        self._encoder = fused
+        if fused is not None and (reason := reason_against(lambda: self._error(batch), self._tolerance)):
+            self._encoder = None
+            warnings.warn(f"the encoder runs by its own forward, which is slower: {reason}", stacklevel=3)
+        return True
+
+    def _error(self, batch: dict[str, Tensor]) -> float:
+        """By how much a graph is off, in units of what the model gives; beyond all bounds if no graph can run this."""
         with HostReads() as reads:
             ours = self._of_padded(*(batch[name] for name in sorted(batch)))
         own = self.model.slm_inputs(**batch)
         states, expected = (_attended(result) for result in (ours, own))
         if reads.found or states.shape != expected.shape:
-            return False
-        error = (states - expected).norm() / expected.norm().clamp(min=1e-9)
-        return bool(error <= _TOLERANCE.get(self.model.dtype, 0.05))
+            return math.inf
+        return float((states - expected).norm() / expected.norm().clamp(min=1e-9))
 
     def _pays(self, batch: dict[str, Tensor]) -> bool:
         model = self.model
@@ -97,6 +127,8 @@ class PromptPass:
     def _of_padded(self, *values: Tensor) -> dict[str, Any]:
         names = ["attention_mask", "input_ids", "prompt_attention_mask", "prompt_ids", "prompt_spans"]
         batch = dict(zip(names, values, strict=False))
+        if self._encoder is not None:
+            batch["hidden_states"] = self._encoder(batch["prompt_ids"], batch["prompt_attention_mask"])
         return self.model.slm_inputs(**batch, prompt_documents=batch["prompt_attention_mask"] - 1)
 
 

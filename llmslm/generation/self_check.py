@@ -1,17 +1,19 @@
 """Holds the lean step of a decoder against the model's own forward, before it is trusted with tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmslm.generation.dispatch import step_for
+from llmslm.generation.dispatch import prefill_for, step_for
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
 from llmslm.generation.state import DecodeState
 
 _PROMPT, _STEPS = 5, 3
+_LONG_PROMPT = 32
 
 
 def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, batch: int = 2) -> float:
@@ -20,19 +22,58 @@ def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, ba
     shape = (batch, _PROMPT + _STEPS)
     ids = torch.randint(0, decoder.shape.vocabulary, shape, generator=generator).to(model.device)
     encoder_decoder = model.config.is_encoder_decoder
-    state = DecodeState(
-        decoder.shape,
-        batch=batch,
-        capacity=16,
-        encoder_capacity=_PROMPT if encoder_decoder else 0,
-        mode="plain",
-        penalise=False,
-        device=model.device,
-        dtype=decoder.embedding.dtype,
-    )
+    state = _state(decoder, batch, 16, _PROMPT if encoder_decoder else 0)
     state.valid.fill_(True)
     run = _encoder_decoder if encoder_decoder else _causal
-    lean, own = run(model, decoder, state, ids, start)
+    return _difference(*run(model, decoder, state, ids, start))
+
+
+def prompt_difference(model: PreTrainedModel, decoder: Decoder, batch: int = 2) -> float:
+    """The same of the lean pass over prompts, of ids and of embeddings: its logits, or what it puts into the caches."""
+    length = min(_LONG_PROMPT, decoder.max_positions or _LONG_PROMPT)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, decoder.shape.vocabulary, (batch, length), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[0, : length // 2] = 0
+    differences = []
+    for prompt in (ids, model.get_input_embeddings()(ids)):
+        logits, caches = [], []
+        for kind in (prefill_for, CausalPrefill):
+            state = _state(decoder, batch, length, 0)
+            logits.append(kind(model, decoder, state)(prompt, mask))
+            caches.append(state.cache.permute(2, 4, 0, 1, 3, 5)[mask.bool()])
+        differences += [_difference(*logits), _difference(*caches)]
+    return float(torch.tensor(differences).max())  # NaN if one of them is
+
+
+def reason_against(measure: Callable[[], float], tolerance: float) -> str | None:
+    """Say why something that can be done without is not to be trusted: it fails or is wrong; None if it is right.
+
+    Args:
+        measure: runs it and returns by how much it is off.
+        tolerance: how much of that is rounding.
+    """
+    try:
+        off = measure()
+    except Exception as error:  # whatever a compiler or a driver has against it
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None if off <= tolerance else f"it is off by {off:.3g} of the model's own"
+
+
+def _state(decoder: Decoder, batch: int, capacity: int, encoder_capacity: int) -> DecodeState:
+    return DecodeState(
+        decoder.shape,
+        batch=batch,
+        capacity=capacity,
+        encoder_capacity=encoder_capacity,
+        mode="plain",
+        penalise=False,
+        device=decoder.embedding.device,
+        dtype=decoder.embedding.dtype,
+    )
+
+
+def _difference(lean: Tensor, own: Tensor) -> float:
     lean, own = lean.detach().double(), own.detach().double()
     own_spread = (own - own.mean(dim=-1, keepdim=True)).norm()
     return float((lean - own).norm() / own_spread.clamp(min=1e-9))

@@ -134,6 +134,7 @@ class VerifiedEngine:
         decoder, slm = self._alone.decoder, self._slm.decoder
         assert decoder is not None
         assert slm is not None
+        decoder = replace(decoder, reads_prompts=False)  # the prompt's pass feeds the projector, too
         call = self._alone.call_sizes(batch, length, places(max_new))
         own = prompt["input_ids"].shape[1]
         draft = self._slm.call_sizes(batch, length + own, places(max_new), embedded=True)

@@ -89,6 +89,11 @@ class Encoder(nn.Module):
         """The highest layer that is read."""
         return max(self.depths)
 
+    @property
+    def is_inner(self) -> bool:
+        """Whether states of inner layers are read, which no final norm has seen."""
+        return bool(self._inner_depths)
+
     @classmethod
     def from_source(
         cls,

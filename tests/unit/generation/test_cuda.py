@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read
 from llmslm.generation.graphs import Captured
+from llmslm.generation.plan import Linear, Norm
 from llmslm.generation.sampling import Sampling, start_token
-from llmslm.generation.self_check import relative_difference
-from tests.unit.generation.families import BUILD, by_generate, prompts, tiny
+from llmslm.generation.self_check import prompt_difference, relative_difference
+from tests.unit.generation.families import BUILD, EOS, PAD, by_generate, prompts, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -20,11 +22,78 @@ def test_greedy_tokens_are_those_of_generate(family: str) -> None:
     model = tiny(family).cuda()
     engine = DecodeEngine(model)
     assert engine.reason is None
+    assert engine.decoder is not None
+    assert engine.decoder.reads_prompts
     for batch, length in ((1, 7), (5, 9), (8, 3), (64, 40)):
         inputs = {key: value.cuda() for key, value in prompts(model, batch, length).items()}
         for setting in ({}, {"min_new_tokens": 6}):
             expected = by_generate(model, inputs, max_new_tokens=24, **setting)
             assert torch.equal(engine.generate(**inputs, max_new_tokens=24, **setting), expected)
+
+
+CAUSAL = [family for family in BUILD if not tiny(family).config.is_encoder_decoder]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_tokens_from_embeddings_are_those_of_generate(family: str) -> None:
+    model = tiny(family).cuda()
+    engine = DecodeEngine(model)
+    for batch, length in ((1, 32), (5, 9)):
+        inputs = {key: value.cuda() for key, value in prompts(model, batch, length).items()}
+        embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+        mask, expected = inputs["attention_mask"], by_generate(model, inputs, max_new_tokens=12)
+        assert torch.equal(engine.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=12), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", CAUSAL)
+@torch.no_grad()
+def test_prompts_in_16_bits_are_read_as_the_model_does(family: str, dtype: torch.dtype) -> None:
+    model = tiny(family).cuda().to(dtype)
+    for batch in (1, 2, 9):
+        assert prompt_difference(model, read(model, 128), batch) < 0.05
+
+
+@torch.no_grad()
+def test_a_large_batch_of_long_prompts_is_read_as_the_model_does() -> None:
+    """Wider than the tiny ones, with a width and heads that are no powers of two."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=1000,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().cuda()
+    ids = torch.randint(3, 1000, (6, 1500), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :700] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    engine = DecodeEngine(model)
+    assert torch.equal(engine.generate(**inputs, max_new_tokens=8), by_generate(model, inputs, max_new_tokens=8))
+    model.bfloat16()
+    assert prompt_difference(model, read(model, 2048), 40) < 0.05
+
+
+def test_rows_beyond_32_bits_are_found() -> None:
+    from llmslm.generation import fused_prefill  # Triton exists beside CUDA builds of torch alone
+
+    rows, width = 2**18 + 7, 8200  # 2.15e9 values
+    x = torch.zeros(rows, width, device="cuda", dtype=torch.bfloat16)
+    x[-1] = torch.randn(width, device="cuda")
+    norm = Norm(torch.ones(width, device="cuda"), None, 1e-6, False)
+    total, y = fused_prefill._joined(x, x, norm)
+    assert torch.equal(total[-1], 2 * x[-1])
+    expected = torch.nn.functional.rms_norm(total[-1].float(), (width,), eps=1e-6)
+    torch.testing.assert_close(y[-1].float(), expected, rtol=1e-2, atol=1e-2)
+    del total, y
+    gated = fused_prefill._activated(x, Linear(x[:1], None, "relu", True))
+    assert torch.equal(gated[-1], x[-1, : width // 2].relu() * x[-1, width // 2 :])
 
 
 @pytest.mark.parametrize("family", BUILD)

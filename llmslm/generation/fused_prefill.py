@@ -1,0 +1,254 @@
+"""Whole prompts on CUDA: a decoder-only stack by few kernels a layer, for a model's prompt and for a frozen encoder.
+
+A sublayer is a norm that takes up the last branch, a product, attention or activation, and a product: nine kernels a
+layer, all of them read off the plan that the decode step has.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llmslm.generation import kernels, prompt_kernels
+from llmslm.generation.plan import Decoder, Linear, Norm, SelfAttention
+from llmslm.generation.prefill import CausalPrefill, prompt_positions
+from llmslm.generation.state import DecodeState
+from llmslm.generation.step import product
+from llmslm.models.encoder import Encoder
+
+_BLOCK = 1024  # values of a row, or of heads, that a program of four warps takes
+
+
+class FusedStack:
+    """The pass of a decoder's sublayers over prompts.
+
+    Args:
+        decoder: what to compute; without cross-attentions and biases by distance, which no decoder-only model has.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        assert not decoder.crosses
+        assert decoder.distance_bias is None
+        self.decoder = decoder
+
+    def __call__(
+        self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
+    ) -> Tensor:
+        """Give the states behind the final norm, (batch * length, width), or the last of each row, (batch, width).
+
+        Args:
+            prompt: ids (batch, length), or embeddings (batch, length, width).
+            attention_mask: (batch, length), 1 = attend; padding may lie on either side.
+            positions: (batch, length), of the tokens.
+            cache: (layers, 2, batch, kv_heads, capacity, head_dim), filled; a token's slot is its column.
+            last: whether the last positions alone are wanted.
+        """
+        x, added = self._embedded(prompt, positions), None
+        mask = seen_keys(attention_mask, x.dtype)
+        for sublayer in self.decoder.sublayers:
+            (x, y), added = _joined(x, added, sublayer.before), None
+            y = product(y, sublayer.into)
+            if isinstance(sublayer.inner, SelfAttention):
+                y = self._attended(y, sublayer.inner, positions, mask, cache[sublayer.inner.layer])
+            else:
+                y = _activated(y, sublayer.into)
+            added = product(y, sublayer.out)
+            if sublayer.after is not None:
+                x, added = _joined(x, added, sublayer.after)[1], None
+        if last:
+            x, added = _last(x, positions.shape), None if added is None else _last(added, positions.shape)
+        return _joined(x, added, self.decoder.final_norm)[1]
+
+    def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        """Give the logits (batch, vocabulary) of what follows prompts that are padded on the left."""
+        return product(self(prompt, attention_mask, positions, cache, last=True), self.decoder.head)
+
+    def _embedded(self, prompt: Tensor, positions: Tensor) -> Tensor:
+        """(batch * length, width); embeddings that are given have been scaled already, and lack positions alone."""
+        decoder, (tokens, width) = self.decoder, (positions.numel(), self.decoder.embedding.shape[1])
+        x = decoder.embedding.new_empty(tokens, width)
+        _launch(
+            prompt_kernels.embed_prompt_kernel,
+            (tokens, triton.cdiv(width, _BLOCK)),
+            prompt.contiguous(),
+            positions,
+            decoder.embedding,
+            decoder.embedding if decoder.positions is None else decoder.positions,
+            x,
+            decoder.embedding_scale,
+            decoder.position_offset,
+            width,
+            BLOCK=_BLOCK,
+            IDS=prompt.dim() == 2,
+            POSITIONS=0 if decoder.positions is None else decoder.positions.shape[0],
+            num_warps=4,
+        )
+        return _joined(x, None, decoder.embedding_norm)[1]
+
+    def _attended(self, qkv: Tensor, inner: SelfAttention, positions: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
+        """Store keys and values, then attend: (batch * length, heads * head_dim)."""
+        (keys, values), (batch, length) = cache, positions.shape
+        shared = inner.heads > inner.kv_heads
+        heads = qkv.new_empty(3 if shared else 1, batch, length, inner.heads, inner.head_dim)
+        width = triton.next_power_of_2(inner.head_dim)
+        places, tables = max(1, _BLOCK // width), (self.decoder.cos, self.decoder.sin)
+        _launch(
+            prompt_kernels.split_heads_kernel,
+            (triton.cdiv(batch * length, places), inner.heads + 2 * inner.kv_heads),
+            qkv,
+            heads[0],
+            heads[1 if shared else 0],
+            heads[2 if shared else 0],
+            keys,
+            values,
+            positions,
+            *(qkv if table is None else table for table in tables),
+            qkv if inner.q_norm is None else inner.q_norm.weight,
+            qkv if inner.k_norm is None else inner.k_norm.weight,
+            batch * length,
+            length,
+            keys.shape[2],
+            0.0 if inner.q_norm is None else inner.q_norm.eps,
+            0.0 if inner.k_norm is None else inner.k_norm.eps,
+            PLACES=places,
+            HEADS=inner.heads,
+            KV_HEADS=inner.kv_heads,
+            D=inner.head_dim,
+            WIDTH=width,
+            Q_NORM=inner.q_norm is not None,
+            K_NORM=inner.k_norm is not None,
+            ROTARY=inner.rotary,
+            num_warps=4,
+        )
+        q, *wide = heads.transpose(2, 3).unbind()
+        k, v = wide if shared else (keys[:, :, :length], values[:, :, :length])
+        y = F.scaled_dot_product_attention(q, k, v, mask, scale=inner.scale)
+        return y.transpose(1, 2).reshape(batch * length, -1)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel, but on tensors without data, whose bytes alone are counted."""
+    if not arguments[0].is_meta:
+        kernel[grid](*arguments, **options)
+
+
+def seen_keys(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `causal_mask`; of a mask (batch, length) whose 1 means attend."""
+    batch, length = attention_mask.shape
+    mask = torch.empty(batch, 1, length, length, dtype=dtype, device=attention_mask.device)
+    lowest, grid = torch.finfo(dtype).min, (batch * length, triton.cdiv(length, _BLOCK))
+    _launch(
+        prompt_kernels.causal_mask_kernel,
+        grid,
+        attention_mask.contiguous(),
+        mask,
+        length,
+        lowest,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return mask
+
+
+def _last(x: Tensor, shape: torch.Size) -> Tensor:
+    """(batch, width): the last of each row, of x (batch * length, width) in rows of this shape; nothing is copied."""
+    return x.view(*shape, -1)[:, -1]
+
+
+def _joined(x: Tensor, added: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
+    """Take up a residual branch: x + added, and its norm, (rows, width) each.
+
+    Args:
+        x: (rows, width); rows may lie apart.
+        added: the same, and as far apart.
+        norm: no norm is no change.
+    """
+    if added is None and norm is None:
+        return x, x
+    rows, width = x.shape
+    total = x if added is None else x.new_empty(rows, width)
+    y = total if norm is None else x.new_empty(rows, width)
+    block = triton.next_power_of_2(width)
+    _launch(
+        prompt_kernels.add_norm_kernel,
+        (rows,),
+        x,
+        x if added is None else added,
+        total,
+        y,
+        x if norm is None else norm.weight,
+        x if norm is None or norm.bias is None else norm.bias,
+        x.stride(0),
+        width,
+        0.0 if norm is None else norm.eps,
+        1.0 if norm is None else norm.scale,
+        BLOCK=block,
+        ADDED=added is not None,
+        NORM=0 if norm is None else 1 + norm.centred,
+        NORM_BIAS=norm is not None and norm.bias is not None,
+        num_warps=min(16, max(1, block // 256)),
+    )
+    return total, y
+
+
+def _activated(x: Tensor, linear: Linear) -> Tensor:
+    """What `linear` does after its product."""
+    rows, width = x.shape[0], x.shape[1] // (2 if linear.gated else 1)
+    y = x.new_empty(rows, width)
+    _launch(
+        prompt_kernels.activation_kernel,
+        (rows, triton.cdiv(width, _BLOCK)),
+        x,
+        y,
+        width,
+        BLOCK=_BLOCK,
+        ACTIVATION=kernels.ACTIVATIONS[linear.activation],
+        GATED=linear.gated,
+        num_warps=4,
+    )
+    return y
+
+
+class FusedPrefill(CausalPrefill):
+    """The pass of `CausalPrefill` by a `FusedStack`, which puts keys and values into the caches itself.
+
+    Args:
+        model: the model as it came.
+        decoder: of it.
+        state: whose caches are filled.
+    """
+
+    def __init__(self, model: PreTrainedModel, decoder: Decoder, state: DecodeState) -> None:
+        super().__init__(model, decoder, state)
+        self.stack = FusedStack(decoder)
+
+    def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """See `CausalPrefill.last_logits`."""
+        return self.stack.last_logits(prompt, attention_mask, positions, self.state.cache)
+
+
+class FusedEncoder:
+    """What `Encoder` gives of right-padded prompts, for one layer of a decoder-only model.
+
+    Args:
+        encoder: whose layer decides.
+        decoder: of its model.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        wanted = decoder.sublayers[: 2 * encoder.depth]  # attention and feed-forward
+        norm = None if encoder.is_inner else decoder.final_norm
+        self.stack = FusedStack(replace(decoder, sublayers=wanted, final_norm=norm))
+
+    def __call__(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
+        """Read ids (batch, prompt_len); hidden_states (batch, prompt_len, width)."""
+        decoder, (batch, length) = self.stack.decoder, prompt_ids.shape
+        shape = decoder.shape
+        one = decoder.embedding.new_empty(1, 2, batch, shape.kv_heads, length, shape.head_dim)
+        cache = one.expand(shape.layers, -1, -1, -1, -1, -1)  # nobody reads a layer's keys and values after it
+        positions = prompt_positions(prompt_attention_mask)
+        return self.stack(prompt_ids, prompt_attention_mask, positions, cache).view(batch, length, -1)

@@ -1,0 +1,164 @@
+"""Triton kernels of whole prompts: what lies between the products of cuBLAS and torch's attention.
+
+No kernel starts before its predecessor has ended: cuBLAS's do not tell when that is. Tokens are rows, counted through
+the batch; offsets of rows are of 64 bits, since a large batch of long prompts has more values than 32 bits can count.
+"""
+
+# Triton reads a kernel's annotations as types of its own; branches on constants cost nothing once compiled.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: ANN001, ANN201
+
+import triton
+import triton.language as tl
+
+from llmslm.generation.block_kernels import _heads
+from llmslm.generation.kernels import _activated, _normed
+
+
+@triton.jit
+def embed_prompt_kernel(
+    prompt_ptr,
+    position_ptr,
+    embedding,
+    positions,
+    x_ptr,
+    scale,
+    offset,
+    K,
+    BLOCK: tl.constexpr,
+    IDS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Give x (tokens, K): embeddings of ids, or those given, and of positions if POSITIONS of them are learned."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if IDS:
+        token = tl.load(prompt_ptr + row).to(tl.int64)
+        x = tl.load(embedding + token * K + k, mask=k < K, other=0.0).to(tl.float32) * scale
+    else:
+        x = tl.load(prompt_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    if POSITIONS:
+        position = tl.minimum(tl.load(position_ptr + row) + offset, POSITIONS - 1)
+        x += tl.load(positions + position * K + k, mask=k < K, other=0.0).to(tl.float32)
+    tl.store(x_ptr + row * K + k, x, mask=k < K)
+
+
+@triton.jit
+def causal_mask_kernel(attention_mask_ptr, mask_ptr, length, lowest, BLOCK: tl.constexpr):
+    """Give `causal_mask`, (batch, 1, length, length): 0 for keys that a query sees, else the lowest value."""
+    row = tl.program_id(0).to(tl.int64)
+    query, key = row % length, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    kept = tl.load(attention_mask_ptr + row - query + key, mask=key < length, other=0)
+    seen = ((key <= query) & (kept != 0)) | (key == query)
+    tl.store(mask_ptr + row * length + key, tl.where(seen, 0.0, lowest), mask=key < length)
+
+
+@triton.jit
+def add_norm_kernel(
+    x_ptr,
+    added_ptr,
+    sum_ptr,
+    y_ptr,
+    norm_weight,
+    norm_bias,
+    stride,
+    K,
+    eps,
+    scale,
+    BLOCK: tl.constexpr,
+    ADDED: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_BIAS: tl.constexpr,
+):
+    """Give sum = x + added and y = norm(sum), (rows, K); a row of x and added begins `stride` after the one before."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    inside = k < K
+    x = tl.load(x_ptr + row * stride + k, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        x += tl.load(added_ptr + row * stride + k, mask=inside, other=0.0).to(tl.float32)
+        kept = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * K + k, kept, mask=inside)
+        x = kept.to(tl.float32)  # the norm sees what is kept
+    if NORM > 0:
+        gain = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.zeros([BLOCK], tl.float32)
+        if NORM_BIAS:
+            shift = tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
+        y = _normed(x[None, :], inside[None, :], gain, shift, K, eps, scale, NORM)
+        tl.store(y_ptr + row * K + k[None, :], y, mask=inside[None, :])
+
+
+@triton.jit
+def activation_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """Give y (rows, N) = activation(x (rows, N)); of x (rows, 2N), the activation of the first N times the others."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    wide: tl.constexpr = 2 if GATED else 1
+    at = x_ptr + row * N * wide + n
+    y = _activated(tl.load(at, mask=n < N, other=0.0).to(tl.float32), ACTIVATION)
+    if GATED:
+        y = y * tl.load(at + N, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * N + n, y, mask=n < N)
+
+
+@triton.jit
+def split_heads_kernel(
+    qkv_ptr,
+    q_ptr,
+    wide_keys_ptr,
+    wide_values_ptr,
+    keys_ptr,
+    values_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm,
+    k_norm,
+    tokens,
+    length,
+    capacity,
+    q_eps,
+    k_eps,
+    PLACES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    ROTARY: tl.constexpr,
+):
+    """One head of PLACES tokens: of the queries, rotated, into q; of keys and values into their row of the caches.
+
+    The token in place p of its row's prompt has slot p. Where several query heads share those of keys and values, each
+    is written for all of them as well, (tokens, HEADS, D) like q: attention with a mask reads no shared ones.
+    """
+    first, head = tl.program_id(0).to(tl.int64) * PLACES, tl.program_id(1)
+    wide: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    group: tl.constexpr = HEADS // KV_HEADS
+    token, d = first + tl.arange(0, PLACES), tl.arange(0, WIDTH)
+    inside = token < tokens
+    within = inside[:, None] & (d < D)[None, :]
+    angle = tl.load(position_ptr + token, mask=inside, other=0)
+    base = qkv_ptr + first * wide + head * D
+    out = token[:, None] * (HEADS * D) + d[None, :]
+    if head < HEADS:
+        q = _heads(base, wide, angle, inside, q_norm, cos_ptr, sin_ptr, q_eps, PLACES, D, WIDTH, Q_NORM, ROTARY)
+        tl.store(q_ptr + out + head * D, q, mask=within)
+    else:
+        kv_head = (head - HEADS) % KV_HEADS
+        slots = ((token // length) * KV_HEADS + kv_head) * capacity + token % length
+        slot_at = slots[:, None] * D + d[None, :]
+        if head < HEADS + KV_HEADS:
+            k = _heads(base, wide, angle, inside, k_norm, cos_ptr, sin_ptr, k_eps, PLACES, D, WIDTH, K_NORM, ROTARY)
+            tl.store(keys_ptr + slot_at, k, mask=within)
+            if group > 1:
+                for member in tl.static_range(group):
+                    tl.store(wide_keys_ptr + out + (kv_head * group + member) * D, k, mask=within)
+        else:
+            v = tl.load(base + tl.arange(0, PLACES)[:, None] * wide + d[None, :], mask=within, other=0.0)
+            tl.store(values_ptr + slot_at, v, mask=within)
+            if group > 1:
+                for member in tl.static_range(group):
+                    tl.store(wide_values_ptr + out + (kv_head * group + member) * D, v, mask=within)
