@@ -80,6 +80,9 @@ LIMITS = """\
 - The texts are descriptions of one distribution's packages, whose phrases repeat. Packages of one source are on one
   side of the split, but scores do not carry over to other texts.
 - BLEU, chrF and ROUGE-L count words and letters in common with one reference; nobody judged the texts.
+- What llm_to_slm gains over SLM-only is not all due to the LLM's states: its projector is trained to read, and has as
+  many parameters as the SLM. On the LLM's embeddings alone, which no layer has read, the same projector came as far on
+  validation in a run that was cut short ([log](log.md)); `quality_unread` compares the two on the test set.
 - Speed is that of one GPU with nothing else on it, of these prompts' lengths, in bf16.
 """
 
@@ -240,7 +243,8 @@ def report(results: Results, plots: Sequence[str]) -> str:
         (name, number(state["seconds"], 1, 1 / 60), (state["commit"] or "unknown")[:7], f"`{state['command']}`")
         for name, state in results.stages.items()
     ]
-    parts += ["## Stages\n", _table(("stage", "minutes", "commit", "command"), stages)]
+    parts += ["## Stages\n", "Minutes as they were: where trainings shared a GPU, longer than alone.\n"]
+    parts += [_table(("stage", "minutes", "commit", "command"), stages)]
     return "\n".join(parts)
 
 
