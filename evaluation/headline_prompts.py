@@ -3,8 +3,9 @@
     python -m evaluation.headline_prompts --data runs/headline/data --out runs/headline/prompts
 
 Writes en_it.parquet (texts of this release of Debian and others, in no split of the translation), spliced.parquet
-(texts that nobody wrote: each the beginning of one and the end of another) and summary.parquet (descriptions of other
-releases). What is held out of either task is in none of them. Needs apt and the network.
+(texts that nobody wrote: each the beginning of one and the end of another), summary.parquet (descriptions of other
+releases) and recombined.parquet (descriptions whose paragraphs come from two). What is held out of either task is in
+none of them. Needs apt and the network.
 """
 
 import argparse
@@ -26,6 +27,7 @@ RELEASES = ("trixie", "sid")
 MAX_CHARS = 750
 """Of a text to translate: the shortest of those that do not fit into the recipe's 256 tokens has 767."""
 SPLICED = 150_000
+RECOMBINED = 200_000
 JOINTS = ("for", "of", "to", "with", "from", "in", "by", "on", "using", "that", "which", "and")
 """Words at which texts are joined."""
 
@@ -39,11 +41,14 @@ def prepare(out: Path, data: Path) -> dict[str, int]:
     found = dict.fromkeys(text for row in (*summary["train"], *others) for text in _texts(row))
     new = [text for text in found if text not in known and len(text) <= MAX_CHARS]
     spliced = splices([row["prompt"] for row in translation["train"]] + new, SPLICED)
-    described = {row["prompt"] for row in summary["train"]} | _held_out(summary)
+    described = [row["prompt"] for row in summary["train"]]
+    seen = {*described, *_held_out(summary)}
+    further = _without(dict.fromkeys(row["prompt"] for row in others), seen)
     prompts: Mapping[str, tuple[str, Iterable[str]]] = {
         TRANSLATION: (LANGUAGE, new),
         "spliced": (LANGUAGE, _without(spliced, known | set(new))),
-        SUMMARY: (SUMMARY, _without(dict.fromkeys(row["prompt"] for row in others), described)),
+        SUMMARY: (SUMMARY, further),
+        "recombined": (SUMMARY, _without(recombined(described + further, RECOMBINED), seen | set(further))),
     }
     return {name: write_rows(out / f"{name}.parquet", _as_rows(*given)) for name, given in prompts.items()}
 
@@ -82,6 +87,26 @@ def splices(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
         other, behind = random.choice(ends[words[number][at]])
         text = " ".join(words[number][:at] + words[other][behind:])
         if other != number and len(text) <= MAX_CHARS:
+            made[text] = None
+    return list(made)[:count]
+
+
+def recombined(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
+    """Return texts of paragraphs that begin as one of `texts` and end as that one or another, or stop before.
+
+    Args:
+        texts: of one paragraph or more, each a line.
+        count: how many at most.
+        seed: of the choice.
+    """
+    random = Random(seed)
+    split = [text.split("\n") for text in texts]
+    made: dict[str, None] = {}
+    for first, other in zip(random.choices(split, k=2 * count), random.choices(split, k=2 * count), strict=True):
+        begin = first[: random.randint(1, len(first))]
+        end = other[random.randint(1, len(other)) :]
+        text = "\n".join([*begin, *(line for line in end if line not in begin)])
+        if len(text) <= MAX_CHARS:
             made[text] = None
     return list(made)[:count]
 

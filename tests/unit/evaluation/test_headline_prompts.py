@@ -35,7 +35,8 @@ def prompts(monkeypatch, tmp_path):
     headline_prompts.main([f"--out={tmp_path}", "--data", str(tmp_path / "data")])
     files = {path.stem: pq.read_table(path).to_pylist() for path in tmp_path.glob("*.parquet")}
     assert all(len({row["id"] for row in part}) == len(part) for part in files.values())
-    tags = {name: headline_data.TAGS.get(name, "it") + ": " for name in files}
+    tasks = {"spliced": "en_it", "recombined": "summary"}
+    tags = {name: headline_data.TAGS[tasks.get(name, name)] + ": " for name in files}
     assert all(row["prompt"].startswith(tags[name]) for name, part in files.items() for row in part)
     return {name: [row["prompt"].removeprefix(tags[name]) for row in part] for name, part in files.items()}
 
@@ -69,3 +70,16 @@ def test_splices_begin_as_one_text_and_end_as_another():
     assert not set(many) & set(texts)
     assert headline_prompts.splices(texts, 6) == headline_prompts.splices(texts, 6)
     assert len(headline_prompts.splices(texts, 2)) == 2
+
+
+def test_recombined_texts_have_paragraphs_of_two_in_order():
+    texts = ["a map\nwith roads\nand towns", "a game\nwith rules", "alone"]
+    many = headline_prompts.recombined(texts, 60)
+    assert {"a map\nwith rules", "a game\nand towns", "a map\nwith roads", "alone\nwith rules"} <= set(many)
+    assert all(text.split("\n")[0] in ("a map", "a game", "alone") for text in many)
+    assert headline_prompts.recombined(texts, 6) == headline_prompts.recombined(texts, 6)
+    assert len(headline_prompts.recombined(texts, 2)) == 2
+
+
+def test_what_recombining_gives_is_new(prompts):
+    assert not set(prompts["recombined"]) & {*prompts["summary"], "out\nof it", "held out", "also\nnew\nout"}
