@@ -23,7 +23,9 @@ from evaluation.largest_batch import largest_batch
 from evaluation.systems import EvaluatedSystem
 
 Mode = Literal["fixed", "natural"]
-MODES: tuple[Mode, ...] = ("fixed", "natural")
+MODES: tuple[Mode, ...] = ("natural", "fixed")
+WARM = 2
+"""Uncounted rounds of the second mode: the first one's have met its prompts, its batch and its caches."""
 LARGEST: Literal["largest"] = "largest"
 BatchSize = int | Literal["largest"]
 WARMUPS = 10
@@ -87,7 +89,7 @@ def measure_speed(
         prompts: each run takes the next `batch_size` of them, the same for every system; they are cycled.
         max_new_tokens: budget of the natural mode, length of the fixed mode.
         batch_sizes: each is measured in both modes; "largest" stands for each system's own, of `largest_batch`.
-        warmups: rounds that are not counted.
+        warmups: rounds that are not counted; of the mode that comes second `WARM` at most.
         runs: rounds that are.
 
     Returns:
@@ -95,12 +97,13 @@ def measure_speed(
     """
     entries: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
     sweep = [_sizes(systems, asked, prompts, max_new_tokens) for asked in batch_sizes]
-    total = sum(map(len, sweep)) * len(MODES) * (warmups + runs)
+    uncounted = dict(zip(MODES, (warmups, min(warmups, WARM)), strict=True))
+    total = sum(map(len, sweep)) * (sum(uncounted.values()) + len(MODES) * runs)
     with tqdm(total=total, desc="measure speed", unit="run", delay=1) as bar:
         for sizes, mode in product(sweep, MODES):
             timings = {name: Timings() for name in sizes}
             timed = {name: batches(prompts, size, runs) for name, size in sizes.items()}
-            for turn in range(-warmups, runs):
+            for turn in range(-uncounted[mode], runs):
                 for name in sizes:
                     timing = time_generate(systems[name], timed[name][turn % runs], max_new_tokens, mode)
                     if turn >= 0:
@@ -108,7 +111,7 @@ def measure_speed(
                     bar.update()
             for name, size in sizes.items():
                 settings = {"mode": mode, "batch_size": size, "max_new_tokens": max_new_tokens}
-                entries[name].append(settings | {"warmups": warmups, "runs": runs} | timings[name].summary())
+                entries[name].append(settings | {"warmups": uncounted[mode], "runs": runs} | timings[name].summary())
     return entries
 
 

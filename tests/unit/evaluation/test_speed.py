@@ -44,13 +44,21 @@ def test_systems_take_turns_on_the_same_prompts_in_both_modes(dummy):
     systems = {name: Sleeper(name, log, produced) for name in ("llm", "slm")}
     entries = measure_speed(systems, ["p", "q", "r"], max_new_tokens=5, batch_sizes=(2,), warmups=1, runs=2)
     assert [name for name, _, _ in log] == ["llm", "slm"] * 6
-    assert [tokens for tokens, _ in groupby(log, key=lambda call: call[1])] == [5, 3]
+    assert [tokens for tokens, _ in groupby(log, key=lambda call: call[1])] == [3, 5]
     assert all(first[2] == second[2] for first, second in zip(log[::2], log[1::2], strict=True))
     assert [prompts for _, _, prompts in log[:6:2]] == [("r", "p"), ("p", "q"), ("r", "p")]  # warmed up with its own
-    fixed, natural = entries["slm"]
+    natural, fixed = entries["slm"]
     assert (fixed["mode"], fixed["tokens"], fixed["runs"]) == ("fixed", 18, 2)
     assert (natural["mode"], natural["tokens"]) == ("natural", 10)
     assert fixed["tokens_per_s"] == pytest.approx(fixed["tokens"] / (2 * fixed["total_s"]["mean"]))
+
+
+def test_the_mode_that_comes_second_is_warm(dummy):
+    log = []
+    systems = {"llm": Sleeper("llm", log, type(dummy().generate(["a"], max_new_tokens=1)[0]))}
+    entries = measure_speed(systems, ["p", "q", "r"], max_new_tokens=5, warmups=4, runs=1)
+    assert [entry["warmups"] for entry in entries["llm"]] == [4, 2]
+    assert [tokens for _, tokens, _ in log] == [3] * 5 + [5] * 3
 
 
 def test_a_single_token_says_nothing_of_further_ones(dummy):
