@@ -11,6 +11,14 @@ def head_count(width: int) -> int:
     return next(n for n in range(max(1, width // HEAD_SIZE), 0, -1) if width % n == 0)
 
 
+class RmsNorm(nn.RMSNorm):
+    """torch's, in the weights' dtype: of two dtypes, as under autocast, it warns and takes a slower way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; in the dtype of `x`."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to states of another width; queries are normalised (RMS) first.
 
@@ -22,7 +30,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, states_width: int) -> None:
         super().__init__()
         self.heads = head_count(width)
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RmsNorm(width, eps=1e-6)
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(states_width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmslm.errors import UserError
-from llmslm.models.attention import CrossAttention, head_count
+from llmslm.models.attention import CrossAttention, RmsNorm, head_count
 from llmslm.models.components import Component
 from llmslm.models.packing import document_mask, document_positions
 
@@ -39,8 +39,8 @@ class Projector(Component):
         super().__init__(encoder_hidden_size, slm_hidden_size)
         self.input_norm = input_norm
         self.output_norm = output_norm
-        self.norm_in = nn.RMSNorm(encoder_hidden_size, eps=1e-6) if input_norm else nn.Identity()
-        self.norm_out = nn.RMSNorm(slm_hidden_size, eps=1e-6) if output_norm else nn.Identity()
+        self.norm_in = RmsNorm(encoder_hidden_size, eps=1e-6) if input_norm else nn.Identity()
+        self.norm_out = RmsNorm(slm_hidden_size, eps=1e-6) if output_norm else nn.Identity()
 
     def project(self, hidden_states: Tensor, documents: Tensor) -> Tensor:
         """Change the width; subclasses write this one."""
@@ -72,7 +72,7 @@ class Projector(Component):
     @torch.no_grad()
     def match_scale(self, embeddings: Tensor) -> None:
         """Start at the root mean square of the slm's own embeddings, (any, slm_hidden_size)."""
-        if isinstance(self.norm_out, nn.RMSNorm):
+        if isinstance(self.norm_out, RmsNorm):
             self.norm_out.weight.fill_(embeddings.float().square().mean().sqrt())
 
 
@@ -165,10 +165,10 @@ class ReadingLayer(nn.Module):
         super().__init__()
         self.heads = head_count(width)
         inner = 64 * round(8 * width / 3 / 64) or 64
-        self.norm_attention = nn.RMSNorm(width, eps=1e-6)
+        self.norm_attention = RmsNorm(width, eps=1e-6)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.norm_feed_forward = nn.RMSNorm(width, eps=1e-6)
+        self.norm_feed_forward = RmsNorm(width, eps=1e-6)
         self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.down = nn.Linear(inner, width, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -281,7 +281,7 @@ class Resampler(Projector):
         self.attentions = nn.ModuleList(CrossAttention(width, encoder_hidden_size) for _ in range(layers))
         self.feed_forwards = nn.ModuleList(
             nn.Sequential(
-                nn.RMSNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                RmsNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
             )
             for _ in range(layers)
         )

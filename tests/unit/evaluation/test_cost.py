@@ -83,13 +83,13 @@ def test_floors_stand_in_the_record(examples, tmp_path, monkeypatch, dummy):
     settings = Settings(out=tmp_path, max_new_tokens=4, warmups=0, runs=1, resamples=10, speed_batch_sizes=(2,))
     short = type(examples)("short", "test", "0", 4, ["a", "b", "c", "d"], ["one", "two", "six", "ten"], ["x"] * 4)
     record, other = (read_record(path) for path in compare([Arm(llm), Arm(dummy("slm"))], short, settings))
-    fixed, natural = record["speed"]
+    natural, fixed = record["speed"]
     assert fixed["floor_s"] == pytest.approx(floor_s(llm.engine, 2, 5, 4, 1e9))
     assert "floor_s" not in natural
     assert record["cost"]["token_flops"] > 0
     assert record["cost"]["copy_bandwidth_bytes_per_s"] == 1e9
     assert other["cost"] == NOT_MEASURED
-    assert other["speed"][0]["floor_s"] is None
+    assert other["speed"][1]["floor_s"] is None
 
 
 def test_no_floor_where_tokens_are_not_decoded_one_by_one():

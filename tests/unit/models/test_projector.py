@@ -90,3 +90,11 @@ def test_a_transformer_projector_needs_layers_and_even_heads():
         TransformerProjector(12, 8, layers=0)
     with pytest.raises(UserError, match="wide has heads of 9"):
         TransformerProjector(12, 9)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_training_in_mixed_precision_warns_of_nothing(kind, recwarn):
+    projector = kind(12, 8, input_norm=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        projector(torch.randn(2, 5, 12, dtype=torch.bfloat16)).float().sum().backward()
+    assert not recwarn
