@@ -280,9 +280,7 @@ class Resampler(Projector):
         self.queries = nn.Parameter(torch.randn(states, width))
         self.attentions = nn.ModuleList(CrossAttention(width, encoder_hidden_size) for _ in range(layers))
         self.feed_forwards = nn.ModuleList(
-            nn.Sequential(
-                RmsNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-            )
+            nn.Sequential(RmsNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
             for _ in range(layers)
         )
 
