@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,26 @@ Clock = Callable[[Callable[[], Any]], float]
 
 @dataclass(frozen=True)
 class Product:
-    """One of a layer's products: outputs and inputs; with a norm before it or the residual behind it."""
+    """One of a layer's products: outputs and inputs; with a norm before it or the residual behind it.
+
+    The norm is an RMS norm, or layer norm with a bias if `centred`.
+    """
 
     name: str
     outputs: int
     inputs: int
     normed: bool = False
     gated: bool = False
+    centred: bool = False
+    biased: bool = False
+    activation: str | None = None
 
     def linear(self, device: torch.device, dtype: torch.dtype) -> Linear:
         """It with random weights."""
         height = self.outputs * (2 if self.gated else 1)
         weight = torch.randn(height, self.inputs, device=device) / self.inputs**0.5
-        return Linear(weight.to(dtype), None, "silu" if self.gated else None, self.gated)
+        bias = torch.randn(height, device=device).to(dtype) if self.biased else None
+        return Linear(weight.to(dtype), bias, self.activation, self.gated)
 
 
 def layer(width: int, wide: int, *, gated: bool, qkv: int | None = None) -> list[Product]:
@@ -56,15 +63,22 @@ def layer(width: int, wide: int, *, gated: bool, qkv: int | None = None) -> list
     return [
         Product("qkv", qkv or 3 * width, width, normed=True),
         Product("out", width, width),
-        Product("up", wide, width, normed=True, gated=gated),
+        Product("up", wide, width, normed=True, gated=gated, activation="silu" if gated else None),
         Product("down", width, wide),
     ]
+
+
+def gpt2_layer(width: int) -> list[Product]:
+    """The products of a layer of GPT-2: layer norms, and biases everywhere."""
+    qkv, out, up, down = layer(width, 4 * width, gated=False)
+    qkv, up = replace(qkv, centred=True), replace(up, centred=True, activation="gelu_tanh")
+    return [replace(product, biased=True) for product in (qkv, out, up, down)]
 
 
 LAYERS = {
     "llama-24x576": (layer(576, 1536, gated=True), Product("head", 16384, 576, normed=True), 24),
     "t5-24x512": (layer(512, 2048, gated=False), Product("head", 32128, 512, normed=True), 24),
-    "gpt2": (layer(768, 3072, gated=False), Product("head", 50257, 768, normed=True), 12),
+    "gpt2": (gpt2_layer(768), Product("head", 50257, 768, normed=True, centred=True), 12),
     "llama-4x256": (layer(256, 704, gated=True), Product("head", 16384, 256, normed=True), 4),
     "llama-4x512": (layer(512, 1408, gated=True), Product("head", 16000, 512, normed=True), 4),
     "llama-22x2048": (layer(2048, 5632, gated=True, qkv=2560), Product("head", 32000, 2048, normed=True), 22),
@@ -110,10 +124,11 @@ class Products:
         with fused_rows.left_out():
             return self.step.linear(x, linear, norm, residual)
 
-    def norm(self, width: int) -> Norm:
-        """A random one."""
+    def norm(self, width: int, *, centred: bool) -> Norm:
+        """A random one, with a bias if it is centred."""
         weight = torch.rand(width, device=self.device) + 0.5
-        return Norm(weight.to(self.dtype), None, 1e-5, False)
+        bias = torch.randn(width, device=self.device).to(self.dtype) if centred else None
+        return Norm(weight.to(self.dtype), bias, 1e-5, centred)
 
     def drawn(self, width: int) -> Tensor:
         """Random input, of a root mean square that is not 1."""
@@ -122,13 +137,15 @@ class Products:
     def off(self, product: Product) -> float:
         """By how much one product is off from float64, relatively."""
         x, linear = self.drawn(product.inputs), product.linear(self.device, self.dtype)
-        norm = self.norm(product.inputs) if product.normed else None
+        norm = self.norm(product.inputs, centred=product.centred) if product.normed else None
         residual = None if product.normed else self.drawn(product.outputs)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         ours = self.run(x, linear, norm, residual).double()
-        wide = Linear(linear.weight.double(), None, linear.activation, linear.gated)
-        wide_norm = norm and Norm(norm.weight.double(), None, norm.eps, norm.centred)
+        bias = None if linear.bias is None else linear.bias.double()
+        wide = Linear(linear.weight.double(), bias, linear.activation, linear.gated)
+        shift = None if norm is None or norm.bias is None else norm.bias.double()
+        wide_norm = norm and Norm(norm.weight.double(), shift, norm.eps, norm.centred)
         exact = self.plain.linear(x.double(), wide, wide_norm, None if residual is None else residual.double())
         return float((ours - exact).norm() / exact.norm())
 
@@ -136,7 +153,9 @@ class Products:
         """Products one after another, each with weights of its own and after the one before it."""
         weights = [[product.linear(self.device, self.dtype) for product in products] for _ in range(times)]
         widths = {product.inputs for product in products} | {product.outputs for product in products}
-        norms, inputs = {w: self.norm(w) for w in widths}, {w: self.drawn(w) for w in widths}
+        centred = any(product.centred for product in products)
+        norms = {width: self.norm(width, centred=centred) for width in widths}
+        inputs = {width: self.drawn(width) for width in widths}
 
         def work() -> Tensor:
             x = inputs[products[0].inputs]

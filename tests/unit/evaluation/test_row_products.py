@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
@@ -13,6 +13,7 @@ from evaluation.benchmarks import row_products
 from evaluation.benchmarks.row_products import Product
 from evaluation.benchmarks.verified_block import made
 from llmslm.generation import fused, fused_rows, verified_loop
+from llmslm.generation.families import read
 from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
 from tests.unit.generation.families import tiny
 
@@ -32,14 +33,17 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [Product("qkv", 24, 40, True), Product("out", 40, 40), Product("up", 48, 40, True, True)]
     layers = ([*shapes, Product("down", 40, 48)], Product("head", 50, 40, True), 1)
     monkeypatch.setitem(row_products.LAYERS, "tiny", layers)
+    layers = (row_products.gpt2_layer(16), Product("head", 50, 16, normed=True, centred=True), 1)
+    monkeypatch.setitem(row_products.LAYERS, "tiny-gpt2", layers)
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-gpt2"])
 @pytest.mark.parametrize("kernel", [row_products.ONE, row_products.ROWS])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_products_are_chained_and_right(kernel: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_chained_and_right(model: str, kernel: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = row_products.Products.chain
     monkeypatch.setattr(row_products.Products, "chain", lambda self, products, times: chain(self, products, 2))
-    found = row_products.measure_products("tiny", kernel, rows, CPU, runs)
+    found = row_products.measure_products(model, kernel, rows, CPU, runs)
     assert [row["product"] for row in found] == ["qkv", "out", "up", "down", "head", "layers"]
     assert all(row["off"] < 2e-3 for row in found)
     lines = list(row_products.table(found, ("product", "kernel"), "rows"))
@@ -58,6 +62,26 @@ def test_parts_of_a_block_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = made(*(LlamaForCausalLM(config).eval() for _ in range(2)))
     found = row_products.measure_parts(engine, [2], runs, 5, 2)
     assert len({row["part"] for row in found}) == len(found) == 12
+
+
+def test_products_of_gpt2_are_those_of_the_model() -> None:
+    """As a record was once of RMS norms, and GPT-2's step took longer than it said."""
+    with torch.device("meta"):
+        decoder = read(GPT2LMHeadModel(GPT2Config(n_layer=1)), 1024)
+    attention, feed_forward = decoder.sublayers
+    theirs = [
+        (attention.into, attention.before),
+        (attention.out, None),
+        (feed_forward.into, feed_forward.before),
+        (feed_forward.out, None),
+        (decoder.head, decoder.final_norm),
+    ]
+    products, head, _ = row_products.LAYERS["gpt2"]
+    for product, (linear, norm) in zip([*products, head], theirs, strict=True):
+        assert linear.weight.shape == (product.outputs, product.inputs)
+        assert (linear.bias is not None, linear.activation) == (product.biased, product.activation)
+        given = None if norm is None else (norm.centred, norm.bias is not None)
+        assert given == ((product.centred, product.centred) if product.normed else None)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -16,6 +16,7 @@ from llmslm.generation.families import read
 from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
 from llmslm.generation.plan import CrossAttention, Linear, Norm
 from llmslm.generation.side import Side
+from llmslm.generation.state import DecodeState
 from llmslm.generation.verified_block import VerifiedBlock, places
 from tests.unit.generation.families import by_generate, tiny
 from tests.unit.generation.test_kernels import (  # noqa: F401
@@ -23,6 +24,7 @@ from tests.unit.generation.test_kernels import (  # noqa: F401
     COMPILED,
     DEVICE,
     DTYPES,
+    HALF,
     _few_programs,
     close,
     drawn,
@@ -96,6 +98,39 @@ def test_a_whole_block_is_that_of_plain_torch(family: str) -> None:
                 step = FusedBlockStep(decoder, side.state, early=COMPILED)
             logits.append(step.read(tokens, positions, 48))
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4 * float(logits[1].abs().max()))
+
+
+def block_logits(family: str, new: int, dtype: torch.dtype, *, fused: bool) -> torch.Tensor:
+    """Logits of a block of random tokens over random caches; weights and caches are rounded to 16 bits in any dtype."""
+    decoder = read(tiny(family).to(DEVICE, HALF).to(dtype), 64)
+    state = DecodeState(
+        decoder.shape,
+        batch=2,
+        capacity=48,
+        encoder_capacity=5 if decoder.crosses else 0,
+        mode="plain",
+        penalise=False,
+        device=DEVICE,
+        dtype=dtype,
+    )
+    torch.manual_seed(1)
+    for mask, cache in ((state.valid, state.cache), (state.encoder_valid, state.cross)):
+        mask.fill_(True)
+        cache.copy_(drawn(*cache.shape, dtype=HALF))
+    tokens = torch.randint(3, 60, (2, new), device=DEVICE)
+    positions = torch.tensor([[3], [11]], device=DEVICE) + torch.arange(new, device=DEVICE)
+    step = FusedBlockStep(decoder, state, early=COMPILED) if fused else BlockStep(decoder, state)
+    return step.read(tokens, positions, 48).double()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5-gated", "bart"])
+@pytest.mark.parametrize("new", [4, 8, 16])
+def test_a_whole_block_in_16_bits_is_as_exact_as_that_of_plain_torch(family: str, new: int) -> None:
+    """Its products are those of the matrix units, or for the widest cuBLAS's. Both are held against float64."""
+    with torch.no_grad():
+        exact = block_logits(family, new, torch.float64, fused=False)
+        ours, plain = ((block_logits(family, new, HALF, fused=fused) - exact).norm() for fused in (True, False))
+    assert ours < 2 * plain < 0.1 * exact.norm()
 
 
 @pytest.fixture

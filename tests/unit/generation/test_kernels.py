@@ -191,9 +191,9 @@ def test_products_by_the_matrix_units(
         height = rows * (2 if gated else 1)
         bias = drawn(height, dtype=HALF) if biased else None
         linear = linear_of(drawn(height, columns, dtype=HALF) / columns**0.5, bias, activation, gated)
-        assert fused_rows.suits(x, linear, before)
-        ours = steps(made_decoder(), made_state(batch, 4))[0]
-        close(ours.linear(x, linear, before, residual), exact(x, linear, before, residual))
+        assert fused_rows.suits(x, linear, before) == (batch > 1 or before is None or not before.centred)
+        options = steps(made_decoder(), made_state(batch, 4))[0].options
+        close(fused_rows.rows_product(x, linear, before, residual, options), exact(x, linear, before, residual))
 
 
 @pytest.mark.parametrize(
@@ -243,6 +243,12 @@ def test_few_rows_of_wide_inputs_are_left_to_the_kernels_of_single_ones(rows: in
     with fused_rows.left_out():
         assert not fused_rows.suits(x, linear, None)
     assert fused_rows.suits(x, linear, None) == suits
+
+
+@pytest.mark.parametrize(("norm", "rows", "suits"), [("layer", 1, False), ("layer", 2, True), ("rms", 1, True)])
+def test_single_rows_with_a_centred_norm_are_left_to_the_kernels_of_single_ones(norm, rows, suits) -> None:
+    x, linear = torch.zeros(rows, 64, dtype=HALF), Linear(torch.zeros(16, 64, dtype=HALF))
+    assert fused_rows.suits(x, linear, NORMS[norm](64, HALF)) == suits
 
 
 def _raises() -> float:

@@ -5,12 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch")
 
-from llmslm.generation.block import BlockStep
-from llmslm.generation.families import read
-from llmslm.generation.fused_block import FusedBlockStep
 from llmslm.generation.sampling import Sampling
-from llmslm.generation.side import Side
-from tests.unit.generation.families import by_generate, tiny
+from tests.unit.generation.families import by_generate
 from tests.unit.generation.test_verified import batch, engine, pairs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,24 +37,6 @@ def test_rows_end_and_tokens_are_handed_out_by_graphs_kept_from_earlier_calls(fa
         assert torch.equal(result.tokens, expected)
         assert torch.equal(torch.cat(parts, dim=1), expected.cpu())
     assert len(verified._loops) == 1
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "t5-gated", "bart"])
-@pytest.mark.parametrize("new", [4, 8, 16])
-def test_blocks_in_bfloat16_are_those_of_plain_torch(family, new):
-    """Their products are those of the matrix units, or for the widest cuBLAS's."""
-    decoder = read(tiny(family).cuda().bfloat16(), 64)
-    tokens = torch.randint(3, 60, (2, new), device="cuda")
-    positions = torch.tensor([[3], [11]], device="cuda") + torch.arange(new, device="cuda")
-    logits = []
-    with torch.no_grad():
-        for kind in (FusedBlockStep, BlockStep):
-            torch.manual_seed(1)
-            side = Side(decoder, 2, 48, 5 if decoder.crosses else 0)
-            side.state.cache.copy_(torch.randn_like(side.state.cache))
-            side.state.cross.copy_(torch.randn_like(side.state.cross))
-            logits.append(kind(decoder, side.state).read(tokens, positions, 48).double())
-    assert (logits[0] - logits[1]).norm() < 0.03 * logits[1].norm()
 
 
 def test_no_block_is_launched_behind_the_end():
