@@ -26,7 +26,7 @@ _EAGER = 1.4
 on H200s (docs/distributed.md)."""
 _LEFT = 0.5
 """Share of what is not matrix products that compiling leaves. So a step of 350M parameters on one H200 is predicted
-within 1 % and one of llm_to_slm 8 % too short; with all of it they were half too long (docs/distributed.md)."""
+within 1 % and one of llm_to_slm 10 % too short; with all of it they were half too long (docs/distributed.md)."""
 _SHARDED_HOST = 2
 """Work of the host that shards, over that without: one H200 took 144 to 163 ms for two rows, 77 without sharding."""
 

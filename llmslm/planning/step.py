@@ -175,29 +175,20 @@ def _kept_bytes(model: PreTrainedModel, job: Job) -> int:
 
 
 class _OnePass(torch.autograd.Function):
-    """What a compiled cross-entropy keeps and reads: the logits, once each way.
-
-    Without label smoothing there is no copy in float32. With it the backward reads the log-probabilities' gradient
-    twice and stores it in between. If the logits are float32, their gradient then takes its place.
-    """
+    """What a compiled cross-entropy keeps and reads: the logits, once each way, and no copy in float32."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, is_smoothed: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
-        ctx.is_smoothed = is_smoothed
         return logits.sum(dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *_gradients: Tensor) -> tuple[Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        source = logits
-        if ctx.is_smoothed and logits.dtype != torch.float32:
-            source = torch.zeros_like(logits, dtype=torch.float32)
-        return torch.zeros_like(source, dtype=logits.dtype), None
+    def backward(ctx: Any, *_gradients: Tensor) -> Tensor:
+        return torch.zeros_like(ctx.saved_tensors[0])
 
 
-def _one_pass(logits: Tensor, _targets: Tensor, label_smoothing: float) -> Tensor:
-    result: Tensor = _OnePass.apply(logits, label_smoothing > 0)
+def _one_pass(logits: Tensor, _targets: Tensor, _label_smoothing: float) -> Tensor:
+    result: Tensor = _OnePass.apply(logits)
     return result
 
 

@@ -255,21 +255,6 @@ def test_compiled_blocks_keep_less_and_compute_it_again():
     assert compiled["weights"] == eager["weights"]
 
 
-@pytest.mark.parametrize(("precision", "width"), [("bf16-mixed", 4), ("32-true", 0)])
-def test_a_compiled_loss_with_label_smoothing_stores_a_gradient_in_float32(precision, width):
-    data = {"tokenizer": {"vocab_size": 20_000}, "micro_batch_size": 16}
-    plain, smoothed = (
-        planned(
-            {"system": "slm", "compile": True, "label_smoothing": share},
-            data,
-            precision=precision,
-            accumulate_grad_batches=2,  # gradients lie elsewhere
-        )["memory_bytes"]["activations"]
-        for share in (0.0, 0.1)
-    )
-    assert smoothed - plain == allocated(16 * 8 * 20_000 * width)
-
-
 @pytest.mark.parametrize(("precision", "mixed"), [("bf16", True), (16, True), ("32", False), ("16-mixed", True)])
 def test_short_names_of_precisions_are_those_of_the_trainer(precision, mixed):
     assert job(precision=precision).mixed == mixed
