@@ -134,8 +134,7 @@ def time_generate(system: EvaluatedSystem, prompts: Sequence[str], max_new_token
     """Time one batch from its texts to its last token."""
     first: list[float] = []
 
-    def mark() -> None:
-        synchronize(system)
+    def mark() -> None:  # of a token that is known: to wait for what is launched behind it would count that, too
         first.append(time.perf_counter())
 
     synchronize(system)

@@ -213,9 +213,12 @@ class System:
 
         Args:
             prompts: texts.
-            max_new_tokens: that the engine will decode from it; what does not fit into memory then is refused first.
+            max_new_tokens: that the engine will decode from it, which takes prompts from the host; what does not fit
+                into memory then is refused first.
         """
         batch = self._prompt_batch(prompts)
+        if max_new_tokens is None:
+            batch = {name: value.to(self.device) for name, value in batch.items()}
         if not isinstance(self.model, LlmToSlm):
             return batch
         if max_new_tokens is not None:
@@ -239,7 +242,8 @@ class System:
         return predict(engine.model, engine.decoder, call_of(batch["input_ids"].shape[1]))
 
     def _prompt_batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        return {k: v.to(self.device) for k, v in self.codec.collate_prompts(self.codec.encode(prompts)).items()}
+        """Tokenise prompts; what is small and padded further is the host's until a model reads it."""
+        return self.codec.collate_prompts(self.codec.encode(prompts))
 
     def _front(self, batch: dict[str, Tensor]) -> Front:
         """What a composition does before its slm decodes."""

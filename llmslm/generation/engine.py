@@ -54,6 +54,9 @@ class _Prompt:
         values = torch.nn.functional.pad(self.values, ((0, 0, *sides) if self.values.dim() == 3 else sides))
         return _Prompt(values, torch.nn.functional.pad(self.attention_mask, sides))
 
+    def to(self, device: torch.device) -> "_Prompt":
+        return _Prompt(self.values.to(device), self.attention_mask.to(device))
+
 
 class DecodeEngine:
     """Decodes with one model on one device; greedy output is that of `model.generate(do_sample=False)`.
@@ -74,6 +77,7 @@ class DecodeEngine:
         self.decoder: Decoder | None = None
         self._loops: OrderedDict[tuple[Any, ...], DecodeLoop] = OrderedDict()
         self._needed: dict[Hashable, tuple[int, Call]] = {}
+        self._last_rules: tuple[str, TokenRules] | None = None
         self._lock = threading.RLock()  # calls of one size share a state: those of other threads wait
         limit = getattr(model.config, "max_position_embeddings", None) or 1024
         try:
@@ -125,7 +129,8 @@ class DecodeEngine:
         reason = self.reason or self.reason_for_generate(width + max_new_tokens)
         if reason is not None:
             warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
-            ids = self._by_generate(prompt, sampling, max_new_tokens, min_new_tokens, on_first_token)
+            on_device = prompt.to(self.device)
+            ids = self._by_generate(on_device, sampling, max_new_tokens, min_new_tokens, on_first_token)
             if on_tokens is not None:
                 on_tokens(ids.cpu())
             return ids
@@ -135,10 +140,10 @@ class DecodeEngine:
             penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
             padded = self._padded(prompt)
             loop.prepare(padded.values, padded.attention_mask)
-            loop.state.start(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
-            may_end = rules.eos.numel() > 0 and min_new < max_new_tokens
+            loop.state.ask(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
+            may_end = bool(rules.ends) and min_new < max_new_tokens
             loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
-            return loop.state.tokens(rules.eos, max_new_tokens)
+            return loop.state.tokens(rules.ends, max_new_tokens)
 
     def _prompt(
         self,
@@ -172,7 +177,7 @@ class DecodeEngine:
                 "the mask must be (batch, length) of the same prompt"
             )
         self._refuse_too_long(values)
-        return _Prompt(values.to(self.device), attention_mask.to(self.device))
+        return _Prompt(values, attention_mask)
 
     def _refuse_too_long(self, values: Tensor) -> None:
         """Refuse what a table of positions has no rows for, which on CUDA would end the process."""
@@ -207,18 +212,23 @@ class DecodeEngine:
         return reason_for_generate(config)
 
     def _rules(self) -> TokenRules:
+        """Those of the generation_config as it is now; the last ones are kept, since they have tensors."""
         assert self.decoder is not None
-        return TokenRules(
-            self.model.generation_config,
-            vocabulary=self.decoder.shape.vocabulary,
-            encoder_decoder=self.model.config.is_encoder_decoder,
-            device=self.device,
-        )
+        key = self._rules_key()
+        if self._last_rules is None or self._last_rules[0] != key:
+            rules = TokenRules(
+                self.model.generation_config,
+                vocabulary=self.decoder.shape.vocabulary,
+                encoder_decoder=self.model.config.is_encoder_decoder,
+                device=self.device,
+            )
+            self._last_rules = key, rules
+        return self._last_rules[1]
 
     def _padded(self, prompt: _Prompt) -> _Prompt:
-        """Prompts come in a few lengths on CUDA, so that their pass can be captured too."""
+        """Prompts come in a few lengths on CUDA, so that their pass can be captured too; its graph takes them there."""
         if self.device.type != "cuda":
-            return prompt
+            return prompt.to(self.device)
         limit = None if self.decoder is None else self.decoder.max_positions
         length = prompt_bucket(prompt.length)
         encoder_decoder = self.model.config.is_encoder_decoder
@@ -305,7 +315,8 @@ class DecodeEngine:
         """What a kept loop has built in of the generation_config."""
         config = self.model.generation_config
         keys = ("eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")
-        return repr([getattr(config, key) for key in (*keys, "forced_eos_token_id", "decoder_start_token_id")])
+        more = ("forced_eos_token_id", "decoder_start_token_id", "repetition_penalty")
+        return repr([getattr(config, key) for key in (*keys, *more)])
 
     def _by_generate(
         self,

@@ -38,7 +38,7 @@ class Captured:
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
-        """Run on these inputs."""
+        """Run on these inputs, which may lie elsewhere: they are copied."""
         if self.device.type != "cuda":
             return self.function(*inputs)
         graph, buffers, output = self.prepare(*inputs)
@@ -58,7 +58,7 @@ class Captured:
         return self._graphs[key]
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
-        buffers = tuple(value.clone() for value in inputs)
+        buffers = tuple(value.to(self.device, copy=True) for value in inputs)
         function = functools.partial(self.function, *buffers)
         graph, output = capture(function, self.device, pool=self.pool, generators=self.generators)
         return graph, buffers, output

@@ -3,7 +3,7 @@
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
 _BLOCK = 8  # tokens between two looks at the ends of sequence
+_SOON = 2  # tokens launched before the first one is handed out: it does not wait for a whole block's launches
 _AHEAD = 2  # blocks that the host launches before it must know how an earlier one ended
 
 OnFirstToken = Callable[[], None] | None
@@ -110,6 +111,7 @@ class HostLoop(DecodeLoop):
         on_tokens: OnTokens,
     ) -> None:
         state, filled = self.state, 0
+        state.forget()
         logits = self.prefill(prompt, attention_mask)
         if self.causal is not None:
             filled = prompt.shape[1]
@@ -133,13 +135,15 @@ class _Watch:
 
     Args:
         state: what is decoded.
-        eos: ids that end a row, on the CPU.
+        ends: ids that end a row.
         on_first_token: see `DecodeEngine.generate`.
         on_tokens: see `DecodeEngine.generate`.
     """
 
-    def __init__(self, state: DecodeState, eos: Tensor, on_first_token: OnFirstToken, on_tokens: OnTokens) -> None:
-        self.state, self.eos, self.on_first_token, self.on_tokens = state, eos, on_first_token, on_tokens
+    def __init__(
+        self, state: DecodeState, ends: Sequence[int], on_first_token: OnFirstToken, on_tokens: OnTokens
+    ) -> None:
+        self.state, self.ends, self.on_first_token, self.on_tokens = state, ends, on_first_token, on_tokens
         self.listened = on_first_token is not None or on_tokens is not None
         self.open = torch.ones(state.batch, dtype=torch.bool)
         self.pending: deque[tuple[torch.cuda.Event, Tensor, Tensor | None]] = deque()
@@ -178,7 +182,7 @@ class _Watch:
 
     def _hand_out(self, tokens: Tensor, finished: Tensor) -> None:
         if bool(finished.all()):
-            ends = torch.isin(tokens, self.eos) & self.open[:, None]
+            ends = torch.isin(tokens, torch.tensor(self.ends)) & self.open[:, None]
             tokens = tokens[:, : int(ends.int().argmax(dim=1).max()) + 1]
         assert self.on_tokens is not None
         self.on_tokens(tokens.clone())
@@ -214,13 +218,13 @@ class GraphLoop(DecodeLoop):
         self._first(prompt, attention_mask)
         if self.encoded is not None:
             self._next()  # in a graph of its own, since a step counts on complete caches at its start
-        watch = _Watch(self.state, self.rules.eos.cpu(), on_first_token, on_tokens)
+        watch = _Watch(self.state, self.rules.ends, on_first_token, on_tokens)
         watched = may_end or watch.listened
         if watched:
             watch.record(0, 1)
         produced, ended = 1, False
         while produced < max_new and not ended:
-            count = min(_BLOCK, max_new - produced)
+            count = min(_SOON if watch.listened and produced == 1 else _BLOCK, max_new - produced)
             for _ in range(count):
                 self._next()
             produced += count
@@ -230,6 +234,7 @@ class GraphLoop(DecodeLoop):
         watch.finish()
 
     def _first_token(self, prompt: Tensor, attention_mask: Tensor) -> None:
+        self.state.forget()
         logits = self.prefill(prompt, attention_mask)
         if logits is not None:
             self.rules.choose(logits, self.state)

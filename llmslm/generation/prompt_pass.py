@@ -60,21 +60,28 @@ class PromptPass:
         """Return what the bare slm takes for its prefill; valid until the next call.
 
         Args:
-            batch: of the codec, `padded`.
+            batch: of the codec, `padded`; on any device, since a graph copies it.
         """
         if not self._pays(batch):
-            return self.model.slm_inputs(**batch)
+            return self._own(batch)
         if self._trusted is None:
             self._trusted = self._is_to_be_trusted(batch)
         if not self._trusted:
-            return self.model.slm_inputs(**batch)
+            return self._own(batch)
         try:
             result: dict[str, Any] = self._graphs(*(batch[name] for name in sorted(batch)))
         except RuntimeError as error:  # some operation of this encoder cannot be captured
             warnings.warn(f"the encoder runs without a CUDA graph, which is slower: {error}", stacklevel=2)
             self._trusted = False
-            return self.model.slm_inputs(**batch)
+            return self._own(batch)
         return result
+
+    def _own(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        inputs: dict[str, Any] = self.model.slm_inputs(**self._there(batch))
+        return inputs
+
+    def _there(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.model.device) for name, value in batch.items()}
 
     @torch.inference_mode()
     def agrees(self, batch: dict[str, Tensor]) -> bool:
@@ -98,6 +105,7 @@ class PromptPass:
 
     def _error(self, batch: dict[str, Tensor]) -> float:
         """By how much a graph is off, in units of what the model gives; beyond all bounds if no graph can run this."""
+        batch = self._there(batch)
         with HostReads() as reads:
             ours = self._of_padded(*(batch[name] for name in sorted(batch)))
         own = self.model.slm_inputs(**batch)

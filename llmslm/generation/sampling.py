@@ -105,9 +105,9 @@ class TokenRules:
         def known(key: str) -> list[int]:
             return _ids(getattr(config, key), vocabulary)
 
-        eos = known("eos_token_id")
-        self.pad = next(iter(known("pad_token_id") + eos), 0)
-        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
+        self.ends = known("eos_token_id")
+        self.pad = next(iter(known("pad_token_id") + self.ends), 0)
+        self.eos = torch.tensor(self.ends, dtype=torch.long, device=device)
         self.suppress = torch.tensor(known("suppress_tokens"), dtype=torch.long, device=device)
         self.begin_suppress = torch.tensor(known("begin_suppress_tokens"), dtype=torch.long, device=device)
         self.forced_bos = next(iter(known("forced_bos_token_id")), None) if encoder_decoder else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,22 +107,29 @@ class DecodeState:
         self.top_p = torch.ones((), device=device)
         self.penalty = torch.ones((), device=device)
         self.generator = torch.Generator(device=device)
+        self._asked: tuple[int, int, float] | None = None
 
-    def start(self, *, min_new: int, max_new: int, sampling: Sampling | None, penalty: float) -> None:
-        """Forget the last call; positions and caches are set by the prefill."""
-        for buffer in (self.step, self.finished, self.slot, self.position):
-            buffer.zero_()
-        self.valid.fill_(True)
-        self.min_new.fill_(min_new)
-        self.max_new.fill_(max_new)
-        self.penalty.fill_(penalty)
-        if self.seen is not None:
-            self.seen.zero_()
+    def ask(self, *, min_new: int, max_new: int, sampling: Sampling | None, penalty: float) -> None:
+        """Note what a call wants; what the last one wanted, too, is there already."""
+        asked = (min_new, max_new, penalty)
+        if asked != self._asked:
+            self.min_new.fill_(min_new)
+            self.max_new.fill_(max_new)
+            self.penalty.fill_(penalty)
+            self._asked = asked
         if sampling is not None and self.mode == "sampled":
             self.temperature.fill_(sampling.temperature)
             self.top_k.fill_(sampling.top_k or torch.iinfo(torch.long).max)
             self.top_p.fill_(sampling.top_p)
             self.generator.manual_seed(sampling.seed)
+
+    def forget(self) -> None:
+        """Forget the last call's tokens; positions and caches are set by the prefill."""
+        for buffer in (self.step, self.finished, self.slot, self.position):
+            buffer.zero_()
+        self.valid.fill_(True)
+        if self.seen is not None:
+            self.seen.zero_()
 
     def advance(self, token: Tensor, *, eos: Tensor, pad: int) -> None:
         """Take `token` (batch,) as each row's next one; rows that have ended take `pad` and stay where they are."""
@@ -140,11 +147,11 @@ class DecodeState:
         self.slot += 1
         self.position += 1
 
-    def tokens(self, eos: Tensor, max_new: int) -> Tensor:
+    def tokens(self, ends: Sequence[int], max_new: int) -> Tensor:
         """The tokens produced, (batch, new_len): up to the last one that any row needed."""
         out = self.out[:, :max_new]
-        if not eos.numel():
+        if not ends:
             return out.clone()
-        ended = torch.isin(out, eos)
+        ended = torch.isin(out.cpu(), torch.tensor(ends))  # there, since the host must know the length
         first = torch.where(ended.any(dim=1), ended.int().argmax(dim=1), max_new - 1)
         return out[:, : int(first.max()) + 1].clone()

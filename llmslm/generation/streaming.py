@@ -21,6 +21,8 @@ class FirstToken(StoppingCriteria):
     def __call__(self, input_ids: Tensor, _scores: Any, **_kwargs: Any) -> Tensor:
         """Say of each row of (batch, length) ids that it goes on."""
         if self._callback is not None:
+            if input_ids.is_cuda:  # asked for, but not there yet
+                torch.cuda.synchronize(input_ids.device)
             self._callback()
             self._callback = None
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -39,7 +39,7 @@ def state_for(model, decoder, batch, capacity):
         device=DEVICE,
         dtype=model.dtype,
     )
-    state.start(min_new=0, max_new=4, sampling=None, penalty=1.5)
+    state.ask(min_new=0, max_new=4, sampling=None, penalty=1.5)
     return state
 
 

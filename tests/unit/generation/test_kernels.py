@@ -367,7 +367,8 @@ def test_the_largest_logit(vocabulary: int, eos: list[int]) -> None:
     rules = TokenRules(config, vocabulary=vocabulary, encoder_decoder=False, device=DEVICE)
     results = []
     for take in (step.take_largest for step in steps(made_decoder(), state)):
-        state.start(min_new=2, max_new=5, sampling=None, penalty=1.0)
+        state.forget()
+        state.ask(min_new=2, max_new=5, sampling=None, penalty=1.0)
         state.step.copy_(torch.tensor([0, 1, 2, 3, 1, 2, 3, 4]))
         state.finished[3] = True
         state.out.zero_()
