@@ -14,7 +14,7 @@ from torch import Tensor
 from llmslm.generation import kernels, row_kernels
 from llmslm.generation.plan import Linear, Norm
 
-FEWEST_ROWS, MOST_ROWS = 3, 16  # fewer are for the kernels of single rows, more for cuBLAS; 1 is to be measured
+FEWEST_ROWS, MOST_ROWS = 1, 16  # more are for cuBLAS
 _WIDEST = 2048  # input width up to which a program holds the whole input
 _LONG = (8, 128)  # of an input that is wider: slices, and inputs of each at a time
 _LONG_OUTPUTS = 16  # of a program then: what one instruction of the matrix units gives
