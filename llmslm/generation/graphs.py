@@ -43,7 +43,7 @@ class Captured:
             return self.function(*inputs)
         graph, buffers, output = self.prepare(*inputs)
         for buffer, value in zip(buffers, inputs, strict=True):
-            buffer.copy_(value)
+            buffer.copy_(value, non_blocking=True)  # in turn with the graph; from the host no copy waits for another
         graph.replay()
         return output
 
