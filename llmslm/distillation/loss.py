@@ -1,12 +1,17 @@
 """Logit distillation: how far the small model's distribution over tokens is from the LLM's."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llmslm.errors import UserError
+
+_PART = 2**24
+"""Logits that are computed at once, 67 MB in float32: so many that a GPU should take longer for each operation than the
+host for its launch."""
 
 
 @dataclass
@@ -36,15 +41,15 @@ class Distillation:
         the gradients' size whatever the temperature.
 
         Args:
-            logits: (n, vocabulary), of n target tokens.
-            llm_tokens: (n, k), ids of the LLM's likeliest tokens.
+            logits: (n, vocabulary), of n target tokens; no copy of all of them in float32 is made.
+            llm_tokens: (n, k), ids of the LLM's likeliest tokens, none of them twice in a row.
             llm_log_probs: (n, k + 1), their log-probabilities and that of all others; (n, k) if there are no others.
         """
-        log_probs, tokens = logits.float().log_softmax(1), llm_tokens.long()
-        chosen = log_probs.gather(1, tokens)
+        tokens = llm_tokens.long()
         if llm_log_probs.shape[1] > tokens.shape[1]:
-            others = log_probs.scatter(1, tokens, -torch.inf).logsumexp(1, keepdim=True)
-            chosen = torch.cat([chosen, others], 1)
+            chosen = _WithOthers.apply(logits, tokens)
+        else:
+            chosen = logits.gather(1, tokens).float()
         ours = (chosen / self.temperature).log_softmax(1)
         theirs = (llm_log_probs.float() / self.temperature).log_softmax(1)
         if self.direction == "reverse":
@@ -56,3 +61,45 @@ class Distillation:
         if divergence is None:
             return cross_entropy
         return (1 - self.weight) * cross_entropy + self.weight * divergence
+
+
+class _WithOthers(torch.autograd.Function):
+    """Logits (n, k + 1) in float32: those of tokens (n, k), and that of all others together, of (n, vocabulary).
+
+    Rows are computed some at a time. The logits are kept as they are, and the backward makes nothing else of their size
+    than their gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        others = torch.cat(
+            [_without(part, chosen).logsumexp(1, keepdim=True) for part, chosen in _parts(logits, tokens)]
+        )
+        ctx.save_for_backward(logits, tokens, others)
+        return torch.cat([logits.gather(1, tokens).float(), others], 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, others = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for part, chosen, rest, given, to in _parts(logits, tokens, others, gradient, result):
+            to.copy_(_gradient(part, chosen, rest, given))
+        return result, None
+
+
+def _without(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Copy logits to float32 and rule tokens out."""
+    return logits.to(torch.float32, copy=True).scatter_(1, tokens, -torch.inf)
+
+
+def _gradient(logits: Tensor, tokens: Tensor, others: Tensor, given: Tensor) -> Tensor:
+    """Return some rows' gradient in float32, from the one given for their tokens and the others, (rows, k + 1)."""
+    shares = (logits - others).float().exp_().mul_(given[:, -1:])
+    return shares.scatter_(1, tokens, given[:, :-1])  # tokens are no part of the others: what stands there may be inf
+
+
+def _parts(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Divide tensors (n, ...) alike, into as many rows at a time as have `_PART` logits."""
+    rows = max(1, _PART // logits.shape[1])
+    return zip(*(tensor.split(rows) for tensor in (logits, *others)), strict=True)

@@ -96,6 +96,8 @@ class Job:
     compiled: bool
     """Whether blocks and loss are compiled."""
     label_smoothing: float
+    distils: bool
+    """Whether the slm learns from the LLM's stored logits, too."""
     steps: int | None
     """Optimizer steps of the whole training, where the recipe says."""
 
@@ -129,6 +131,8 @@ class Job:
             masked=data.get("pack_tokens") is None,
             compiled=recipe["model"].get("compile", False),
             label_smoothing=recipe["model"].get("label_smoothing", 0.0),
+            distils=recipe["model"].get("system") != "llm"
+            and bool((recipe["model"].get("distillation") or {}).get("logits")),
             steps=steps if (steps := trainer.get("max_steps", -1)) > 0 else None,
         )
 
@@ -141,7 +145,7 @@ class Job:
         """Whether forward and backward of a step are one CUDA graph; see `llmslm.graphed`."""
         alone = gpus == 1 or count_parameters(model)["trained"] <= MOST_OF_COPIES
         # With the LLM's logits each batch has another number of targets.
-        fixed = self.packs(model) and not (self.model.get("distillation") or {}).get("logits")
+        fixed = self.packs(model) and not self.distils
         return self.compiled and fixed and alone and not self.is_sharded
 
     def packs(self, model: PreTrainedModel) -> bool:

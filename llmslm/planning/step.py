@@ -13,6 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmslm.distillation.loss import Distillation
 from llmslm.models.blocks import blocks
 from llmslm.models.configuration import LlmToSlmConfig
 from llmslm.models.document_attention import attend_within_documents, reads_plainly
@@ -32,6 +33,8 @@ from llmslm.target_logits import cross_entropy, target_logits
 _WITHOUT_MASKS = "without masks"
 ALL_ATTENTION_FUNCTIONS.register(_WITHOUT_MASKS, sdpa_attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register(_WITHOUT_MASKS, lambda *_args, **_kwargs: None)
+_STORED = 64
+"""Tokens that `llmslm logits` keeps of each target unless told otherwise."""
 _PARTS = {"projector": "MlpProjector", "alignment": "SameTokenizer", "fusion": "Add"}
 
 
@@ -97,9 +100,15 @@ def loss(
     tensors: Mapping[str, Tensor],
     cross_entropy: Callable[[Tensor, Tensor, float], Tensor] = cross_entropy,
 ) -> Tensor:
-    """Compute the loss as `SystemModule.loss_terms` does."""
+    """Compute the loss as `SystemModule.training_step` does; where it learns from an LLM's logits, any will do."""
     logits, targets = target_logits(model, tensors, pad_id=0)
-    return cross_entropy(logits, targets, job.label_smoothing)
+    entropy = cross_entropy(logits, targets, job.label_smoothing)
+    if not job.distils:
+        return entropy
+    count = min(_STORED, logits.shape[1] - 1)
+    tokens = torch.arange(count, device=logits.device).expand(len(logits), count)
+    log_probs = logits.new_zeros(len(logits), count + 1)
+    return Distillation().mix(entropy, Distillation().divergence(logits, tokens, log_probs))
 
 
 def keep_examples_apart(model: PreTrainedModel, job: Job) -> None:

@@ -347,3 +347,20 @@ def test_time_is_that_of_how_a_step_is_run():
     assert graphed["limit"] == "compute"
     assert graphed["seconds"]["step_at_best"] < graphed["seconds"]["step"] < compiled["seconds"]["step"]
     assert sharded["seconds"]["host"] > 1.5 * compiled["seconds"]["host"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_logits_of_the_llm_take_another_gradient_of_the_slms(compiled):
+    model = {"system": "slm", "compile": compiled, "slm": {"config": toy.LLAMA | {"vocab_size": 30_000}}}
+    without, learning = (
+        planned(model | {"distillation": {"logits": logits}}, {"micro_batch_size": 512})["memory_bytes"]
+        for logits in (None, "folder")
+    )
+    added = learning["activations"] - without["activations"]
+    assert added == pytest.approx(512 * 8 * 30_000 * 2, rel=1e-3)  # rows, target tokens, vocabulary, bytes in bfloat16
+
+
+def test_the_llm_does_not_learn_from_its_own_logits():
+    model = {"compile": True, "distillation": {"logits": "folder"}}
+    runs = [planned(model | {"system": name}, {"pack_tokens": 24})["run"] for name in ("llm", "slm")]
+    assert runs == ["one graph", "compiled"]

@@ -5,8 +5,10 @@ import torch
 from torch.nn.functional import kl_div
 
 from llmslm.data.logits import likeliest
+from llmslm.distillation import loss
 from llmslm.distillation.loss import Distillation
 from llmslm.errors import UserError
+from llmslm.generation.memory import LiveBytes
 
 N, VOCABULARY = 7, 50
 
@@ -79,6 +81,49 @@ def test_gradients_reach_tokens_that_are_not_stored(logits):
     tokens, log_probs = stored(llm, 5)
     Distillation().divergence(slm, tokens, log_probs).backward()
     assert (slm.grad != 0).all()
+
+
+def exact(slm, tokens, log_probs, temperature, direction):
+    """Value and gradient in float64, of all log-probabilities."""
+    slm = slm.detach().double().requires_grad_()
+    ours = slm.log_softmax(1)
+    others = ours.scatter(1, tokens.long(), -torch.inf).logsumexp(1, keepdim=True)
+    chosen = torch.cat([ours.gather(1, tokens.long()), others], 1)
+    value = full(chosen, log_probs.double(), temperature, direction)
+    value.backward()
+    return value.detach(), slm.grad
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize(("temperature", "top"), [(1.0, 0.0), (2.5, 0.0), (1.0, -300.0)])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 2e-5), (torch.bfloat16, 5e-3)])
+def test_value_and_gradient_are_those_in_float64(monkeypatch, direction, temperature, top, dtype, bar):
+    monkeypatch.setattr(loss, "_PART", 3 * VOCABULARY)  # 7 rows: the last part is another size
+    slm = (5 * torch.randn(N, VOCABULARY) + top).to(dtype).requires_grad_()
+    tokens, log_probs = stored(5 * torch.randn(N, VOCABULARY), 4)
+    value, gradient = exact(slm, tokens, log_probs, temperature, direction)
+    found = Distillation(temperature=temperature, direction=direction).divergence(slm, tokens, log_probs)
+    (2 * found).backward()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), value, rtol=2e-5, atol=0)
+    assert (slm.grad.double() - 2 * gradient).norm() < bar * 2 * gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_the_logits_size_there_is_their_gradient_alone(monkeypatch, dtype):
+    monkeypatch.setattr(loss, "_PART", 8 * 2048)
+    slm = torch.randn(512, 2048).to(dtype).requires_grad_()
+    tokens, log_probs = stored(torch.randn(512, 2048), 4)
+    with LiveBytes() as live:
+        Distillation().divergence(slm, tokens, log_probs).backward()
+    assert slm.nbytes < live.peak < 1.2 * slm.nbytes
+
+
+def test_the_host_asks_for_no_value():
+    slm = torch.empty(N, VOCABULARY, device="meta", requires_grad=True)
+    tokens = torch.empty(N, 4, dtype=torch.int32, device="meta")
+    Distillation().divergence(slm, tokens, torch.empty(N, 5, device="meta")).backward()
+    assert slm.grad.is_meta
 
 
 def test_weights_mix_both_parts():
