@@ -206,8 +206,8 @@ def readme_table(results: Results) -> str:
     legend = (
         f"Test sets of {' and '.join(sizes)} examples; score: BLEU of translations, ROUGE-L of synopses; "
         "parameters: those read for each token; speed-up: the llm's median time for a prediction over this one's, both "
-        "on the decode engine, one prompt at a time. The projector reads the prompt, too; how much of the gain is its own "
-        f"and how much the llm's is in the [report]({PAGE}). {results.hardware()}, `make headline`."
+        "on the decode engine, one prompt at a time. The projector reads the prompt, too; how much of the gain is its "
+        f"own and how much the llm's is in the [report]({PAGE}). {results.hardware()}, `make headline`."
     )
     return "\n".join([*lines, "", legend])
 

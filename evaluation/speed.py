@@ -5,9 +5,10 @@ of sequence is allowed, what a user feels; it means little for a system that sto
 stands beside it.
 
 Time to the first token is that of tokenise, encode, project, prefill and first token. Time per output token
-is (end - first token) / (n - 1), n the steps of the batch. The device is synchronised before each clock
-reading, the systems take turns prompt by prompt, and the first rounds are not counted: they take the prompts of those
-that are, so that nothing is compiled or captured for a length while the clock counts.
+is (end - first token) / (n - 1), n the steps of the batch. The device is synchronised before a call and after it; the
+first token is read when the system says that it is known. The systems take turns prompt by prompt, and the first rounds
+are not counted: before the mode that comes first they take the prompts of those that are, so that nothing is compiled
+or captured for a length while the clock counts.
 """
 
 import time

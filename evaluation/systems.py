@@ -57,7 +57,10 @@ class EvaluatedSystem(Protocol):
         min_new_tokens: int = 0,
         on_first_token: Callable[[], None] | None = None,
     ) -> Sequence[Generation]:
-        """Generate from one batch; call `on_first_token` once, when the batch's first new token is known."""
+        """Generate from one batch; call `on_first_token` once, when the batch's first new token is known.
+
+        That is on the host: the clock is read then, and does not wait for a device that is still to compute it.
+        """
 
     def log_likelihood(self, prompts: Sequence[str], targets: Sequence[str]) -> Sequence[TargetScore]:
         """Score one batch of targets given their prompts."""

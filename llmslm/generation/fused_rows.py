@@ -15,10 +15,8 @@ from llmslm.generation import kernels, row_kernels
 from llmslm.generation.plan import Linear, Norm
 
 MOST_ROWS = 16  # more are for cuBLAS
-FEW_ROWS, NARROW = (
-    2,
-    1536,
-)  # so few rows are theirs up to this input width; wider ones are for the kernels of single rows
+FEW_ROWS = 2  # so few are theirs up to the input width below; wider ones are for the kernels of single rows
+_NARROW = 1536
 _WIDEST = 2048  # input width up to which a program holds the whole input
 _LONG = (8, 128)  # of an input that is wider: slices, and inputs of each at a time
 _LONG_OUTPUTS = 16  # of a program then: what one instruction of the matrix units gives
@@ -65,7 +63,7 @@ def suits(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
     halves = x.dtype == linear.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     bare = norm is None and linear.activation is None and not linear.gated
     rows, inputs = x.shape
-    fits = inputs <= NARROW if rows <= FEW_ROWS else inputs <= _WIDEST or bare
+    fits = inputs <= _NARROW if rows <= FEW_ROWS else inputs <= _WIDEST or bare
     centred = rows == 1 and norm is not None and norm.centred
     return _trusted and halves and rows <= MOST_ROWS and fits and not centred
 

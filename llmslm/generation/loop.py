@@ -144,7 +144,7 @@ class _Watch:
         self, state: DecodeState, ends: Sequence[int], on_first_token: OnFirstToken, on_tokens: OnTokens
     ) -> None:
         self.state, self.ends, self.on_first_token, self.on_tokens = state, ends, on_first_token, on_tokens
-        self.listened = on_first_token is not None or on_tokens is not None
+        self.listened = self.awaited = on_first_token is not None or on_tokens is not None
         self.open = torch.ones(state.batch, dtype=torch.bool)
         self.pending: deque[tuple[torch.cuda.Event, Tensor, Tensor | None]] = deque()
 
@@ -161,10 +161,11 @@ class _Watch:
         self.pending.append((event, finished, tokens))
 
     def look(self, ahead: int) -> bool:
-        """Read what was asked for, all but the last `ahead` records; whether every row has ended."""
-        while self.pending and (self.on_first_token is not None or len(self.pending) > ahead):
+        """Read what was asked for, the first token at once, else all but `ahead` records; whether all rows ended."""
+        while self.pending and (self.awaited or len(self.pending) > ahead):
             event, finished, tokens = self.pending.popleft()
             event.synchronize()
+            self.awaited = False
             if self.on_first_token is not None:
                 self.on_first_token()
                 self.on_first_token = None

@@ -240,7 +240,8 @@ class TransformerProjector(Projector):
 
 def rotary_angles(documents: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines (batch, 1, 1, len, head_size) of each state's position in its prompt."""
-    exponents = torch.arange(0, head_size, 2, device=documents.device) / head_size
+    # Said, since training in bf16-true makes another dtype the default one, which cannot tell far positions apart.
+    exponents = torch.arange(0, head_size, 2, device=documents.device, dtype=torch.float32) / head_size
     angles = document_positions(documents)[..., None] / _ROTARY_BASE**exponents
     angles = torch.cat([angles, angles], dim=-1)[:, None, None]
     return angles.cos(), angles.sin()

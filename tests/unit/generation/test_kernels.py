@@ -424,3 +424,22 @@ def test_the_loop_of_cuda_devices_gives_the_tokens_of_generate(
         tokens = engine.generate(**inputs, **limits, on_tokens=parts.append)
         assert torch.equal(tokens, by_generate(model, inputs, **limits))
         assert torch.equal(torch.cat(parts, dim=1), tokens)
+
+
+@pytest.mark.skipif(COMPILED, reason="test_cuda.py has the loop with its graphs")
+@pytest.mark.parametrize("told", [True, False])
+def test_the_first_token_is_handed_out_before_a_block_is_launched(
+    told: bool, graph_loop: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched, handed, step = [], [], GraphLoop._next_token
+    monkeypatch.setattr(GraphLoop, "_next_token", lambda loop: launched.append(step(loop)))
+    model = tiny("llama")
+    DecodeEngine(model, verify=False).generate(
+        **prompts(model, 1, 5),
+        max_new_tokens=20,
+        min_new_tokens=20,
+        on_first_token=(lambda: None) if told else None,
+        on_tokens=lambda tokens: handed.append((tokens.shape[1], len(launched))),
+    )
+    assert handed[0] == (1, 2)
+    assert sum(count for count, _ in handed) == 20

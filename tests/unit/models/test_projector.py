@@ -11,6 +11,7 @@ from llmslm.models.projector import (
     Projector,
     Resampler,
     TransformerProjector,
+    rotary_angles,
 )
 from tests import tiny
 
@@ -77,6 +78,19 @@ def test_each_state_of_a_prompt_sees_the_others_and_no_other_prompt():
     assert ((packed - changed).abs().amax(-1) > 1e-4).squeeze().tolist()[:7] == [True] * 4 + [False] * 3
     backwards = projector(states[:, :4].flip(1)).flip(1)
     assert not torch.allclose(packed[:, :4], backwards, atol=1e-3), "its positions do not count"
+
+
+def test_angles_are_the_same_where_another_dtype_is_the_default_one():
+    """As in training with trainer.precision bf16-true, but not in decoding."""
+    documents = torch.zeros(1, 400, dtype=torch.long)
+    angles = rotary_angles(documents, 8)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = rotary_angles(documents, 8)
+    finally:
+        torch.set_default_dtype(default)
+    torch.testing.assert_close(again, angles, rtol=0, atol=0)
 
 
 def test_new_reading_layers_change_nothing_yet():
