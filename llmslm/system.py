@@ -223,7 +223,8 @@ class System:
             return batch
         if max_new_tokens is not None:
             batch = self._prompt_pass.padded(batch)
-            self.engine.require_room(self._front(batch), max_new_tokens)
+            if not self._prompt_pass.is_captured(batch):  # to ask a device for its room takes long beside a short call
+                self.engine.require_room(self._front(batch), max_new_tokens)
         with fast_products(self.device):
             inputs: dict[str, Any] = (
                 self.model.slm_inputs(**batch) if max_new_tokens is None else self._prompt_pass(batch)

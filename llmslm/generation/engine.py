@@ -77,7 +77,6 @@ class DecodeEngine:
         self.decoder: Decoder | None = None
         self._loops: OrderedDict[tuple[Any, ...], DecodeLoop] = OrderedDict()
         self._needed: dict[Hashable, tuple[int, Call]] = {}
-        self._fitting: set[Hashable] = set()  # sizes of calls that found room since the last loop was made
         self._last_rules: tuple[str, TokenRules] | None = None
         self._lock = threading.RLock()  # calls of one size share a state: those of other threads wait
         limit = getattr(model.config, "max_position_embeddings", None) or 1024
@@ -215,7 +214,7 @@ class DecodeEngine:
     def _rules(self) -> TokenRules:
         """Those of the generation_config as it is now; the last ones are kept, since they have tensors."""
         assert self.decoder is not None
-        key = self._rules_key()
+        key = f"{self._rules_key()} {self.model.generation_config.repetition_penalty}"
         if self._last_rules is None or self._last_rules[0] != key:
             rules = TokenRules(
                 self.model.generation_config,
@@ -256,7 +255,6 @@ class DecodeEngine:
     def forget(self) -> None:
         """Give up the caches and graphs that are kept for further calls."""
         self._loops.clear()
-        self._fitting.clear()
 
     def _loop(self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None) -> DecodeLoop:
         penalty = rules.repetition_penalty if sampling is None else sampling.repetition_penalty
@@ -285,7 +283,6 @@ class DecodeEngine:
         start = start_token(self.model) if self.model.config.is_encoder_decoder else None
         kind = GraphLoop if self.device.type == "cuda" else HostLoop
         self._loops[key] = kind(self.model, decoder, state, rules, start)
-        self._fitting.clear()
         return self._loops[key]
 
     def require_room(self, front: Front, max_new_tokens: int) -> None:
@@ -299,12 +296,10 @@ class DecodeEngine:
             UserError: with the batch that would fit.
         """
         decoder = self.decoder
-        key = (max_new_tokens, *(value.shape for value in front.batch.values()))
-        if decoder is None or key in self._fitting:  # to ask the device how much is free takes long beside a short call
+        if decoder is None:
             return
         call_of = functools.partial(self.call_sizes, front.rows, max_new_tokens=max_new_tokens, embedded=True)
         self._with_room(lambda: require_with(front, call_of, self.model, decoder, self._needed))
-        self._fitting.add(key)
 
     def _with_room(self, require_it: Callable[[], None]) -> None:
         """Refuse what cannot fit, after giving up what is kept for other sizes."""
@@ -320,8 +315,7 @@ class DecodeEngine:
         """What a kept loop has built in of the generation_config."""
         config = self.model.generation_config
         keys = ("eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id")
-        more = ("forced_eos_token_id", "decoder_start_token_id", "repetition_penalty")
-        return repr([getattr(config, key) for key in (*keys, *more)])
+        return repr([getattr(config, key) for key in (*keys, "forced_eos_token_id", "decoder_start_token_id")])
 
     def _by_generate(
         self,

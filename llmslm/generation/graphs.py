@@ -47,10 +47,14 @@ class Captured:
         graph.replay()
         return output
 
+    def knows(self, *inputs: Tensor) -> bool:
+        """Say whether there is a graph for inputs of these shapes, which then needs no further memory."""
+        return _key(inputs) in self._graphs
+
     @torch.no_grad()
     def prepare(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
         """Capture for inputs of these shapes, if that has not been done; this runs the function."""
-        key = tuple((tuple(value.shape), value.dtype) for value in inputs)
+        key = _key(inputs)
         if key not in self._graphs:
             while len(self._graphs) >= self.keep:
                 self._graphs.pop(next(iter(self._graphs)))
@@ -62,6 +66,10 @@ class Captured:
         function = functools.partial(self.function, *buffers)
         graph, output = capture(function, self.device, pool=self.pool, generators=self.generators)
         return graph, buffers, output
+
+
+def _key(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tuple((tuple(value.shape), value.dtype) for value in inputs)
 
 
 def capture(

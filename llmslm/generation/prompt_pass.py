@@ -55,6 +55,12 @@ class PromptPass:
             return batch
         return padded_batch(batch, self._length, left=not self.model.config.is_encoder_decoder)
 
+    def is_captured(self, batch: dict[str, Tensor]) -> bool:
+        """Say whether there is a graph for a `padded` batch, which then needs no further memory."""
+        return (
+            self._pays(batch) and bool(self._trusted) and self._graphs.knows(*(batch[name] for name in sorted(batch)))
+        )
+
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Return what the bare slm takes for its prefill; valid until the next call.
