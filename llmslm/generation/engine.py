@@ -270,16 +270,17 @@ class DecodeEngine:
         decoder = self.decoder
         assert decoder is not None
         self._with_room(lambda: require(self.model, decoder, call))
-        state = DecodeState(
-            decoder.shape,
-            batch=call.batch,
-            capacity=call.capacity,
-            encoder_capacity=call.encoder_capacity,
-            mode=mode,
-            penalise=call.penalised,
-            device=self.device,
-            dtype=decoder.embedding.dtype,
-        )
+        with torch.inference_mode(False):  # later calls may come from outside of it
+            state = DecodeState(
+                decoder.shape,
+                batch=call.batch,
+                capacity=call.capacity,
+                encoder_capacity=call.encoder_capacity,
+                mode=mode,
+                penalise=call.penalised,
+                device=self.device,
+                dtype=decoder.embedding.dtype,
+            )
         start = start_token(self.model) if self.model.config.is_encoder_decoder else None
         kind = GraphLoop if self.device.type == "cuda" else HostLoop
         self._loops[key] = kind(self.model, decoder, state, rules, start)

@@ -62,7 +62,8 @@ class Captured:
         return self._graphs[key]
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
-        buffers = tuple(value.to(self.device, copy=True) for value in inputs)
+        with torch.inference_mode(False):  # later calls may come from outside of it
+            buffers = tuple(torch.empty_like(value, device=self.device).copy_(value) for value in inputs)
         function = functools.partial(self.function, *buffers)
         graph, output = capture(function, self.device, pool=self.pool, generators=self.generators)
         return graph, buffers, output

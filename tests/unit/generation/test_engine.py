@@ -144,6 +144,14 @@ def test_a_state_is_used_again_without_traces_of_the_last_call() -> None:
     assert len(engine._loops) == engine.keep
 
 
+def test_a_state_made_in_inference_mode_serves_calls_outside_of_it() -> None:
+    engine = DecodeEngine(tiny("llama"))
+    ids = torch.randint(3, VOCABULARY - 1, (2, 9))
+    with torch.inference_mode():
+        within = engine.generate(input_ids=ids, max_new_tokens=6)
+    assert torch.equal(engine.generate(input_ids=ids, max_new_tokens=6), within)
+
+
 def test_calls_from_several_threads_wait_for_each_other() -> None:
     model = tiny("gpt2")
     engine = DecodeEngine(model)
