@@ -80,9 +80,9 @@ LIMITS = """\
 - The texts are descriptions of one distribution's packages, whose phrases repeat. Packages of one source are on one
   side of the split, but scores do not carry over to other texts.
 - BLEU, chrF and ROUGE-L count words and letters in common with one reference; nobody judged the texts.
-- What llm_to_slm gains over SLM-only is not all due to the LLM's states: its projector is trained to read, and has as
-  many parameters as the SLM. What it gains on the LLM's embeddings alone, which no layer has read, is told by the row
-  of that name, or, where there is none, by validation in the [log](log.md).
+- What llm_to_slm gains over SLM-only is not all due to the LLM's states: its projector is trained to read, and has
+  about as many parameters as the SLM. What it gains on the LLM's embeddings alone, which no layer has read, is told by
+  the row of that name, or, where there is none, by validation in the [log](log.md).
 - Speed is that of one GPU with nothing else on it, of these prompts' lengths, in bf16.
 """
 

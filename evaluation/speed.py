@@ -7,8 +7,8 @@ stands beside it.
 Time to the first token is that of tokenise, encode, project, prefill and first token. Time per output token
 is (end - first token) / (n - 1), n the steps of the batch. The device is synchronised before a call and after it; the
 first token is read when the system says that it is known. The systems take turns prompt by prompt, and the first rounds
-are not counted: before the mode that comes first they take the prompts of those that are, so that nothing is compiled
-or captured for a length while the clock counts.
+are not counted: they take the prompts of those that are, so that nothing is compiled or captured for a length while the
+clock counts.
 """
 
 import time
@@ -105,7 +105,9 @@ def measure_speed(
             timings = {name: Timings() for name in sizes}
             timed = {name: batches(prompts, size, runs) for name, size in sizes.items()}
             for turn in range(-warmups, runs):
-                for name in (name for name in sizes if turn >= -uncounted[name, mode]):
+                for name in sizes:
+                    if turn < -uncounted[name, mode]:
+                        continue
                     timing = time_generate(systems[name], timed[name][turn % runs], max_new_tokens, mode)
                     if turn >= 0:
                         timings[name].add(timing)

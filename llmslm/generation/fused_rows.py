@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmslm.generation import kernels, row_kernels
 from llmslm.generation.plan import Linear, Norm
+from llmslm.generation.self_check import reason_against
 
 MOST_ROWS = 16  # more are for cuBLAS
 FEW_ROWS = 2  # so few are theirs up to the input width below; wider ones are for the kernels of single rows
@@ -87,11 +88,7 @@ def try_out(measure: Callable[[], float], tolerance: float) -> None:
         tolerance: how much of that is rounding.
     """
     global _trusted
-    try:
-        off = measure()
-        reason = None if off <= tolerance else f"logits are off by {off:.3g} of their spread"
-    except Exception as error:  # whatever a compiler or a driver has against them
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = reason_against(measure, tolerance)
     if reason is not None and _trusted:
         _trusted = False
         rows = f"up to {MOST_ROWS} rows"

@@ -104,7 +104,7 @@ class PromptPass:
         if not self.agrees(batch):
             return False
         self._encoder = fused
-        if fused is not None and (reason := reason_against(lambda: self._error(batch), self._tolerance)):
+        if fused is not None and (reason := reason_against(lambda: self._error(batch), self._tolerance, "states")):
             self._encoder = None
             warnings.warn(f"the encoder runs by its own forward, which is slower: {reason}", stacklevel=3)
         return True

@@ -46,18 +46,19 @@ def prompt_difference(model: PreTrainedModel, decoder: Decoder, batch: int = 2) 
     return float(torch.tensor(differences).max())  # NaN if one of them is
 
 
-def reason_against(measure: Callable[[], float], tolerance: float) -> str | None:
+def reason_against(measure: Callable[[], float], tolerance: float, what: str = "logits") -> str | None:
     """Say why something that can be done without is not to be trusted: it fails or is wrong; None if it is right.
 
     Args:
         measure: runs it and returns by how much it is off.
         tolerance: how much of that is rounding.
+        what: is off then.
     """
     try:
         off = measure()
     except Exception as error:  # whatever a compiler or a driver has against it
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return None if off <= tolerance else f"it is off by {off:.3g} of the model's own"
+    return None if off <= tolerance else f"{what} are off by {off:.3g} of their spread"
 
 
 def _state(decoder: Decoder, batch: int, capacity: int, encoder_capacity: int) -> DecodeState:

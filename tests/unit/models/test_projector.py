@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from llmslm.errors import UserError
+from llmslm.models.modeling import LlmToSlm
+from llmslm.models.packing import check_packing
 from llmslm.models.projector import (
     GatedMlpProjector,
     LinearProjector,
@@ -14,6 +16,7 @@ from llmslm.models.projector import (
     rotary_angles,
 )
 from tests import tiny
+from tests.unit.models.compositions import compose, generate
 
 ALL = [LinearProjector, MlpProjector, GatedMlpProjector, Resampler, TransformerProjector]
 
@@ -112,3 +115,20 @@ def test_training_in_mixed_precision_warns_of_nothing(kind, recwarn):
     with torch.autocast("cpu", torch.bfloat16):
         projector(torch.randn(2, 5, 12, dtype=torch.bfloat16)).float().sum().backward()
     assert not recwarn
+
+
+@pytest.mark.parametrize("slm_family", ["llama", "gpt2"])
+def test_a_composition_that_reads_on_keeps_examples_apart_and_is_saved_whole(slm_family, tmp_path):
+    model = compose("llama", slm_family, tmp_path, projector=TransformerProjector)
+    trained(model.projector)
+    check_packing(model, reads_states=True)
+    model.save_pretrained(tmp_path / "saved")
+    again = LlmToSlm.from_pretrained(tmp_path / "saved").eval()
+    ids, mask = tiny.prompts()
+    expected = generate(model, ids, mask)
+    assert torch.equal(generate(again, ids, mask), expected)
+    inputs = again.slm_inputs(ids, mask, ids, mask)
+    first = (ids[:1, : mask[0].sum()], mask[:1, : mask[0].sum()])
+    alone = again.slm_inputs(*first, *first)
+    kept = inputs["attention_mask"][0].bool()
+    torch.testing.assert_close(inputs["inputs_embeds"][0][kept], alone["inputs_embeds"][0], atol=1e-5, rtol=1e-4)
