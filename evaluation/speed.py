@@ -26,7 +26,7 @@ from evaluation.systems import EvaluatedSystem
 Mode = Literal["fixed", "natural"]
 MODES: tuple[Mode, ...] = ("natural", "fixed")
 WARM = 2
-"""Uncounted rounds of the second mode for what transformers decodes: it is slow, and has nothing to capture."""
+"""Uncounted rounds at most for what transformers decodes: it is slow, and captures nothing for a length."""
 LARGEST: Literal["largest"] = "largest"
 BatchSize = int | Literal["largest"]
 WARMUPS = 10
@@ -90,7 +90,7 @@ def measure_speed(
         prompts: each run takes the next `batch_size` of them, the same for every system; they are cycled.
         max_new_tokens: budget of the natural mode, length of the fixed mode.
         batch_sizes: each is measured in both modes; "largest" stands for each system's own, of `largest_batch`.
-        warmups: rounds that are not counted; `WARM` at most in the mode that comes second, where transformers decodes.
+        warmups: rounds that are not counted; `WARM` at most where transformers decodes.
         runs: rounds that are.
 
     Returns:
@@ -98,15 +98,15 @@ def measure_speed(
     """
     entries: dict[str, list[dict[str, Any]]] = {name: [] for name in systems}
     sweep = [_sizes(systems, asked, prompts, max_new_tokens) for asked in batch_sizes]
-    uncounted = {(name, mode): _warmups(system, mode, warmups) for name, system in systems.items() for mode in MODES}
-    total = sum(uncounted[name, mode] + runs for sizes in sweep for name in sizes for mode in MODES)
+    uncounted = {name: _warmups(system, warmups) for name, system in systems.items()}
+    total = sum(uncounted[name] + runs for sizes in sweep for name in sizes for _ in MODES)
     with tqdm(total=total, desc="measure speed", unit="run", delay=1) as bar:
         for sizes, mode in product(sweep, MODES):
             timings = {name: Timings() for name in sizes}
             timed = {name: batches(prompts, size, runs) for name, size in sizes.items()}
             for turn in range(-warmups, runs):
                 for name in sizes:
-                    if turn < -uncounted[name, mode]:
+                    if turn < -uncounted[name]:
                         continue
                     timing = time_generate(systems[name], timed[name][turn % runs], max_new_tokens, mode)
                     if turn >= 0:
@@ -114,15 +114,12 @@ def measure_speed(
                     bar.update()
             for name, size in sizes.items():
                 settings = {"mode": mode, "batch_size": size, "max_new_tokens": max_new_tokens}
-                entries[name].append(
-                    settings | {"warmups": uncounted[name, mode], "runs": runs} | timings[name].summary()
-                )
+                entries[name].append(settings | {"warmups": uncounted[name], "runs": runs} | timings[name].summary())
     return entries
 
 
-def _warmups(system: EvaluatedSystem, mode: Mode, warmups: int) -> int:
-    is_warm = mode != MODES[0] and getattr(system, "decoder", None) == "generate"
-    return min(warmups, WARM) if is_warm else warmups
+def _warmups(system: EvaluatedSystem, warmups: int) -> int:
+    return min(warmups, WARM) if getattr(system, "decoder", None) == "generate" else warmups
 
 
 def batches(prompts: Sequence[str], batch_size: int, runs: int) -> list[list[str]]:
