@@ -191,6 +191,8 @@ class VerifiedEngine:
         left = not self.draft.slm.config.is_encoder_decoder
         return padded_batch(prompt, lambda _, length: prompt_bucket(length), left=left)
 
+    @torch.inference_mode(False)  # later calls may come from outside of it
+    @torch.no_grad()
     def _loop(
         self, lengths: tuple[int, int], batch: int, min_new: int, max_new: int, sampling: Sampling | None
     ) -> VerifiedLoop:
