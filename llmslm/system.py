@@ -309,7 +309,17 @@ class _ControlSystem(System):
     def __init__(self, system: System, control: Control) -> None:
         name = f"{system.name}/{control}_features"
         super().__init__(name, system.model, system.codec, system.card, system.decoder)
-        self._control = control
+        self._original, self._control = system, control
+
+    @functools.cached_property
+    def engine(self) -> DecodeEngine:
+        """The original's."""
+        return self._original.engine
+
+    @functools.cached_property
+    def _prompt_pass(self) -> PromptPass:
+        """With graphs of its own, since they hold what is put in place of the features."""
+        return self._original._prompt_pass.twin()
 
     def prefill(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> dict[str, Any]:
         """Run the prefill with the projector's output replaced."""
