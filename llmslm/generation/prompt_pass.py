@@ -75,7 +75,7 @@ class PromptPass:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """Return what the bare slm takes for its prefill; valid until the next call.
+        """Return what the bare slm takes for its prefill; valid until the next call, which `System`'s lock holds back.
 
         Args:
             batch: of the codec, `padded`; on any device, since a graph copies it.

@@ -38,6 +38,7 @@ class VerifiedEngine:
     """Decodes an LLM's output with an llm_to_slm system whose encoder is (part of) that LLM.
 
     What cannot be verified is decoded by the LLM alone, with a warning that names the reason: the output is the same.
+    Calls share buffers: those of several threads must wait for each other, as `System`'s do.
 
     Args:
         llm: the whole LLM with its head, in eval mode, on the draft's device.
