@@ -31,8 +31,8 @@ def peak_memory(system: EvaluatedSystem, batch: Sequence[str], *, max_new_tokens
         return dict(NOT_MEASURED)
     system.generate(batch, max_new_tokens=1)  # copies of weights are made, and weights that a file backs are read
     made = getattr(system, "__dict__", {})
-    for name in made.keys() & {"engine", "verified_engine"}:
-        made[name].forget()  # caches of earlier calls, in which the batch would find room
+    for name in made.keys() & {"engine", "verified_engine", "_prompt_pass"}:
+        made[name].forget()  # caches and graphs of earlier calls, in which the batch would find room
     added_on, what = (_added_on_gpu, "CUDA allocator") if on_gpu else (_added_on_cpu, "resident set")
     added, weights = added_on(system, batch, max_new_tokens), weight_bytes(system)
     method = f"weights + peak growth of the {what}, batch {len(batch)}"

@@ -139,6 +139,14 @@ def test_caches_that_an_engine_keeps_are_no_free_memory(name):
     assert len(forgotten) == (1 if name == "llm" else 2)
 
 
+def test_graphs_that_a_prompts_pass_keeps_are_no_free_memory():
+    ours = composed(system("llm", "llama"))
+    ours.generate(["a"], max_new_tokens=8)
+    kept = ours._prompt_pass._graphs
+    peak_memory(ours, ["a"], max_new_tokens=8)
+    assert ours._prompt_pass._graphs is not kept
+
+
 def test_the_largest_batch_is_what_the_engine_foretells(monkeypatch):
     llm, prompts = system("llm", "llama"), ["some prompt"] * 40
     assert largest_batch(llm, prompts, 8) == 32  # no more than there are prompts
