@@ -25,24 +25,18 @@ def peak_memory(system: EvaluatedSystem, batch: Sequence[str], *, max_new_tokens
         `bytes` (weights plus the batch's peak), `weight_bytes`, and `method`; all null where it cannot be
         measured.
     """
-    made = getattr(system, "__dict__", {})
-    for name in made.keys() & {"engine", "verified_engine"}:
-        made[name].forget()  # caches of earlier calls, in which the batch would find room
     device = getattr(system, "device", None)
-    if device is not None and device.type == "cuda":
-        added, method = (
-            _added_on_gpu(system, batch, max_new_tokens),
-            "weights + peak growth of the CUDA allocator",
-        )
-    elif _can_reset_peak():
-        added, method = (
-            _added_on_cpu(system, batch, max_new_tokens),
-            "weights + peak growth of the resident set",
-        )
-    else:
+    on_gpu = device is not None and device.type == "cuda"
+    if not on_gpu and not _can_reset_peak():
         return dict(NOT_MEASURED)
-    weights = weight_bytes(system)
-    return {"bytes": weights + added, "weight_bytes": weights, "method": f"{method}, batch {len(batch)}"}
+    system.generate(batch, max_new_tokens=1)  # copies of weights are made, and weights that a file backs are read
+    made = getattr(system, "__dict__", {})
+    for name in made.keys() & {"engine", "verified_engine", "_prompt_pass"}:
+        made[name].forget()  # caches and graphs of earlier calls, in which the batch would find room
+    added_on, what = (_added_on_gpu, "CUDA allocator") if on_gpu else (_added_on_cpu, "resident set")
+    added, weights = added_on(system, batch, max_new_tokens), weight_bytes(system)
+    method = f"weights + peak growth of the {what}, batch {len(batch)}"
+    return {"bytes": weights + added, "weight_bytes": weights, "method": method}
 
 
 def weight_bytes(system: EvaluatedSystem) -> int:
@@ -92,8 +86,6 @@ def _added_on_gpu(system: EvaluatedSystem, batch: Sequence[str], max_new_tokens:
 
 
 def _added_on_cpu(system: EvaluatedSystem, batch: Sequence[str], max_new_tokens: int) -> int:
-    # weights that a file backs become resident when they are first read: read them before measuring
-    system.generate(batch, max_new_tokens=1)
     ctypes.CDLL(None).malloc_trim(0)
     _reset_peak()
     before = resident_bytes()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class System:
         self.codec = codec
         self.card = card
         self.decoder = decoder
+        self._lock = threading.RLock()  # what a graph gives is overwritten by the next call: other threads' wait
         self.generation_settings: dict[str, Any] = {}
         """Further settings of transformers' generate(), where it decodes."""
         if self.language_model.generation_config.pad_token_id is None:
@@ -139,6 +141,8 @@ class System:
     ) -> list[Generation]:
         """Generate from one batch of prompts, as given; greedily where `sampling` is not given.
 
+        Calls from several threads wait for each other.
+
         Args:
             prompts: texts; the codec adds the prompt template.
             max_new_tokens: the token budget of each prediction.
@@ -151,9 +155,10 @@ class System:
             UserError: if a prompt has no tokens or too many.
         """
         limits = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-        new_ids = self._new_tokens(
-            prompts, **limits, on_first_token=on_first_token, on_tokens=on_tokens, sampling=sampling
-        )
+        with self._lock:
+            new_ids = self._new_tokens(
+                prompts, **limits, on_first_token=on_first_token, on_tokens=on_tokens, sampling=sampling
+            )
         counts = count_until(new_ids, self._eos_ids())
         texts = self.codec.decode([row[:count].tolist() for row, count in zip(new_ids, counts, strict=True)])
         return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
@@ -309,7 +314,17 @@ class _ControlSystem(System):
     def __init__(self, system: System, control: Control) -> None:
         name = f"{system.name}/{control}_features"
         super().__init__(name, system.model, system.codec, system.card, system.decoder)
-        self._control = control
+        self._original, self._control = system, control
+
+    @functools.cached_property
+    def engine(self) -> DecodeEngine:
+        """The original's."""
+        return self._original.engine
+
+    @functools.cached_property
+    def _prompt_pass(self) -> PromptPass:
+        """With graphs of its own, since they hold what is put in place of the features."""
+        return self._original._prompt_pass.twin()
 
     def prefill(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> dict[str, Any]:
         """Run the prefill with the projector's output replaced."""

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from llmslm.data.sources.base import Source, cache_folder, load_pairs
 from llmslm.errors import UserError
-from llmslm.models.source import LOAD_ERRORS, pretrained
+from llmslm.models.source import LOAD_ERRORS, pretrained, why_not
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SMALLEST = 256 + 3
@@ -106,7 +106,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     except UserError:
         raise
     except (*LOAD_ERRORS, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        whole = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = why_not(source, error) if isinstance(error, OSError) else whole
         raise UserError(
             f"no tokenizer at {source!r}: {reason}; expected a hub name or a folder with tokenizer.json "
             "(or set data.tokenizer to train one)"

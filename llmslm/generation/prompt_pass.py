@@ -4,9 +4,10 @@ The frozen encoder, the projector and the fusion are hundreds of small kernels: 
 than the slm takes for its answer.
 """
 
+import copy
 import math
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,12 +38,23 @@ class PromptPass:
 
     def __init__(self, model: LlmToSlm) -> None:
         self.model = model
-        pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
-        self._graphs = Captured(self._of_padded, model.device, pool=pool)
         encoder = None if model.fusion.step_parameters() else model.encoder
         self._encoder = None if encoder is None else encoder_pass_for(encoder, _MOST_TOKENS)
         self._trusted: bool | None = None
         self._window = _sight(model)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give up the graphs that are kept for further calls."""
+        pool = torch.cuda.graph_pool_handle() if self.model.device.type == "cuda" else None
+        self._graphs = Captured(self._of_padded, self.model.device, pool=pool)
+
+    def twin(self) -> Self:
+        """Return one with the same copies of weights and graphs of its own, which may hold another forward."""
+        twin = copy.copy(self)
+        twin._trusted = None
+        twin.forget()
+        return twin
 
     @property
     def stack(self) -> Decoder | None:
@@ -63,7 +75,7 @@ class PromptPass:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        """Return what the bare slm takes for its prefill; valid until the next call.
+        """Return what the bare slm takes for its prefill; valid until the next call, which `System`'s lock holds back.
 
         Args:
             batch: of the codec, `padded`; on any device, since a graph copies it.

@@ -38,6 +38,7 @@ class VerifiedEngine:
     """Decodes an LLM's output with an llm_to_slm system whose encoder is (part of) that LLM.
 
     What cannot be verified is decoded by the LLM alone, with a warning that names the reason: the output is the same.
+    Calls share buffers: those of several threads must wait for each other, as `System`'s do.
 
     Args:
         llm: the whole LLM with its head, in eval mode, on the draft's device.
@@ -191,6 +192,8 @@ class VerifiedEngine:
         left = not self.draft.slm.config.is_encoder_decoder
         return padded_batch(prompt, lambda _, length: prompt_bucket(length), left=left)
 
+    @torch.inference_mode(False)  # later calls may come from outside of it
+    @torch.no_grad()
     def _loop(
         self, lengths: tuple[int, int], batch: int, min_new: int, max_new: int, sampling: Sampling | None
     ) -> VerifiedLoop:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from llmslm.errors import UserError
 from llmslm.models.packing import document_mask, document_positions
 from llmslm.models.quantization import Quantization, quantization_config
-from llmslm.models.source import LOAD_ERRORS, pretrained_model
+from llmslm.models.source import LOAD_ERRORS, pretrained_model, why_not
 
 Layer = Literal["last"] | int | float
 Layers = Layer | list[Layer]
@@ -312,9 +312,9 @@ def _not_loaded(source: str, quantization: Quantization | None, error: Exception
     start = f"encoder source {source!r} cannot be loaded"
     if quantization is None or isinstance(error, OSError):
         expected = "expected a hub name, a folder with config.json and weights, or a GGUF file (model.encoder.source)"
-        return f"{start}: {_first_line(error)}; {expected}"
+        return f"{start}: {why_not(source, error)}; {expected}"
     return (
-        f"{start} in {quantization} on this machine: {_first_line(error)}; "
+        f"{start} in {quantization} on this machine: {why_not(source, error)}; "
         "give the other number of bits, install another quantiser, or leave model.encoder.quantization out"
     )
 
@@ -333,7 +333,3 @@ def without_load_report() -> Iterator[None]:
 def _is_position_table(name: str, module: nn.Module) -> bool:
     """Recognise a learned table of absolute positions."""
     return isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe")) and "relative" not in name
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from transformers import (
 
 from llmslm.errors import UserError
 from llmslm.models.shortened import shortened
-from llmslm.models.source import LOAD_ERRORS, pretrained_model
+from llmslm.models.source import LOAD_ERRORS, pretrained_model, why_not
 from llmslm.models.trained import Trained
 
 
@@ -62,7 +62,7 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
             place, file = pretrained_model(model_source.source)
             return _with_decoder_layers(AutoConfig.from_pretrained(place, revision=model_source.revision, **file))
         except LOAD_ERRORS as error:
-            raise UserError(_not_loaded(model_source, key, error)) from error
+            raise UserError(_not_loaded(model_source.source, key, error)) from error
     values = copy.deepcopy(model_source.config or {})
     model_type = values.pop("model_type", None)
     if model_type is None:
@@ -115,14 +115,14 @@ def load_language_model(
             place, revision=model_source.revision, dtype=dtype, output_loading_info=True, **known, **file
         )
     except LOAD_ERRORS as error:
-        raise UserError(_not_loaded(model_source, key, error)) from error
+        raise UserError(_not_loaded(model_source.source, key, error)) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{key}.source {model_source.source!r} lacks the weights of {', '.join(missing[:3])}")
     return model if model_source.layers is None else shortened(model, model_source.layers, key)
 
 
-def _not_loaded(model_source: ModelSource, key: str, error: Exception) -> str:
+def _not_loaded(source: str, key: str, error: Exception) -> str:
     return (
-        f"{key}.source {model_source.source!r} cannot be loaded: {str(error).splitlines()[0]}; "
+        f"{key}.source {source!r} cannot be loaded: {why_not(source, error)}; "
         "expected a hub name or a folder with config.json and weights"
     )

@@ -1,5 +1,6 @@
 """Where pretrained weights lie: a hub name, a folder, a GGUF file, or a GGUF file inside an installed package."""
 
+import difflib
 import importlib.util
 import os
 import struct
@@ -33,11 +34,11 @@ def pretrained(source: str) -> tuple[str, dict[str, str]]:
         UserError: if the package is not installed or does not carry one such file, or GGUF cannot be read here.
         FileNotFoundError: if the source is the path of a folder that is not there.
     """
-    path = Path(_packaged(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else source)
-    place = str(path.parent) if path.suffix == ".gguf" else source
+    file = _packaged(source.removeprefix(PACKAGE)) if source.startswith(PACKAGE) else source
+    place = _place(file)
     if not Path(place).exists() and _is_path(place):
-        raise FileNotFoundError(f"there is no folder {Path(place).absolute()}")
-    if path.suffix != ".gguf":
+        raise FileNotFoundError(_no_folder(place))
+    if not file.endswith(".gguf"):
         return system_of(source), {}
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -45,7 +46,31 @@ def pretrained(source: str) -> tuple[str, dict[str, str]]:
             f"{source!r} is a GGUF file, and {' and '.join(missing)} to read it is not installed: "
             "pip install 'llmslm[gguf]'"
         )
-    return place, {"gguf_file": path.name}
+    return place, {"gguf_file": Path(file).name}
+
+
+def why_not(source: str, error: Exception) -> str:
+    """Say in one line why a source was not loaded: of what is no folder and was not had from the hub, both."""
+    text, place = str(error).strip(), _place(source)
+    said = text.splitlines()[0][:300] if text else type(error).__name__
+    asked_of_hub = isinstance(error, OSError) and not source.startswith(PACKAGE) and not _is_path(place)
+    if not asked_of_hub or Path(place).exists():
+        return said
+    return f"{_no_folder(place)}, and the hub did not give it: {said.rstrip('.')}"
+
+
+def _no_folder(place: str) -> str:
+    """Say so, and which models beside it have nearly that name."""
+    path = Path(place)
+    configs = (found for kind in (CONFIG, f"{SYSTEM_FOLDER}/{CONFIG}") for found in path.parent.glob(f"*/{kind}"))
+    models = {found.relative_to(path.parent).parts[0] for found in configs}
+    near = [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, models)]
+    return f"there is no folder {path.absolute()}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
+
+
+def _place(source: str) -> str:
+    """The folder or hub name, without the GGUF file in it."""
+    return str(Path(source).parent) if source.endswith(".gguf") else source
 
 
 def _is_path(place: str) -> bool:

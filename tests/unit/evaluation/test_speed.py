@@ -106,6 +106,27 @@ def test_weights_of_a_draft_and_copies_of_an_engine_count():
     assert weight_bytes(pair) > one + weight_bytes(ours) - sum(p.nbytes for p in ours.model.encoder.parameters())
 
 
+class Lazy(Hungry):
+    """Is on a GPU, and copies 100 bytes of weights at its first call; each call needs 10 more."""
+
+    device, copies, peak = torch.device("cuda"), 0, 0
+
+    def generate(self, prompts, *, max_new_tokens, min_new_tokens=0, on_first_token=None):
+        self.copies = 100
+        self.peak = self.copies + 10
+        return []
+
+
+def test_copies_that_a_first_call_makes_count_once(monkeypatch):
+    lazy = Lazy()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: lazy.copies)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: lazy.peak)
+    monkeypatch.setattr("evaluation.memory.weight_bytes", lambda _: lazy.copies)
+    assert peak_memory(lazy, ["a"], max_new_tokens=8)["bytes"] == 110
+
+
 @pytest.mark.parametrize("name", ["llm", "verified"])
 def test_caches_that_an_engine_keeps_are_no_free_memory(name):
     llm = system("llm", "llama")
@@ -116,6 +137,14 @@ def test_caches_that_an_engine_keeps_are_no_free_memory(name):
         engine.forget = lambda engine=engine: forgotten.append(engine)
     peak_memory(measured, ["a"], max_new_tokens=8)
     assert len(forgotten) == (1 if name == "llm" else 2)
+
+
+def test_graphs_that_a_prompts_pass_keeps_are_no_free_memory():
+    ours = composed(system("llm", "llama"))
+    ours.generate(["a"], max_new_tokens=8)
+    kept = ours._prompt_pass._graphs
+    peak_memory(ours, ["a"], max_new_tokens=8)
+    assert ours._prompt_pass._graphs is not kept
 
 
 def test_the_largest_batch_is_what_the_engine_foretells(monkeypatch):

@@ -1,5 +1,10 @@
 """The pass before an slm decodes, as a graph runs it: padded, never waiting for a value, and still the model's own."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -90,3 +95,42 @@ def test_a_system_predicts_the_same(slm, monkeypatch):
     found = [g.text for g in system.generate(PROMPTS, max_new_tokens=8)]
     monkeypatch.setattr(PromptPass, "_pays", lambda *_: False)
     assert [g.text for g in system.generate(PROMPTS, max_new_tokens=8)] == found
+
+
+def test_what_a_graph_gave_is_decoded_before_another_thread_overwrites_it(monkeypatch):
+    system, prompts = make("llama", encoder_family="llama"), ["abc", "xyz"]
+    expected = [system.generate([prompt], max_new_tokens=8) for prompt in prompts]
+    run, place, both = PromptPass.__call__, [], threading.Barrier(2)
+
+    def replayed(self, batch):
+        result = run(self, batch)
+        place[:] = place or [result["inputs_embeds"].clone()]
+        place[0].copy_(result["inputs_embeds"])
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.5)
+        return result | {"inputs_embeds": place[0]}
+
+    monkeypatch.setattr(PromptPass, "__call__", replayed)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: system.generate([prompt], max_new_tokens=8), prompts))
+    assert found == expected
+    assert expected[0] != expected[1], "the case is void otherwise"
+
+
+def test_controls_share_the_copies_of_weights(monkeypatch):
+    made = []
+
+    def encoder_pass(encoder, positions):
+        made.append(Mock(side_effect=lambda ids, mask: encoder(ids, mask, mask - 1)[0], stack=Mock(decoder=None)))
+        return made[-1]
+
+    monkeypatch.setattr("llmslm.generation.prompt_pass.encoder_pass_for", encoder_pass)
+    system, plain = make("llama", encoder_family="llama"), make("llama", "generate", encoder_family="llama")
+    found = system.generate(PROMPTS, max_new_tokens=8)
+    for control in ("zero", "shuffled"):
+        other = system.with_features(control)
+        texts = other.generate(PROMPTS, max_new_tokens=8)
+        assert texts == plain.with_features(control).generate(PROMPTS, max_new_tokens=8) != found
+        assert other.engine is system.engine
+    assert system.generate(PROMPTS, max_new_tokens=8) == found
+    assert len(made) == 1

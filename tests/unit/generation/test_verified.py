@@ -118,6 +118,17 @@ def test_nothing_that_a_graph_holds_asks_for_a_value(family, slm_family, samplin
     assert not reads.found
 
 
+@pytest.mark.parametrize(("family", "slm_family"), [("llama", "gpt2"), ("t5", "llama")])
+@pytest.mark.parametrize("sampling", [None, Sampling(top_k=9, repetition_penalty=1.3)])
+def test_a_state_made_in_inference_mode_serves_calls_outside_of_it(family, slm_family, sampling):
+    verified = engine(family, slm_family)
+    verified.fixed = True
+    sides = batch(verified.llm, 3)[1]
+    with torch.inference_mode():
+        within = verified.generate(**sides, max_new_tokens=8, sampling=sampling)
+    assert torch.equal(verified.generate(**sides, max_new_tokens=8, sampling=sampling).tokens, within.tokens)
+
+
 def test_prompts_that_no_graph_can_read_are_read_without(monkeypatch):
     verified = engine("llama", "t5")
     verified.fixed = True

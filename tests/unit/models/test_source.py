@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,29 @@ def test_paths_that_lead_nowhere_are_not_looked_for_on_the_hub(tmp_path, monkeyp
     (tmp_path / "google/t5").mkdir(parents=True)
     (tmp_path / "google/t5/config.json").touch()
     assert pretrained("google/mt5") == ("google/mt5", {}), "downloads may lie in a folder of their owner's name"
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, Encoder.from_source, load_llm])
+def test_a_name_that_neither_a_folder_nor_the_hub_has_is_said_with_a_near_miss(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("llm", "models/llm", "runs/x/llm/system", "runs/x/slm/system"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").touch()
+    Path("models/lm_notes").mkdir()
+    for name, near in (("lm", "llm"), ("models/lm", "models/llm"), ("models/lm2", "models/llm")):
+        with pytest.raises(
+            UserError,
+            match=rf"{name}'.*: there is no folder /.*/{name} \(did you mean {near}\?\), and the hub did not give",
+        ):
+            load(name)
+    with pytest.raises(
+        UserError, match=r"there is no folder /.*/runs/x/lm \(did you mean runs/x/slm or runs/x/llm\?\); ex"
+    ):
+        load("runs/x/lm")
+    with pytest.raises(
+        UserError, match=r"there is no folder /.*/models/gpt, and the hub did not give it: .*; expected"
+    ):
+        load("models/gpt")
 
 
 def test_the_folder_of_a_run_stands_for_its_system(tmp_path):
