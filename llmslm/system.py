@@ -158,9 +158,9 @@ class System:
         with self._lock:
             new_ids = self._new_tokens(
                 prompts, **limits, on_first_token=on_first_token, on_tokens=on_tokens, sampling=sampling
-            )
+            ).cpu()
         counts = count_until(new_ids, self._eos_ids())
-        texts = self.codec.decode([row[:count].tolist() for row, count in zip(new_ids, counts, strict=True)])
+        texts = self.codec.decode([row[:count] for row, count in zip(new_ids.tolist(), counts, strict=True)])
         return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
 
     def stream(

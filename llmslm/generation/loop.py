@@ -17,9 +17,9 @@ from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
-_BLOCK = 8  # tokens between two looks at the ends of sequence
+_BLOCK = 20  # sublayers, some 5 us each: the tokens between two looks at the ends of sequence have as many, or one more
 _SOON = 2  # tokens launched before the first one is handed out: it does not wait for a whole block's launches
-_AHEAD = 2  # blocks that the host launches before it must know how an earlier one ended
+_AHEAD = 1  # blocks that the host launches before it must know how an earlier one ended
 
 OnFirstToken = Callable[[], None] | None
 OnTokens = Callable[[Tensor], None] | None
@@ -196,6 +196,7 @@ class GraphLoop(DecodeLoop):
         self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, rules: TokenRules, start: int | None
     ) -> None:
         super().__init__(model, decoder, state, rules, start)
+        self._block = -(-_BLOCK // len(decoder.sublayers))
         pool = torch.cuda.graph_pool_handle()
         drawn, loop = (state.generator,), weakref.proxy(self)  # else it would live until garbage is collected
         self._first = Captured(lambda *prompt: loop._first_token(*prompt), state.device, pool=pool, generators=drawn)
@@ -220,18 +221,18 @@ class GraphLoop(DecodeLoop):
         if self.encoded is not None:
             self._next()  # in a graph of its own, since a step counts on complete caches at its start
         watch = _Watch(self.state, self.rules.ends, on_first_token, on_tokens)
-        watched = may_end or watch.listened
-        if watched:
+        watched = may_end or on_tokens is not None
+        if watched or watch.awaited:
             watch.record(0, 1)
         produced, ended = 1, False
         while produced < max_new and not ended:
-            count = min(_SOON if watch.listened and produced == 1 else _BLOCK, max_new - produced)
+            count = min(_SOON if watch.awaited else self._block, max_new - produced)
             for _ in range(count):
                 self._next()
             produced += count
             if watched:
                 watch.record(produced - count, produced)
-                ended = watch.look(_AHEAD) and may_end
+            ended = watch.look(_AHEAD) and may_end
         watch.finish()
 
     def _first_token(self, prompt: Tensor, attention_mask: Tensor) -> None:

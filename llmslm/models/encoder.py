@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
             if depth == 0:
                 handles.append(layers[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
             else:
-                handles.append(layers[depth - 1].register_forward_hook(partial(self._keep_output, depth)))
+                handles.append(layers[depth - 1].register_forward_hook(functools.partial(self._keep_output, depth)))
         return handles
 
     @property
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         """Width of the states."""
         return int(self.config.hidden_size)
 
-    @property
+    @functools.cached_property  # a search through all modules, which takes longer than a prompt's tokens
     def max_positions(self) -> int | None:
         """The longest prompt that absolute positions allow; None where positions are relative or unbounded."""
         table = next((m for n, m in self.model.named_modules() if _is_position_table(n, m)), None)

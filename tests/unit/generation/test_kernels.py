@@ -443,3 +443,19 @@ def test_the_first_token_is_handed_out_before_a_block_is_launched(
     )
     assert handed[0] == (1, 2)
     assert sum(count for count, _ in handed) == 20
+
+
+@pytest.mark.skipif(COMPILED, reason="test_cuda.py has the loop with its graphs")
+def test_little_is_launched_behind_an_end_of_sequence(graph_loop: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, blocks, step = [], set(), GraphLoop._next_token
+    monkeypatch.setattr(GraphLoop, "_next_token", lambda loop: launched.append(blocks.add(loop._block) or step(loop)))
+    model = tiny("llama")
+    inputs = prompts(model, 1, 5)
+    model.generation_config.eos_token_id = None
+    unended = by_generate(model, inputs, max_new_tokens=60)[0].tolist()
+    end = next(token for token in unended[20:] if token not in unended[:20])
+    model.generation_config.eos_token_id = end
+    tokens = DecodeEngine(model, verify=False).generate(**inputs, max_new_tokens=60)
+    (block,) = blocks
+    assert tokens.shape[1] == unended.index(end) + 1
+    assert len(launched) < tokens.shape[1] + 2 * block
