@@ -148,13 +148,17 @@ class Composition(PreTrainedModel, GenerationMixin):
         if load_encoder:
             if config.encoder_source is None:
                 raise UserError(f"{pretrained_model_name_or_path} names no encoder; give encoder_source")
-            encoder = Encoder.from_source(
-                config.encoder_source,
-                revision=config.encoder_revision,
-                layer=config.encoder_layer,
-                dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
-                quantization=config.encoder_quantization,
-            )
+            try:
+                encoder = Encoder.from_source(
+                    config.encoder_source,
+                    revision=config.encoder_revision,
+                    layer=config.encoder_layer,
+                    dtype=kwargs.get("dtype", kwargs.get("torch_dtype")),
+                    quantization=config.encoder_quantization,
+                )
+            except UserError as error:
+                where = folder / "config.json"
+                raise UserError(f"{error}; if it lies elsewhere now, say so in {where} (encoder_source)") from error
             model.attach_encoder(encoder.to(model.device))
         return model
 

@@ -72,6 +72,8 @@ class LlmToSlmConfig(PreTrainedConfig):
         """Look local sources up beside the folder that this config was read from: the reverse of `seen_from`."""
         if self.encoder_source is not None:
             self.encoder_source = beside(self.encoder_source, folder)
+            if self.encoder_source.startswith("..") and not Path(self.encoder_source).exists():
+                self.encoder_source = str((folder / self.encoder_source).resolve())  # where it was, for messages
         if (base := frozen_base(self.slm_config)) is not None:
             self.slm_config.frozen_base = moved(base, folder)
 

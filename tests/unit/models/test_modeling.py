@@ -244,6 +244,16 @@ def test_a_moved_pair_of_folders_still_finds_its_encoder(tmp_path):
     assert LlmToSlm.from_pretrained(tmp_path / "there" / "system").encoder is not None
 
 
+def test_an_encoder_that_is_not_beside_the_system_is_missed_where_it_lay(tmp_path):
+    (tmp_path / "here").mkdir()
+    compose("t5", "t5", tmp_path / "here").save_pretrained(tmp_path / "here" / "system")
+    moved = (tmp_path / "here" / "system").rename(tmp_path / "system")
+    with pytest.raises(UserError) as caught:
+        LlmToSlm.from_pretrained(moved)
+    assert f"there is no folder {tmp_path}" in str(caught.value)
+    assert f"say so in {moved / 'config.json'} (encoder_source)" in str(caught.value)
+
+
 def test_another_encoder_is_refused(tmp_path):
     model = compose("t5", "t5", tmp_path)
     model.save_pretrained(tmp_path / "system")
