@@ -55,7 +55,7 @@ class PromptPass:
     def twin(self) -> Self:
         """Return one with the same copies of weights and graphs of its own, which may hold another forward.
 
-        That is the projector's, to which hooks were added: it is not replaced.
+        The projector runs by its own, hooks included.
         """
         twin = copy.copy(self)
         twin._fused = {part: run for part, run in self._fused.items() if part != "projector"}

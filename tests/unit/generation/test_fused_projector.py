@@ -24,7 +24,7 @@ KIND = partial(TransformerProjector, layers=2)
 def drawn(projector):
     """With weights that all count: new layers end at zero, and norms are ones."""
     for parameter in projector.parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
     return projector.eval()
 
 
