@@ -15,10 +15,12 @@ from llmslm.generation.prefill import CausalPrefill
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import TorchStep
 from llmslm.models.encoder import Encoder
+from llmslm.models.projector import Projector, TransformerProjector
 
 if TYPE_CHECKING:
     from llmslm.generation.fused_block import FusedBlockStep
     from llmslm.generation.fused_prefill import FusedEncoder
+    from llmslm.generation.fused_projector import FusedProjector
 
 _SPARE = 0.25  # of the free memory, that copies of a frozen encoder's weights may take
 
@@ -72,3 +74,12 @@ def encoder_pass_for(encoder: Encoder, max_positions: int) -> FusedEncoder | Non
     from llmslm.generation.fused_prefill import FusedEncoder
 
     return FusedEncoder(encoder, decoder)
+
+
+def projector_pass_for(projector: Projector, max_positions: int) -> FusedProjector | None:
+    """The same for a projector that has layers; arguments as for an encoder."""
+    if type(projector) is not TransformerProjector or projector.linear.weight.device.type != "cuda":
+        return None
+    from llmslm.generation.fused_projector import FusedProjector
+
+    return FusedProjector(projector, max_positions)

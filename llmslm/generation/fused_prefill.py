@@ -1,4 +1,4 @@
-"""Whole prompts on CUDA: a decoder-only stack by few kernels a layer, for a model's prompt and for a frozen encoder.
+"""Whole prompts on CUDA: stacks of layers by few kernels each, for a model's prompt and for a frozen encoder.
 
 A sublayer is a norm that takes up the last branch, a product, attention or activation, and a product: nine kernels a
 layer, all of them read off the plan that the decode step has.
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llmslm.generation import kernels, prompt_kernels
-from llmslm.generation.plan import Decoder, Linear, Norm, SelfAttention
-from llmslm.generation.prefill import CausalPrefill, prompt_positions
+from llmslm.generation.plan import Decoder, Linear, Norm, SelfAttention, Stack
+from llmslm.generation.prefill import CausalPrefill
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import product
 from llmslm.models.encoder import Encoder
@@ -24,33 +24,31 @@ _BLOCK = 1024  # values of a row, or of heads, that a program of four warps take
 
 
 class FusedStack:
-    """The pass of a decoder's sublayers over prompts.
+    """The pass of sublayers over prompts.
 
     Args:
-        decoder: what to compute; without cross-attentions and biases by distance, which no decoder-only model has.
+        stack: what to compute, with attention to the prompt itself alone.
+        causal: whether a token sees none behind it.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        assert not decoder.crosses
-        assert decoder.distance_bias is None
-        self.decoder = decoder
+    def __init__(self, stack: Stack, *, causal: bool = True) -> None:
+        self.stack, self.causal = stack, causal
 
-    def __call__(
-        self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
+    def states(
+        self, x: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
     ) -> Tensor:
         """Give the states behind the final norm, (batch * length, width), or the last of each row, (batch, width).
 
         Args:
-            prompt: ids (batch, length), or embeddings (batch, length, width).
+            x: (batch * length, width).
             attention_mask: (batch, length), 1 = attend; padding may lie on either side.
             positions: (batch, length), of the tokens.
             cache: (layers, 2, batch, kv_heads, capacity, head_dim), filled; a token's slot is its column.
             last: whether the last positions alone are wanted.
         """
-        x, added = self._embedded(prompt, positions), None
-        mask = seen_keys(attention_mask, x.dtype)
-        for sublayer in self.decoder.sublayers:
-            (x, y), added = _joined(x, added, sublayer.before), None
+        mask, added = seen_keys(attention_mask, x.dtype, causal=self.causal), None
+        for sublayer in self.stack.sublayers:
+            (x, y), added = joined(x, added, sublayer.before), None
             y = product(y, sublayer.into)
             if isinstance(sublayer.inner, SelfAttention):
                 y = self._attended(y, sublayer.inner, positions, mask, cache[sublayer.inner.layer])
@@ -58,36 +56,10 @@ class FusedStack:
                 y = _activated(y, sublayer.into)
             added = product(y, sublayer.out)
             if sublayer.after is not None:
-                x, added = _joined(x, added, sublayer.after)[1], None
+                x, added = joined(x, added, sublayer.after)[1], None
         if last:
             x, added = _last(x, positions.shape), None if added is None else _last(added, positions.shape)
-        return _joined(x, added, self.decoder.final_norm)[1]
-
-    def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
-        """Give the logits (batch, vocabulary) of what follows prompts that are padded on the left."""
-        return product(self(prompt, attention_mask, positions, cache, last=True), self.decoder.head)
-
-    def _embedded(self, prompt: Tensor, positions: Tensor) -> Tensor:
-        """(batch * length, width); embeddings that are given have been scaled already, and lack positions alone."""
-        decoder, (tokens, width) = self.decoder, (positions.numel(), self.decoder.embedding.shape[1])
-        x = decoder.embedding.new_empty(tokens, width)
-        _launch(
-            prompt_kernels.embed_prompt_kernel,
-            (tokens, triton.cdiv(width, _BLOCK)),
-            prompt.contiguous(),
-            positions,
-            decoder.embedding,
-            decoder.embedding if decoder.positions is None else decoder.positions,
-            x,
-            decoder.embedding_scale,
-            decoder.position_offset,
-            width,
-            BLOCK=_BLOCK,
-            IDS=prompt.dim() == 2,
-            POSITIONS=0 if decoder.positions is None else decoder.positions.shape[0],
-            num_warps=4,
-        )
-        return _joined(x, None, decoder.embedding_norm)[1]
+        return joined(x, added, self.stack.final_norm)[1]
 
     def _attended(self, qkv: Tensor, inner: SelfAttention, positions: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
         """Store keys and values, then attend: (batch * length, heads * head_dim)."""
@@ -95,7 +67,7 @@ class FusedStack:
         shared = inner.heads > inner.kv_heads
         heads = qkv.new_empty(3 if shared else 1, batch, length, inner.heads, inner.head_dim)
         width = triton.next_power_of_2(inner.head_dim)
-        places, tables = max(1, _BLOCK // width), (self.decoder.cos, self.decoder.sin)
+        places, tables = max(1, _BLOCK // width), (self.stack.cos, self.stack.sin)
         _launch(
             prompt_kernels.split_heads_kernel,
             (triton.cdiv(batch * length, places), inner.heads + 2 * inner.kv_heads),
@@ -130,28 +102,80 @@ class FusedStack:
         return y.transpose(1, 2).reshape(batch * length, -1)
 
 
+class FusedDecoder(FusedStack):
+    """The pass of a decoder over prompts.
+
+    Args:
+        decoder: what to compute; without cross-attentions and biases by distance, which no decoder-only model has.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        assert not decoder.crosses
+        assert decoder.distance_bias is None
+        super().__init__(decoder)
+        self.decoder = decoder
+
+    def __call__(
+        self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
+    ) -> Tensor:
+        """See `states`; of ids (batch, length), or embeddings (batch, length, width)."""
+        return self.states(self._embedded(prompt, positions), attention_mask, positions, cache, last=last)
+
+    def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+        """Give the logits (batch, vocabulary) of what follows prompts that are padded on the left."""
+        return product(self(prompt, attention_mask, positions, cache, last=True), self.decoder.head)
+
+    def _embedded(self, prompt: Tensor, positions: Tensor) -> Tensor:
+        """(batch * length, width); embeddings that are given have been scaled already, and lack positions alone."""
+        decoder, (tokens, width) = self.decoder, (positions.numel(), self.decoder.embedding.shape[1])
+        x = decoder.embedding.new_empty(tokens, width)
+        _launch(
+            prompt_kernels.embed_prompt_kernel,
+            (tokens, triton.cdiv(width, _BLOCK)),
+            prompt.contiguous(),
+            positions,
+            decoder.embedding,
+            decoder.embedding if decoder.positions is None else decoder.positions,
+            x,
+            decoder.embedding_scale,
+            decoder.position_offset,
+            width,
+            BLOCK=_BLOCK,
+            IDS=prompt.dim() == 2,
+            POSITIONS=0 if decoder.positions is None else decoder.positions.shape[0],
+            num_warps=4,
+        )
+        return joined(x, None, decoder.embedding_norm)[1]
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel, but on tensors without data, whose bytes alone are counted."""
     if not arguments[0].is_meta:
         kernel[grid](*arguments, **options)
 
 
-def seen_keys(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """See `causal_mask`; of a mask (batch, length) whose 1 means attend."""
+def seen_keys(attention_mask: Tensor, dtype: torch.dtype, *, causal: bool = True) -> Tensor:
+    """See `causal_mask`; of a mask (batch, length) whose 1 means attend. If not causal, keys behind are seen, too."""
     batch, length = attention_mask.shape
     mask = torch.empty(batch, 1, length, length, dtype=dtype, device=attention_mask.device)
     lowest, grid = torch.finfo(dtype).min, (batch * length, triton.cdiv(length, _BLOCK))
     _launch(
-        prompt_kernels.causal_mask_kernel,
+        prompt_kernels.seen_keys_kernel,
         grid,
         attention_mask.contiguous(),
         mask,
         length,
         lowest,
         BLOCK=_BLOCK,
+        CAUSAL=causal,
         num_warps=4,
     )
     return mask
+
+
+def columns(batch: int, length: int, device: torch.device) -> Tensor:
+    """Positions (batch, length) of prompts that are padded on the right."""
+    return torch.arange(length, device=device).expand(batch, -1).contiguous()
 
 
 def _last(x: Tensor, shape: torch.Size) -> Tensor:
@@ -159,7 +183,7 @@ def _last(x: Tensor, shape: torch.Size) -> Tensor:
     return x.view(*shape, -1)[:, -1]
 
 
-def _joined(x: Tensor, added: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
+def joined(x: Tensor, added: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """Take up a residual branch: x + added, and its norm, (rows, width) each.
 
     Args:
@@ -214,7 +238,7 @@ def _activated(x: Tensor, linear: Linear) -> Tensor:
 
 
 class FusedPrefill(CausalPrefill):
-    """The pass of `CausalPrefill` by a `FusedStack`, which puts keys and values into the caches itself.
+    """The pass of `CausalPrefill` by a `FusedDecoder`, which puts keys and values into the caches itself.
 
     Args:
         model: the model as it came.
@@ -224,11 +248,11 @@ class FusedPrefill(CausalPrefill):
 
     def __init__(self, model: PreTrainedModel, decoder: Decoder, state: DecodeState) -> None:
         super().__init__(model, decoder, state)
-        self.stack = FusedStack(decoder)
+        self.run = FusedDecoder(decoder)
 
     def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """See `CausalPrefill.last_logits`."""
-        return self.stack.last_logits(prompt, attention_mask, positions, self.state.cache)
+        return self.run.last_logits(prompt, attention_mask, positions, self.state.cache)
 
 
 class FusedEncoder:
@@ -242,13 +266,13 @@ class FusedEncoder:
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
         wanted = decoder.sublayers[: 2 * encoder.depth]  # attention and feed-forward
         norm = None if encoder.is_inner else decoder.final_norm
-        self.stack = FusedStack(replace(decoder, sublayers=wanted, final_norm=norm))
+        self.decoder = replace(decoder, sublayers=wanted, final_norm=norm)
+        self.run = FusedDecoder(self.decoder)
 
     def __call__(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
         """Read ids (batch, prompt_len); hidden_states (batch, prompt_len, width)."""
-        decoder, (batch, length) = self.stack.decoder, prompt_ids.shape
-        shape = decoder.shape
-        one = decoder.embedding.new_empty(1, 2, batch, shape.kv_heads, length, shape.head_dim)
+        shape, (batch, length) = self.decoder.shape, prompt_ids.shape
+        one = self.decoder.embedding.new_empty(1, 2, batch, shape.kv_heads, length, shape.head_dim)
         cache = one.expand(shape.layers, -1, -1, -1, -1, -1)  # nobody reads a layer's keys and values after it
-        positions = prompt_positions(prompt_attention_mask)
-        return self.stack(prompt_ids, prompt_attention_mask, positions, cache).view(batch, length, -1)
+        positions = columns(batch, length, one.device)
+        return self.run(prompt_ids, prompt_attention_mask, positions, cache).view(batch, length, -1)

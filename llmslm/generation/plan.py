@@ -89,22 +89,35 @@ class Sublayer:
     after: Norm | None = None
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """All that a decode step reads.
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """Sublayers over states that are given.
+
+    Args:
+        sublayers: in order.
+        final_norm: behind them.
+        cos: of the rotary angles, (positions, head_dim), float32.
+        sin: of the rotary angles, (positions, head_dim), float32.
+    """
+
+    sublayers: list[Sublayer]
+    final_norm: Norm | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder(Stack):
+    """All that a decode step reads: the sublayers, embeddings before them and a head behind the final norm.
 
     Args:
         embedding: (vocabulary, width).
         head: last states to logits.
-        sublayers: in order.
         shape: cache sizes.
         embedding_scale: multiplies embeddings.
         positions: learned embeddings of positions, (positions, width), if any.
         position_offset: row of `positions` that position 0 has.
         embedding_norm: applied to the sum of both.
-        final_norm: before the head.
-        cos: of the rotary angles, (positions, head_dim), float32.
-        sin: of the rotary angles, (positions, head_dim), float32.
         distance_bias: (heads, distances), float32: added to a score by how far back its key lies; the last serves
             all that lie farther.
         max_positions: positions that the model can have; None if unlimited.
@@ -115,15 +128,11 @@ class Decoder:
 
     embedding: Tensor
     head: Linear
-    sublayers: list[Sublayer]
     shape: CacheShape
     embedding_scale: float = 1.0
     positions: Tensor | None = None
     position_offset: int = 0
     embedding_norm: Norm | None = None
-    final_norm: Norm | None = None
-    cos: Tensor | None = None
-    sin: Tensor | None = None
     distance_bias: Tensor | None = None
     max_positions: int | None = None
     window: int | None = None

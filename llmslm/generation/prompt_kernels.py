@@ -44,12 +44,15 @@ def embed_prompt_kernel(
 
 
 @triton.jit
-def causal_mask_kernel(attention_mask_ptr, mask_ptr, length, lowest, BLOCK: tl.constexpr):
-    """Give `causal_mask`, (batch, 1, length, length): 0 for keys that a query sees, else the lowest value."""
+def seen_keys_kernel(attention_mask_ptr, mask_ptr, length, lowest, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Give a mask (batch, 1, length, length): 0 for keys that a query sees, itself always, else the lowest value."""
     row = tl.program_id(0).to(tl.int64)
     query, key = row % length, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     kept = tl.load(attention_mask_ptr + row - query + key, mask=key < length, other=0)
-    seen = ((key <= query) & (kept != 0)) | (key == query)
+    seen = kept != 0
+    if CAUSAL:
+        seen = seen & (key <= query)
+    seen = seen | (key == query)
     tl.store(mask_ptr + row * length + key, tl.where(seen, 0.0, lowest), mask=key < length)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmslm.generation.dispatch import encoder_pass_for
+from llmslm.generation.dispatch import encoder_pass_for, projector_pass_for
 from llmslm.generation.families import UnreadableModelError, sliding_window
 from llmslm.generation.graphs import Captured
 from llmslm.generation.plan import Decoder
@@ -29,8 +29,8 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 class PromptPass:
     """Encodes, projects and fuses: `LlmToSlm.slm_inputs`, whatever runs it.
 
-    A graph is trusted once its result was held against the model's own on a first batch; so is the encoder's pass by
-    fused kernels, without which the graph has the encoder's own forward.
+    A graph is trusted once its result was held against the model's own on a first batch; so are the encoder's and the
+    projector's passes by fused kernels, without which the graph has their own forward.
 
     Args:
         model: the composition, in eval mode on its device.
@@ -38,8 +38,11 @@ class PromptPass:
 
     def __init__(self, model: LlmToSlm) -> None:
         self.model = model
-        encoder = None if model.fusion.step_parameters() else model.encoder
-        self._encoder = None if encoder is None else encoder_pass_for(encoder, _MOST_TOKENS)
+        self._fused: dict[str, Any] = {}
+        if model.encoder is not None and not model.fusion.step_parameters():
+            encoder = encoder_pass_for(model.encoder, _MOST_TOKENS)
+            projector = projector_pass_for(model.projector, _MOST_TOKENS)
+            self._fused = {part: run for part, run in (("encoder", encoder), ("projector", projector)) if run}
         self._trusted: bool | None = None
         self._window = _sight(model)
         self.forget()
@@ -50,8 +53,12 @@ class PromptPass:
         self._graphs = Captured(self._of_padded, self.model.device, pool=pool)
 
     def twin(self) -> Self:
-        """Return one with the same copies of weights and graphs of its own, which may hold another forward."""
+        """Return one with the same copies of weights and graphs of its own, which may hold another forward.
+
+        The projector runs by its own, hooks included.
+        """
         twin = copy.copy(self)
+        twin._fused = {part: run for part, run in self._fused.items() if part != "projector"}
         twin._trusted = None
         twin.forget()
         return twin
@@ -59,7 +66,7 @@ class PromptPass:
     @property
     def stack(self) -> Decoder | None:
         """What the encoder's fused pass computes, with copies of weights; None where its own forward runs."""
-        return None if self._encoder is None else self._encoder.stack.decoder
+        return self._fused["encoder"].decoder if "encoder" in self._fused else None
 
     def padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pad a batch to one of a few sizes if it is to run as a graph, else leave it as it is."""
@@ -111,14 +118,15 @@ class PromptPass:
         return _TOLERANCE.get(self.model.dtype, 0.05)
 
     def _is_to_be_trusted(self, batch: dict[str, Tensor]) -> bool:
-        """Hold a graph's result against the model's own, without the encoder's fused pass and with it."""
-        fused, self._encoder = self._encoder, None
+        """Hold a graph's result against the model's own, without fused passes and with one after the other."""
+        fused, self._fused = self._fused, {}
         if not self.agrees(batch):
             return False
-        self._encoder = fused
-        if fused is not None and (reason := reason_against(lambda: self._error(batch), self._tolerance, "states")):
-            self._encoder = None
-            warnings.warn(f"the encoder runs by its own forward, which is slower: {reason}", stacklevel=3)
+        for part, run in fused.items():
+            before, self._fused = self._fused, self._fused | {part: run}
+            if reason := reason_against(lambda: self._error(batch), self._tolerance, "states"):
+                self._fused = before
+                warnings.warn(f"the {part} runs by its own forward, which is slower: {reason}", stacklevel=3)
         return True
 
     def _error(self, batch: dict[str, Tensor]) -> float:
@@ -153,9 +161,11 @@ class PromptPass:
     def _of_padded(self, *values: Tensor) -> dict[str, Any]:
         names = ["attention_mask", "input_ids", "prompt_attention_mask", "prompt_ids", "prompt_spans"]
         batch = dict(zip(names, values, strict=False))
-        if self._encoder is not None:
-            batch["hidden_states"] = self._encoder(batch["prompt_ids"], batch["prompt_attention_mask"])
-        return self.model.slm_inputs(**batch, prompt_documents=batch["prompt_attention_mask"] - 1)
+        encoder, projector = self._fused.get("encoder"), self._fused.get("projector")
+        if encoder is not None:
+            batch["hidden_states"] = encoder(batch["prompt_ids"], batch["prompt_attention_mask"])
+        documents = batch["prompt_attention_mask"] - 1
+        return self.model.slm_inputs(**batch, prompt_documents=documents, projector=projector)
 
 
 def _sight(model: LlmToSlm) -> int | None:

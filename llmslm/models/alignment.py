@@ -38,7 +38,7 @@ def place_by_rank(states: Tensor, states_mask: Tensor, attention_mask: Tensor) -
         The placed states (batch, input_len, width), zero where there is none, and a boolean mask (batch, input_len, 1).
     """
     rank = attention_mask.cumsum(1) - 1
-    on_prompt = (attention_mask.bool() & (rank < states_mask.sum(1, keepdim=True))).unsqueeze(-1)
+    on_prompt = torch.logical_and(attention_mask, rank < states_mask.sum(1, keepdim=True)).unsqueeze(-1)
     index = rank.clamp(0, states.shape[1] - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
     return torch.where(on_prompt, states.gather(1, index), states.new_zeros(())), on_prompt
 

@@ -1,5 +1,6 @@
 """LlmToSlm: what the composition of a frozen encoder, a projector, a fusion and a small language model computes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class LlmToSlm(Composition):
         prompt_spans: Tensor | None = None,
         prompt_documents: Tensor | None = None,
         documents: Tensor | None = None,
+        projector: Callable[..., Tensor] | None = None,
     ) -> SlmPrompt:
         """Encode, project and fuse.
 
@@ -53,6 +55,7 @@ class LlmToSlm(Composition):
             prompt_spans: (batch, input_prompt_len, 2), only with the "offsets" layout; see `ProjectedPrompt`.
             prompt_documents: (batch, prompt_len), the example of each of prompt_ids, in packed rows.
             documents: (batch, input_len), that of each of input_ids.
+            projector: called in place of the model's own, where something else computes the same.
         """
         token_embeds = None
         if self.alignment.needs_token_embeds:
@@ -66,7 +69,8 @@ class LlmToSlm(Composition):
         hidden_states = hidden_states.to(self.slm.dtype)
         if self.layer_mix is not None:
             hidden_states = self.layer_mix(hidden_states)
-        prompt_embeds = self.projector(hidden_states, prompt_attention_mask, prompt_documents)
+        projector = self.projector if projector is None else projector
+        prompt_embeds = projector(hidden_states, prompt_attention_mask, prompt_documents)
         mask = self.projector.states_mask(prompt_attention_mask)
         projected = ProjectedPrompt(prompt_embeds, mask, token_embeds, prompt_spans, prompt_documents)
         own = SlmPrompt(self.get_input_embeddings()(input_ids), attention_mask, documents=documents)
@@ -82,14 +86,14 @@ class LlmToSlm(Composition):
         hidden_states: Tensor | None = None,
         prompt_spans: Tensor | None = None,
         prompt_documents: Tensor | None = None,
+        projector: Any = None,
     ) -> dict[str, Any]:
         """Return what the bare slm takes for its prefill: inputs_embeds or encoder_outputs, and attention_mask.
 
         Arguments as in `embed_prompt`. Where prompt_documents are given, no operation waits for a value.
         """
-        prompt = self.embed_prompt(
-            input_ids, attention_mask, prompt_ids, prompt_attention_mask, hidden_states, prompt_spans, prompt_documents
-        )
+        sides = (input_ids, attention_mask, prompt_ids, prompt_attention_mask)
+        prompt = self.embed_prompt(*sides, hidden_states, prompt_spans, prompt_documents, projector=projector)
         embeds, mask = prompt.inputs_embeds, prompt.attention_mask
         if not self.config.is_encoder_decoder:
             return {"inputs_embeds": embeds, "attention_mask": mask}

@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 from llmslm.generation import memory, self_check
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read, read_stack
-from llmslm.generation.fused_prefill import FusedEncoder, FusedPrefill, FusedStack, seen_keys
+from llmslm.generation.fused_prefill import FusedDecoder, FusedEncoder, FusedPrefill, seen_keys
+from llmslm.generation.fused_projector import FusedProjector
 from llmslm.generation.memory import Call, Front
 from llmslm.generation.prefill import CausalPrefill, causal_mask
 from llmslm.generation.prompt_pass import PromptPass
@@ -134,6 +135,10 @@ def by_kernels(monkeypatch):
         "llmslm.generation.prompt_pass.encoder_pass_for",
         lambda encoder, positions: FusedEncoder(encoder, read_stack(encoder.model, positions)),
     )
+    monkeypatch.setattr(
+        "llmslm.generation.prompt_pass.projector_pass_for",
+        lambda projector, positions: FusedProjector(projector, positions) if hasattr(projector, "reading") else None,
+    )
     monkeypatch.setattr(PromptPass, "_pays", lambda *_: True)
 
 
@@ -163,11 +168,11 @@ def test_a_pass_that_differs_or_fails_is_done_without(by_kernels, monkeypatch):
     engine = DecodeEngine(model)
     monkeypatch.setattr(engine, "device", torch.device("cuda"))
     assert engine._with_prompts_verified(engine.decoder).reads_prompts
-    original = FusedStack.__call__
-    monkeypatch.setattr(FusedStack, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
+    original = FusedDecoder.__call__
+    monkeypatch.setattr(FusedDecoder, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
     with pytest.warns(UserWarning, match=r"prompts go through the model's own forward.* off by"):
         assert not engine._with_prompts_verified(engine.decoder).reads_prompts
-    monkeypatch.setattr(FusedStack, "__call__", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(FusedDecoder, "__call__", lambda *args, **kwargs: 1 / 0)
     with pytest.warns(UserWarning, match="division by zero"):
         assert not engine._with_prompts_verified(engine.decoder).reads_prompts
 
@@ -181,15 +186,15 @@ def test_a_composition_is_encoded_by_it(encoder, slm, by_kernels, tmp_path):
     padded = run.padded(batch)
     result = attended(run(padded))
     assert run._trusted
-    assert run._encoder is not None
+    assert "encoder" in run._fused
     torch.testing.assert_close(result, attended(model.slm_inputs(**batch)), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_an_encoder_whose_states_differ_runs_by_its_own_forward(by_kernels, monkeypatch, tmp_path):
     model = compose("llama", "llama", tmp_path).to(DEVICE)
-    original = FusedStack.__call__
-    monkeypatch.setattr(FusedStack, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
+    original = FusedDecoder.__call__
+    monkeypatch.setattr(FusedDecoder, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
     run, batch = PromptPass(model), batch_of(model, device=DEVICE)
     padded = run.padded(batch)
     with pytest.warns(UserWarning, match="the encoder runs by its own forward"):

@@ -121,7 +121,7 @@ def test_controls_share_the_copies_of_weights(monkeypatch):
     made = []
 
     def encoder_pass(encoder, positions):
-        made.append(Mock(side_effect=lambda ids, mask: encoder(ids, mask, mask - 1)[0], stack=Mock(decoder=None)))
+        made.append(Mock(side_effect=lambda ids, mask: encoder(ids, mask, mask - 1)[0], decoder=None))
         return made[-1]
 
     monkeypatch.setattr("llmslm.generation.prompt_pass.encoder_pass_for", encoder_pass)
