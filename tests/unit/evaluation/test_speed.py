@@ -1,7 +1,7 @@
 """The clock: what is counted, what is not, and that systems take turns."""
 
-import time
 from itertools import groupby
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from llmslm.generation import memory
 
 
 class Sleeper:
-    """Takes 20 ms to the first token and 5 ms for each further one; stops after three if it may."""
+    """Takes 20 ms of its clock to the first token and 5 ms for each further one; stops after three if it may."""
+
+    now = 0.0
 
     def __init__(self, name, log, produced):
         self.name, self.log, self.produced = name, log, produced
@@ -24,21 +26,26 @@ class Sleeper:
     def generate(self, prompts, *, max_new_tokens, min_new_tokens=0, on_first_token=None):
         tokens = max(3, min_new_tokens)
         self.log.append((self.name, tokens, tuple(prompts)))
-        time.sleep(0.02)
+        Sleeper.now += 0.02
         on_first_token()
-        time.sleep(0.005 * (tokens - 1))
+        Sleeper.now += 0.005 * (tokens - 1)
         return [self.produced("x", tokens - row) for row in range(len(prompts))]
 
 
-def test_first_token_and_time_per_further_token(dummy):
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr("evaluation.speed.time", SimpleNamespace(perf_counter=lambda: Sleeper.now))
+
+
+def test_first_token_and_time_per_further_token(dummy, clock):
     produced = type(dummy().generate(["a"], max_new_tokens=1)[0])
     timing = time_generate(Sleeper("llm", [], produced), ["a", "b"], 9, "fixed")
-    assert timing.ttft_s == pytest.approx(0.02, rel=0.3)
-    assert (timing.total_s - timing.ttft_s) / (timing.steps - 1) == pytest.approx(0.005, rel=0.3)
+    assert timing.ttft_s == pytest.approx(0.02)
+    assert (timing.total_s - timing.ttft_s) / (timing.steps - 1) == pytest.approx(0.005)
     assert (timing.steps, timing.tokens) == (9, 17)
 
 
-def test_systems_take_turns_on_the_same_prompts_in_both_modes(dummy):
+def test_systems_take_turns_on_the_same_prompts_in_both_modes(dummy, clock):
     produced = type(dummy().generate(["a"], max_new_tokens=1)[0])
     log = []
     systems = {name: Sleeper(name, log, produced) for name in ("llm", "slm")}
@@ -53,7 +60,7 @@ def test_systems_take_turns_on_the_same_prompts_in_both_modes(dummy):
     assert fixed["tokens_per_s"] == pytest.approx(fixed["tokens"] / (2 * fixed["total_s"]["mean"]))
 
 
-def test_what_transformers_decodes_is_warm_after_two_rounds(dummy):
+def test_what_transformers_decodes_is_warm_after_two_rounds(dummy, clock):
     produced, log = type(dummy().generate(["a"], max_new_tokens=1)[0]), []
     systems = {name: Sleeper(name, log, produced) for name in ("llm", "llm_generate")}
     systems["llm_generate"].decoder = "generate"
