@@ -9,13 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
-from llmslm.generation import memory, self_check
+from llmslm.generation import fused_prefill, memory, self_check
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read, read_stack
 from llmslm.generation.fused_prefill import FusedEncoder, FusedPrefill, FusedReader, FusedStack, seen_keys
 from llmslm.generation.memory import Call, Front
 from llmslm.generation.prefill import CausalPrefill, causal_mask
-from llmslm.generation.prompt_pass import PromptPass
+from llmslm.generation.prompt_pass import HostReads, PromptPass
 from llmslm.generation.state import DecodeState
 from llmslm.generation.verified import VerifiedEngine
 from llmslm.models.encoder import Encoder, pad_right
@@ -250,6 +250,17 @@ def test_a_reader_gives_what_one_pass_of_the_llm_gives(family, depth, dtype):
         assert (found - expected).norm() < tolerance * expected.norm()
     assert result.cache is state.cache
     assert not state.cache[..., 19:, :].any(), "no place behind the prompt is written"
+
+
+@torch.no_grad()
+def test_a_reader_asks_the_device_for_no_value(monkeypatch):
+    """Which no graph could hold; the kernels, which ask for none, are left out."""
+    monkeypatch.setattr(fused_prefill, "_launch", lambda *_, **__: None)
+    model = tiny("llama").to(DEVICE)
+    ids, mask = (value.to(DEVICE) for value in prompts(model, 3, 19).values())
+    with HostReads() as reads:
+        FusedReader(read(model, 16), 1)(ids, mask)
+    assert not reads.found
 
 
 @pytest.fixture
