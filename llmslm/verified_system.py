@@ -77,8 +77,7 @@ class VerifiedSystem(System):
 
     def _new_tokens(self, prompts: Any, **settings: Any) -> Tensor:
         codec = self.draft.codec
-        batch = codec.collate_prompts(codec.encode(prompts))
-        settings |= {name: tensor.to(self.device) for name, tensor in batch.items()}
+        settings |= codec.collate_prompts(codec.encode(prompts))  # on the host, where it is small and padded further
         result = self.verified_engine.generate(**settings)
         self.acceptance.add(result.acceptance)
         return result.tokens

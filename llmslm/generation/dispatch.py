@@ -19,7 +19,7 @@ from llmslm.models.projector import Projector, TransformerProjector
 
 if TYPE_CHECKING:
     from llmslm.generation.fused_block import FusedBlockStep
-    from llmslm.generation.fused_prefill import FusedEncoder
+    from llmslm.generation.fused_prefill import FusedEncoder, FusedReader
     from llmslm.generation.fused_projector import FusedProjector
 
 _SPARE = 0.25  # of the free memory, that copies of a frozen encoder's weights may take
@@ -52,6 +52,20 @@ def prefill_for(model: PreTrainedModel, decoder: Decoder, state: DecodeState) ->
     from llmslm.generation.fused_prefill import FusedPrefill
 
     return FusedPrefill(model, decoder, state)
+
+
+def reader_for(decoder: Decoder | None, depth: int | None) -> FusedReader | None:
+    """The same for the prompts of verified decoding; None leaves them to the model's own forward.
+
+    Args:
+        decoder: of the model; None where it cannot be read.
+        depth: see `FusedReader`.
+    """
+    if decoder is None or decoder.crosses or not decoder.reads_prompts or decoder.embedding.device.type != "cuda":
+        return None
+    from llmslm.generation.fused_prefill import FusedReader
+
+    return FusedReader(decoder, depth)
 
 
 def encoder_pass_for(encoder: Encoder, max_positions: int) -> FusedEncoder | None:

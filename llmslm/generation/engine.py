@@ -27,9 +27,6 @@ from llmslm.generation.sampling import Sampling, TokenRules, reason_for_generate
 from llmslm.generation.state import DecodeState, capacity_bucket, prompt_bucket
 from llmslm.generation.streaming import FirstToken
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
-_ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not
-
 
 @dataclass(frozen=True)
 class _Prompt:
@@ -357,12 +354,12 @@ class DecodeEngine:
         Raises:
             UnreadableModelError: if the logits differ by more than rounding.
         """
-        from llmslm.generation.self_check import relative_difference
+        from llmslm.generation.self_check import relative_difference, tolerance_for
 
         def difference(batch: int) -> float:
             return relative_difference(self.model, decoder, start_token(self.model) or 0, batch)
 
-        tolerance, compiled = _tolerance(decoder), self.device.type == "cuda"
+        tolerance, compiled = tolerance_for(decoder), self.device.type == "cuda"
         if compiled:  # there are faster kernels for products, which can be done without
             from llmslm.generation import fused_rows
         with fused_rows.left_out() if compiled else contextlib.nullcontext():
@@ -379,18 +376,13 @@ class DecodeEngine:
         """Hold the lean pass over prompts, where there is one, against the model's own; it can be done without."""
         if self.device.type != "cuda" or self.model.config.is_encoder_decoder:
             return decoder
-        from llmslm.generation.self_check import prompt_difference, reason_against
+        from llmslm.generation.self_check import prompt_difference, reason_against, tolerance_for
 
-        reason = reason_against(lambda: prompt_difference(self.model, decoder), _tolerance(decoder))
+        reason = reason_against(lambda: prompt_difference(self.model, decoder), tolerance_for(decoder))
         if reason is None:
             return decoder
         warnings.warn(f"prompts go through the model's own forward, which is slower: {reason}", stacklevel=3)
         return replace(decoder, reads_prompts=False)
-
-
-def _tolerance(decoder: Decoder) -> float:
-    rounded = decoder.head.row_scale is not None
-    return _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
 
 
 def _as_encoder_output(states: Tensor) -> Any:

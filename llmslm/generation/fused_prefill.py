@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llmslm.generation import kernels, prompt_kernels
-from llmslm.generation.plan import Decoder, Linear, Norm, SelfAttention, Stack
-from llmslm.generation.prefill import CausalPrefill
+from llmslm.generation.plan import Decoder, Linear, Norm, SelfAttention, Stack, Sublayer
+from llmslm.generation.prefill import CausalPrefill, Passed, prompt_positions
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import product
 from llmslm.models.encoder import Encoder
@@ -46,8 +46,26 @@ class FusedStack:
             cache: (layers, 2, batch, kv_heads, capacity, head_dim), filled; a token's slot is its column.
             last: whether the last positions alone are wanted.
         """
-        mask, added = seen_keys(attention_mask, x.dtype, causal=self.causal), None
-        for sublayer in self.stack.sublayers:
+        mask = seen_keys(attention_mask, x.dtype, causal=self.causal)
+        x, added = self.through(self.stack.sublayers, x, mask, positions, cache)
+        if last:
+            x, added = _last(x, positions.shape), None if added is None else _last(added, positions.shape)
+        return joined(x, added, self.stack.final_norm)[1]
+
+    def through(
+        self, sublayers: list[Sublayer], x: Tensor, mask: Tensor, positions: Tensor, cache: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take states x (batch * length, width) through some sublayers: x, and a branch that is still to be added.
+
+        Args:
+            sublayers: of the stack.
+            x: what they start from.
+            mask: of `seen_keys`.
+            positions: as for `states`.
+            cache: as for `states`.
+        """
+        added = None
+        for sublayer in sublayers:
             (x, y), added = joined(x, added, sublayer.before), None
             y = product(y, sublayer.into)
             if isinstance(sublayer.inner, SelfAttention):
@@ -57,9 +75,7 @@ class FusedStack:
             added = product(y, sublayer.out)
             if sublayer.after is not None:
                 x, added = joined(x, added, sublayer.after)[1], None
-        if last:
-            x, added = _last(x, positions.shape), None if added is None else _last(added, positions.shape)
-        return joined(x, added, self.stack.final_norm)[1]
+        return x, added
 
     def _attended(self, qkv: Tensor, inner: SelfAttention, positions: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
         """Store keys and values, then attend: (batch * length, heads * head_dim)."""
@@ -119,13 +135,13 @@ class FusedDecoder(FusedStack):
         self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
     ) -> Tensor:
         """See `states`; of ids (batch, length), or embeddings (batch, length, width)."""
-        return self.states(self._embedded(prompt, positions), attention_mask, positions, cache, last=last)
+        return self.states(self.embedded(prompt, positions), attention_mask, positions, cache, last=last)
 
     def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
         """Give the logits (batch, vocabulary) of what follows prompts that are padded on the left."""
         return product(self(prompt, attention_mask, positions, cache, last=True), self.decoder.head)
 
-    def _embedded(self, prompt: Tensor, positions: Tensor) -> Tensor:
+    def embedded(self, prompt: Tensor, positions: Tensor) -> Tensor:
         """(batch * length, width); embeddings that are given have been scaled already, and lack positions alone."""
         decoder, (tokens, width) = self.decoder, (positions.numel(), self.decoder.embedding.shape[1])
         x = decoder.embedding.new_empty(tokens, width)
@@ -276,3 +292,45 @@ class FusedEncoder:
         cache = one.expand(shape.layers, -1, -1, -1, -1, -1)  # nobody reads a layer's keys and values after it
         positions = columns(batch, length, one.device)
         return self.run(prompt_ids, prompt_attention_mask, positions, cache).view(batch, length, -1)
+
+
+class FusedReader:
+    """The pass over right-padded prompts that verified decoding starts from, of a decoder-only model.
+
+    Args:
+        decoder: of the model.
+        depth: number of layers behind which states are wanted; all of them: behind the final norm; None: none are.
+    """
+
+    def __init__(self, decoder: Decoder, depth: int | None) -> None:
+        self.decoder, self.run, self.depth = decoder, FusedDecoder(decoder), depth
+
+    def __call__(self, prompt: Tensor, mask: Tensor, cache: Tensor | None = None) -> Passed:
+        """See `Passed`.
+
+        Args:
+            prompt: ids (batch, length), or embeddings (batch, length, width).
+            mask: (batch, length), 1 = a real token; padding is on the right.
+            cache: filled; see `FusedStack.states`. A new one if not given.
+        """
+        decoder, shape, (batch, length) = self.decoder, self.decoder.shape, mask.shape
+        if cache is None:
+            wide = (shape.layers, 2, batch, shape.kv_heads, length, shape.head_dim)
+            cache = decoder.embedding.new_empty(wide)
+        positions = prompt_positions(mask)
+        last = torch.arange(0, batch * length, length, device=mask.device) + positions[:, -1]
+        if decoder.max_positions is not None and length > decoder.max_positions:  # of a draft: its chance suffers
+            positions = positions.clamp(max=decoder.max_positions - 1)
+        below, seen = 2 * (self.depth or 0), seen_keys(mask, decoder.embedding.dtype)  # attention and feed-forward
+        x = self.run.embedded(prompt, positions)
+        x, added = self.run.through(decoder.sublayers[:below], x, seen, positions, cache)
+        is_last = below == len(decoder.sublayers)
+        states = joined(x, added, decoder.final_norm if is_last else None)[1]
+        if is_last:
+            behind = states.index_select(0, last)
+        else:
+            x, added = self.run.through(decoder.sublayers[below:], states, seen, positions, cache)
+            added = None if added is None else added.index_select(0, last)
+            behind = joined(x.index_select(0, last), added, decoder.final_norm)[1]
+        wanted = None if self.depth is None else states.view(batch, length, -1)
+        return Passed(wanted, product(behind, decoder.head), cache)

@@ -1,5 +1,8 @@
 """The prompt's single pass: it fills the caches of a state and gives the logits of the first new token."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +27,19 @@ def causal_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
 def prompt_positions(attention_mask: Tensor) -> Tensor:
     """Positions (batch, length) counted over attended tokens; padding on the left has position 0."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+class Passed(NamedTuple):
+    """What a pass over right-padded prompts gives to verified decoding.
+
+    states: (batch, prompt_len, width), of the layer that feeds a projector; None where none does.
+    last: (batch, vocabulary), the logits of what follows each row; of an encoder-decoder's encoder its last states.
+    cache: keys and values (batch, kv_heads, capacity, head_dim) of each layer; None of an encoder.
+    """
+
+    states: Tensor | None
+    last: Tensor
+    cache: Iterable[tuple[Tensor, Tensor]] | Tensor | None
 
 
 class CausalPrefill:

@@ -9,11 +9,15 @@ from transformers import PreTrainedModel
 
 from llmslm.generation.dispatch import prefill_for, step_for
 from llmslm.generation.plan import Decoder
-from llmslm.generation.prefill import CausalPrefill, EncodedPrefill
+from llmslm.generation.prefill import CausalPrefill, EncodedPrefill, Passed
 from llmslm.generation.state import DecodeState
 
+ReadingPass = Callable[[Tensor, Tensor], Passed]
+"""Of prompts and their mask."""
 _PROMPT, _STEPS = 5, 3
 _LONG_PROMPT = 32
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+_ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not
 
 
 def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, batch: int = 2) -> float:
@@ -30,20 +34,47 @@ def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, ba
 
 def prompt_difference(model: PreTrainedModel, decoder: Decoder, batch: int = 2) -> float:
     """The same of the lean pass over prompts, of ids and of embeddings: its logits, or what it puts into the caches."""
-    length = min(_LONG_PROMPT, decoder.max_positions or _LONG_PROMPT)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, decoder.shape.vocabulary, (batch, length), generator=generator).to(model.device)
-    mask = torch.ones_like(ids)
-    mask[0, : length // 2] = 0
+    ids, mask = _prompts(model, decoder, batch)
     differences = []
     for prompt in (ids, model.get_input_embeddings()(ids)):
         logits, caches = [], []
         for kind in (prefill_for, CausalPrefill):
-            state = _state(decoder, batch, length, 0)
+            state = _state(decoder, batch, mask.shape[1], 0)
             logits.append(kind(model, decoder, state)(prompt, mask))
-            caches.append(state.cache.permute(2, 4, 0, 1, 3, 5)[mask.bool()])
+            caches.append(_attended(state.cache, mask))
         differences += [_difference(*logits), _difference(*caches)]
     return float(torch.tensor(differences).max())  # NaN if one of them is
+
+
+@torch.no_grad()
+def reading_difference(
+    model: PreTrainedModel, decoder: Decoder, passes: tuple[ReadingPass, ReadingPass], *, embedded: bool
+) -> float:
+    """The same of the lean pass over right-padded prompts: of its logits, caches, and states on the way.
+
+    Args:
+        model: whose prompts they are.
+        decoder: of it.
+        passes: the lean one, and the model's own.
+        embedded: whether they read embeddings, not ids.
+    """
+    ids, mask = _prompts(model, decoder, 2)
+    mask = mask.flip(1)
+    prompt = model.get_input_embeddings()(ids) if embedded else ids
+    lean, own = (reads(prompt, mask) for reads in passes)
+    assert lean.cache is not None
+    assert own.cache is not None
+    caches = [torch.stack([torch.stack(tuple(layer)) for layer in cache]) for cache in (lean.cache, own.cache)]
+    differences = [_difference(lean.last, own.last), _difference(*(_attended(cache, mask) for cache in caches))]
+    if lean.states is not None and own.states is not None:
+        differences.append(_difference(lean.states[mask.bool()], own.states[mask.bool()]))
+    return float(torch.tensor(differences).max())
+
+
+def tolerance_for(decoder: Decoder) -> float:
+    """How much of a difference is rounding."""
+    rounded = decoder.head.row_scale is not None
+    return _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
 
 
 def reason_against(measure: Callable[[], float], tolerance: float, what: str = "logits") -> str | None:
@@ -59,6 +90,21 @@ def reason_against(measure: Callable[[], float], tolerance: float, what: str = "
     except Exception as error:  # whatever a compiler or a driver has against it
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return None if off <= tolerance else f"{what} are off by {off:.3g} of their spread"
+
+
+def _prompts(model: PreTrainedModel, decoder: Decoder, batch: int) -> tuple[Tensor, Tensor]:
+    """Random ids and their mask, (batch, length); the first row is padded on the left."""
+    length = min(_LONG_PROMPT, decoder.max_positions or _LONG_PROMPT)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, decoder.shape.vocabulary, (batch, length), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[0, : length // 2] = 0
+    return ids, mask
+
+
+def _attended(cache: Tensor, mask: Tensor) -> Tensor:
+    """Keys and values (tokens, ...) of the real tokens, from (layers, 2, batch, kv_heads, length, head_dim)."""
+    return cache.permute(2, 4, 0, 1, 3, 5)[mask.bool()]
 
 
 def _state(decoder: Decoder, batch: int, capacity: int, encoder_capacity: int) -> DecodeState:

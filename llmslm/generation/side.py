@@ -1,13 +1,13 @@
 """One model of a verified pair, after its prompt: it reads tokens at each row's own place and can take them back."""
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmslm.generation.dispatch import block_step_for, step_for
 from llmslm.generation.plan import Decoder
+from llmslm.generation.prefill import Passed
 from llmslm.generation.state import DecodeState
 from llmslm.generation.step import TorchStep, fill_cross_cache
 
@@ -51,18 +51,21 @@ class Side:
         self.block_step = block_step_for(decoder, self.state)
         self._prompt_length = 1
 
-    def take_prompt(self, past: Any, mask: Tensor, prompt_ids: Tensor | None = None) -> None:
+    def take_prompt(self, passed: Passed, mask: Tensor, prompt_ids: Tensor | None = None) -> None:
         """Begin from a decoder-only model's pass over right-padded prompts.
 
         Args:
-            past: the pass's cache, (batch, kv_heads, prompt_len, head_dim) keys and values a layer.
+            passed: what it gave; it may have filled this side's own cache.
             mask: (batch, prompt_len), 1 = a real token.
             prompt_ids: (batch, prompt_len); None where the prompt was not read as ids.
         """
         length = self._prompt_length = mask.shape[1]
-        for index, layer in enumerate(past.layers):
-            self.state.cache[index, 0, :, :, :length].copy_(layer.keys)
-            self.state.cache[index, 1, :, :, :length].copy_(layer.values)
+        assert passed.cache is not None
+        if passed.cache is not self.state.cache:
+            for index, (keys, values) in enumerate(passed.cache):
+                self.state.cache[index, 0, :, :, :length].copy_(keys)
+                self.state.cache[index, 1, :, :, :length].copy_(values)
+        self.next_logits.copy_(passed.last)
         self.base.copy_(mask.sum(dim=1) - 1)
         if prompt_ids is not None:
             self.start.copy_(prompt_ids.gather(1, self.base[:, None])[:, 0])

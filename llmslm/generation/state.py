@@ -48,7 +48,7 @@ def padded_batch(batch: dict[str, Tensor], length: Callable[[str, int], int], *,
     for name, value in batch.items():
         missing = length(name, value.shape[1]) - value.shape[1]
         sides = (missing, 0) if left and name in ("input_ids", "attention_mask") else (0, missing)
-        padded[name] = F.pad(value, (0, 0, *sides) if value.dim() == 3 else sides)
+        padded[name] = F.pad(value, (0, 0, *sides) if value.dim() == 3 else sides) if missing else value
     return padded
 
 

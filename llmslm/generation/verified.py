@@ -58,7 +58,7 @@ class VerifiedEngine:
         self._alone = DecodeEngine(llm)
         self._slm = DecodeEngine(draft.slm)
         self.fixed = llm.device.type == "cuda"
-        self._reader = PromptReader(llm, self.encoder, draft)
+        self._reader = PromptReader(llm, self.encoder, draft, (self._alone.decoder, self._slm.decoder))
         self._loops: OrderedDict[tuple[Any, ...], VerifiedLoop] = OrderedDict()
         self._lengths: dict[tuple[Any, ...], tuple[int, int]] = {}  # of both prompts, by the shapes of a batch
 
@@ -75,7 +75,7 @@ class VerifiedEngine:
         on_tokens: Callable[[Tensor], None] | None = None,
         **slm_side: Tensor,
     ) -> VerifiedTokens:
-        """Decode a batch of prompts, padded on either side.
+        """Decode a batch of prompts, padded on either side, from any device: what is on the host costs fewer launches.
 
         Args:
             prompt_ids: (batch, prompt_len), in the LLM's tokenizer.
@@ -135,12 +135,12 @@ class VerifiedEngine:
         decoder, slm = self._alone.decoder, self._slm.decoder
         assert decoder is not None
         assert slm is not None
-        decoder = replace(decoder, reads_prompts=False)  # the prompt's pass feeds the projector, too
+        decoder = replace(decoder, reads_prompts=False)  # its own forward may read the prompt, and needs more
         call = self._alone.call_sizes(batch, length, places(max_new))
         own = prompt["input_ids"].shape[1]
         draft = self._slm.call_sizes(batch, length + own, places(max_new), embedded=True)
         kept = memory.state_bytes(slm.shape, draft, slm.embedding.element_size()) + memory.step_bytes(slm, draft)
-        kept += LONGEST * memory.step_bytes(decoder, call)
+        kept += LONGEST * memory.step_bytes(decoder, call) + self._reader.kept_bytes(batch, call.length)
         if sampling is not None:  # logits, scores, their order and the odds, of both, at each place
             kept += _DRAWN * (LONGEST + 1) * batch * (decoder.shape.vocabulary + slm.shape.vocabulary)
 

@@ -1,91 +1,160 @@
-"""The prompt's passes of verified decoding: the LLM's, which feeds the projector too, and the slm's."""
+"""The prompt's passes of verified decoding: the LLM's, which feeds the projector too, and the slm's.
+
+Where there are fused kernels for a decoder-only model, they put its keys and values straight into its side's caches.
+"""
+
+from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmslm.generation.prefill import causal_mask
+from llmslm.generation.dispatch import reader_for
+from llmslm.generation.plan import Decoder
+from llmslm.generation.prefill import Passed, causal_mask
 from llmslm.generation.sampling import start_token
+from llmslm.generation.self_check import ReadingPass, reading_difference, reason_against, tolerance_for
 from llmslm.generation.side import Side
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import document_positions
-from llmslm.models.shared_encoder import Reading, SharedEncoder
+from llmslm.models.shared_encoder import SharedEncoder
+
+if TYPE_CHECKING:
+    from llmslm.generation.fused_prefill import FusedReader
 
 
 class ReadPrompt(NamedTuple):
     """What is known once the LLM has read the prompt and its states have been fused: the slm's inputs."""
 
     prompt_ids: Tensor
-    reading: Reading
+    mask: Tensor
+    passed: Passed
+    """Of the LLM."""
     slm_inputs: dict[str, Any]
 
     @property
     def lengths(self) -> tuple[int, int]:
         """Of both models' prompts."""
-        return self.reading.mask.shape[1], self.slm_inputs["attention_mask"].shape[1]
+        return self.mask.shape[1], self.slm_inputs["attention_mask"].shape[1]
 
 
 class PromptReader:
     """Reads prompts once for both models; nothing of it depends on the host.
 
+    A pass by fused kernels is held against the model's own forward here, and done without if it differs.
+
     Args:
         llm: the whole LLM.
         encoder: the part of it that feeds the draft.
         draft: the composition.
+        decoders: of the LLM and of the slm, where these can be read.
     """
 
-    def __init__(self, llm: PreTrainedModel, encoder: SharedEncoder, draft: LlmToSlm) -> None:
+    def __init__(
+        self,
+        llm: PreTrainedModel,
+        encoder: SharedEncoder,
+        draft: LlmToSlm,
+        decoders: tuple[Decoder | None, Decoder | None],
+    ) -> None:
         self.llm, self.encoder, self.draft = llm, encoder, draft
         self._takes_positions = "position_ids" in inspect.signature(draft.slm.base_model.forward).parameters
+        decoder = decoders[0] if len(encoder.depths) == 1 else None  # states of several layers are its forward's
+        self._fused_llm = _trusted(llm, decoder, self._llm_pass, encoder.depth)
+        self._fused_slm = _trusted(draft.slm, decoders[1], self._slm_pass, None)
 
-    def read(self, prompt_ids: Tensor, prompt_attention_mask: Tensor, **slm_side: Tensor) -> ReadPrompt:
-        """Pass right-padded prompts through the LLM, the projector and the fusion.
+    def kept_bytes(self, batch: int, length: int) -> int:
+        """Bytes that the LLM's pass keeps beside what its own forward needs: states, and a first pass's own cache."""
+        width, element_size = self.encoder.hidden_size * len(self.encoder.depths), self.llm.dtype.itemsize
+        cache = 0 if self._fused_llm is None else self._fused_llm.decoder.shape.bytes(batch, length, 0, element_size)
+        return batch * length * width * element_size + cache
+
+    def read(
+        self, prompt_ids: Tensor, prompt_attention_mask: Tensor, *, cache: Tensor | None = None, **slm_side: Tensor
+    ) -> ReadPrompt:
+        """Pass right-padded prompts, from any device, through the LLM, the projector and the fusion.
 
         Args:
             prompt_ids: (batch, prompt_len), in the LLM's tokenizer.
             prompt_attention_mask: (batch, prompt_len), 1 = a real token.
+            cache: of the LLM's side, if there is one yet; a fused pass fills it.
             slm_side: the rest of the batch: what `LlmToSlm.slm_inputs` takes for the slm.
         """
-        reading = self.encoder.read(prompt_ids, prompt_attention_mask, one_mask=True)
+        device = self.llm.device
+        ids, mask = prompt_ids.to(device), prompt_attention_mask.to(device)
+        passed = self._llm_pass(ids, mask) if self._fused_llm is None else self._fused_llm(ids, mask, cache)
         inputs = self.draft.slm_inputs(
-            prompt_ids=prompt_ids,
-            prompt_attention_mask=reading.mask,
-            hidden_states=reading.hidden_states,
-            prompt_documents=reading.mask - 1,
-            **slm_side,
+            prompt_ids=ids,
+            prompt_attention_mask=mask,
+            hidden_states=passed.states,
+            prompt_documents=mask - 1,
+            **{name: value.to(device) for name, value in slm_side.items()},
         )
-        return ReadPrompt(prompt_ids, reading, inputs)
+        return ReadPrompt(ids, mask, passed, inputs)
 
     def begin(self, prompt: ReadPrompt, llm: Side, draft: Side) -> None:
         """Let both sides stand behind the prompt."""
-        reading = prompt.reading
-        if reading.past_key_values is None:
-            llm.take_states(reading.last_hidden_state, reading.mask, start_token(self.llm) or 0)
+        if prompt.passed.cache is None:
+            llm.take_states(prompt.passed.last, prompt.mask, start_token(self.llm) or 0)
         else:
-            llm.take_prompt(reading.past_key_values, reading.mask, prompt.prompt_ids)
-            llm.next_logits.copy_(_logits_behind(self.llm, reading.last_hidden_state, llm))
+            llm.take_prompt(prompt.passed, prompt.mask, prompt.prompt_ids)
         self._begin_draft(draft, prompt.slm_inputs)
 
     def _begin_draft(self, side: Side, inputs: dict[str, Any]) -> None:
-        slm, mask = self.draft.slm, inputs["attention_mask"]
+        mask = inputs["attention_mask"]
         if "encoder_outputs" in inputs:
-            side.take_states(inputs["encoder_outputs"].last_hidden_state, mask, start_token(slm) or 0)
+            side.take_states(inputs["encoder_outputs"].last_hidden_state, mask, start_token(self.draft.slm) or 0)
             return
         order = mask.argsort(dim=1, descending=True, stable=True)  # rows without gaps, from position 0
         embeds, mask = inputs["inputs_embeds"], mask.gather(1, order)
         embeds = embeds.gather(1, order[..., None].expand_as(embeds))
-        positions = {"position_ids": document_positions(mask - 1)} if self._takes_positions else {}
+        fused, cache = self._fused_slm, side.state.cache
+        side.take_prompt(self._slm_pass(embeds, mask) if fused is None else fused(embeds, mask, cache), mask)
+
+    def _llm_pass(self, prompt_ids: Tensor, mask: Tensor) -> Passed:
+        """The LLM's own pass, whatever its family."""
+        reading = self.encoder.read(prompt_ids, mask, one_mask=True)
+        if reading.past_key_values is None:
+            return Passed(reading.hidden_states, reading.last_hidden_state, None)
+        logits = _logits_behind(self.llm, reading.last_hidden_state, mask)
+        return Passed(reading.hidden_states, logits, _by_layer(reading.past_key_values))
+
+    def _slm_pass(self, inputs_embeds: Tensor, mask: Tensor) -> Passed:
+        """The same of a decoder-only slm."""
+        slm, positions = self.draft.slm, {"position_ids": document_positions(mask - 1)} if self._takes_positions else {}
         seen = causal_mask(mask.bool(), slm.dtype)  # in full, as for `SharedEncoder.read`
-        output = slm.base_model(inputs_embeds=embeds, attention_mask=seen, use_cache=True, **positions)
-        side.take_prompt(output.past_key_values, mask)
-        side.next_logits.copy_(_logits_behind(slm, output.last_hidden_state, side))
+        output = slm.base_model(inputs_embeds=inputs_embeds, attention_mask=seen, use_cache=True, **positions)
+        logits = _logits_behind(slm, output.last_hidden_state, mask)
+        return Passed(None, logits, _by_layer(output.past_key_values))
 
 
-def _logits_behind(model: PreTrainedModel, states: Tensor, side: Side) -> Tensor:
-    """(batch, vocabulary): of what follows a prompt, from the last states of all its tokens."""
-    last = states[torch.arange(len(states), device=states.device), side.base]
+def _trusted(
+    model: PreTrainedModel, decoder: Decoder | None, own: ReadingPass, depth: int | None
+) -> FusedReader | None:
+    """The fused pass, unless it differs from the model's own; None where there is none."""
+    fused = reader_for(decoder, depth)
+    if decoder is None or fused is None:
+        return None
+    reason = reason_against(
+        lambda: reading_difference(model, decoder, (fused, own), embedded=depth is None), tolerance_for(decoder)
+    )
+    if reason is None:
+        return fused
+    name = "slm" if depth is None else "LLM"
+    warnings.warn(f"the {name} reads prompts to verify by its own forward, which is slower: {reason}", stacklevel=4)
+    return None
+
+
+def _by_layer(past: Any) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys, layer.values) for layer in past.layers]
+
+
+def _logits_behind(model: PreTrainedModel, states: Tensor, mask: Tensor) -> Tensor:
+    """(batch, vocabulary): of what follows a right-padded prompt, from the last states of all its tokens."""
+    last = states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
     logits: Tensor = model.get_output_embeddings()(last)
     return logits

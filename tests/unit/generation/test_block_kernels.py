@@ -14,6 +14,7 @@ from llmslm.generation.choice import Choice
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read
 from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
+from llmslm.generation.fused_prefill import FusedReader
 from llmslm.generation.plan import CrossAttention, Linear, Norm
 from llmslm.generation.side import Side
 from llmslm.generation.state import DecodeState
@@ -145,11 +146,18 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda decoder, state: FusedBlockStep(decoder, state, early=COMPILED),
     )
     monkeypatch.setattr(verified_loop, "block_for", fused_blocks)
+    monkeypatch.setattr(
+        "llmslm.generation.verified_prompt.reader_for",
+        lambda decoder, depth: None if decoder is None or decoder.crosses else FusedReader(decoder, depth),
+    )
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, in the interpreter; infinity is right
 @pytest.mark.skipif(COMPILED, reason="test_verified_cuda.py has it with its graphs")
-@pytest.mark.parametrize(("family", "slm_family"), [("llama", "gpt2"), ("t5", "llama"), ("gpt2", "t5")])
+@pytest.mark.parametrize(
+    ("family", "slm_family"), [("llama", "gpt2"), ("qwen2", "llama"), ("t5", "llama"), ("gpt2", "t5")]
+)
 def test_verified_tokens_by_kernels_are_the_llms(family: str, slm_family: str, by_kernels: None) -> None:
     verified = engine(family, slm_family, perfect=family == "gpt2")
     verified.fixed = True

@@ -87,7 +87,7 @@ def test_rows_beyond_32_bits_are_found() -> None:
     x = torch.zeros(rows, width, device="cuda", dtype=torch.bfloat16)
     x[-1] = torch.randn(width, device="cuda")
     norm = Norm(torch.ones(width, device="cuda"), None, 1e-6, False)
-    total, y = fused_prefill._joined(x, x, norm)
+    total, y = fused_prefill.joined(x, x, norm)
     assert torch.equal(total[-1], 2 * x[-1])
     expected = torch.nn.functional.rms_norm(total[-1].float(), (width,), eps=1e-6)
     torch.testing.assert_close(y[-1].float(), expected, rtol=1e-2, atol=1e-2)

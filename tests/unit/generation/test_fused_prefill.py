@@ -9,20 +9,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
-from llmslm.generation import memory, self_check
+from llmslm.generation import fused_prefill, memory, self_check
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read, read_stack
-from llmslm.generation.fused_prefill import FusedDecoder, FusedEncoder, FusedPrefill, seen_keys
+from llmslm.generation.fused_prefill import FusedDecoder, FusedEncoder, FusedPrefill, FusedReader, seen_keys
 from llmslm.generation.fused_projector import FusedProjector
 from llmslm.generation.memory import Call, Front
 from llmslm.generation.prefill import CausalPrefill, causal_mask
-from llmslm.generation.prompt_pass import PromptPass
+from llmslm.generation.prompt_pass import HostReads, PromptPass
 from llmslm.generation.state import DecodeState
-from llmslm.models.encoder import Encoder
+from llmslm.generation.verified import VerifiedEngine
+from llmslm.models.encoder import Encoder, pad_right
+from llmslm.models.fusion import Prefix
+from llmslm.models.shared_encoder import SharedEncoder
 from tests import tiny as tiny_models
 from tests.unit.generation.families import BUILD, EOS, PAD, VOCABULARY, by_generate, prompts, tiny
 from tests.unit.generation.test_kernels import COMPILED, DEVICE, HALF, _few_programs, graph_loop  # noqa: F401
 from tests.unit.generation.test_prompt_pass import attended, batch_of
+from tests.unit.generation.test_verified import batch as sides_of
+from tests.unit.generation.test_verified import engine as verified_engine
 from tests.unit.models.compositions import compose
 
 CAUSAL = [family for family in BUILD if not tiny(family).config.is_encoder_decoder]
@@ -226,3 +231,154 @@ def test_copies_of_an_encoders_weights_are_predicted(by_kernels, tmp_path):
     )
     fused = [s.into.weight.nbytes for s in run.stack.sublayers]
     assert with_copies - without == sum(fused)
+
+
+@pytest.mark.parametrize(("depth", "dtype"), [(0, torch.float32), (1, torch.float32), (2, torch.float32), (1, HALF)])
+@pytest.mark.parametrize("family", CAUSAL)
+@torch.no_grad()
+def test_a_reader_gives_what_one_pass_of_the_llm_gives(family, depth, dtype):
+    model = tiny(family).to(DEVICE, dtype)
+    inputs = {name: value.to(DEVICE) for name, value in prompts(model, 3, 19).items()}
+    ids, mask = pad_right(inputs["input_ids"], inputs["attention_mask"])
+    reading = SharedEncoder(model, depth).read(ids, mask)
+    own = model.get_output_embeddings()(reading.last_hidden_state[torch.arange(3), mask.sum(dim=1) - 1])
+    state = state_for(model, read(model, 128), 3, 24)
+    result = FusedReader(read(model, 128), depth)(ids, mask, state.cache)
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    kept = mask.bool()
+    keys = torch.stack([layer.keys for layer in reading.past_key_values.layers])
+    for found, expected in (
+        (result.states[kept], reading.hidden_states[kept]),
+        (result.last, own),
+        (state.cache[:, 0, :, :, :19].permute(1, 3, 0, 2, 4)[kept], keys.permute(1, 3, 0, 2, 4)[kept]),
+    ):
+        assert (found - expected).norm() < tolerance * expected.norm()
+    assert result.cache is state.cache
+    assert not state.cache[..., 19:, :].any(), "no place behind the prompt is written"
+
+
+@torch.no_grad()
+def test_a_reader_asks_the_device_for_no_value(monkeypatch):
+    """Which no graph could hold; the kernels, which ask for none, are left out."""
+    monkeypatch.setattr(fused_prefill, "_launch", lambda *_, **__: None)
+    model = tiny("llama").to(DEVICE)
+    ids, mask = (value.to(DEVICE) for value in prompts(model, 3, 19).values())
+    with HostReads() as reads:
+        FusedReader(read(model, 16), 1)(ids, mask)
+    assert not reads.found
+
+
+@pytest.fixture
+def reads_by_kernels(monkeypatch):
+    """What verified decoding does on CUDA devices with its prompts, on the CPU."""
+    made = []
+
+    def reader(decoder, depth):
+        if decoder is None or decoder.crosses:
+            return None
+        made.append(FusedReader(decoder, depth))
+        return made[-1]
+
+    if not COMPILED:
+        monkeypatch.setattr("llmslm.generation.verified_prompt.reader_for", reader)
+    return made
+
+
+def fixed(*arguments, **settings):
+    """An engine whose buffers are those of graphs."""
+    verified = verified_engine(*arguments, **settings, device=DEVICE)
+    verified.fixed = True
+    return verified
+
+
+READ = [
+    ("llama", "llama", {}),
+    ("qwen3", "llama", {"layer": 1}),
+    ("qwen2", "qwen3", {"layer": 1, "fusion": Prefix}),
+    ("gpt2", "gpt2", {"layer": 1, "perfect": True}),
+    ("opt-post-norm", "opt", {"layer": 0}),
+    ("llama", "t5", {"layer": 1}),
+    ("t5", "llama", {}),
+    ("llama", "qwen2", {"layer": [1, "last"]}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "slm_family", "settings"), READ)
+@torch.no_grad()
+def test_verified_tokens_are_the_llms_where_kernels_read_the_prompts(family, slm_family, settings, reads_by_kernels):
+    """The first call of a size reads into a cache of its own, the second into its side's."""
+    settings = {"perfect": False} | settings
+    own, verified = (fixed(family, slm_family, **settings) for _ in range(2))
+    own._reader._fused_llm = own._reader._fused_slm = None
+    fused = [verified._reader._fused_llm, verified._reader._fused_slm]
+    alone = family == "t5" or isinstance(settings.get("layer"), list)
+    assert [each is not None for each in fused] == [not alone, slm_family != "t5"]
+    for seed in range(2):
+        inputs, sides = (
+            {k: v.to(DEVICE) for k, v in side.items()} for side in sides_of(verified.llm, 3, 30, seed=seed)
+        )
+        expected = by_generate(verified.llm, inputs, max_new_tokens=9)
+        result, unfused = (each.generate(**sides, max_new_tokens=9) for each in (verified, own))
+        assert torch.equal(result.tokens, expected)
+        assert result.acceptance == unfused.acceptance, "the draft starts from what the composition gives it"
+    assert len(verified.loops) == 1
+
+
+@torch.no_grad()
+def test_what_kernels_read_wrongly_the_models_read_themselves(reads_by_kernels, monkeypatch):
+    original = FusedReader.__call__
+    verified = verified_engine("llama", "qwen2", layer=1, device=DEVICE)
+
+    def with_states(change):
+        def called(*arguments):
+            return change(original(*arguments))
+
+        monkeypatch.setattr(FusedReader, "__call__", called)
+        return VerifiedEngine(verified.llm, verified.draft)._reader
+
+    for change in (
+        lambda passed: passed._replace(last=passed.last.roll(1, 0)),
+        lambda passed: passed._replace(cache=passed.cache * 1.1),
+    ):
+        with (
+            pytest.warns(UserWarning, match=r"the slm reads prompts to verify by its own forward.* off by"),
+            pytest.warns(UserWarning, match=r"the LLM reads prompts to verify by its own forward.* off by"),
+        ):
+            reader = with_states(change)
+        assert reader._fused_llm is None
+        assert reader._fused_slm is None
+    with pytest.warns(UserWarning, match="the LLM reads"):
+        reader = with_states(lambda p: p if p.states is None else p._replace(states=p.states * 1.1))
+    assert reader._fused_llm is None
+    assert reader._fused_slm is not None
+
+
+@torch.no_grad()
+def test_a_prompt_may_be_longer_than_a_drafts_positions(reads_by_kernels):
+    """Its slm's kernels have no angles there: the last ones serve, and the LLM corrects the draft."""
+    verified = fixed("llama", "qwen2", layer=1)
+    slm = verified._reader._fused_slm
+    slm.decoder = replace(slm.decoder, max_positions=8)
+    inputs, sides = sides_of(verified.llm, 3, 30)
+    inputs, sides = ({k: v.to(DEVICE) for k, v in side.items()} for side in (inputs, sides))
+    expected = by_generate(verified.llm, inputs, max_new_tokens=6)
+    assert torch.equal(verified.generate(**sides, max_new_tokens=6).tokens, expected)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("family", CAUSAL)
+@torch.no_grad()
+def test_what_a_reader_needs_is_predicted(family, depth):
+    """By the model's own forward, which may have to read the prompt, and what is kept beside it."""
+    verified = verified_engine(family, "llama", layer=depth)
+    decoder = verified._alone.decoder
+    verified._reader._fused_llm = FusedReader(decoder, depth)
+    reader = FusedReader(memory._without_data(decoder), depth)
+    for call in (Call(4, 40, 60, 0), Call(1, 8, 16, 0)):
+        mask = torch.ones(call.batch, call.length, dtype=torch.long, device="meta")
+        with memory.LiveBytes() as live, memory._FusedAttention():
+            result = reader(mask, mask)
+        predicted = memory._pass_bytes(verified.llm, decoder, call) + verified._reader.kept_bytes(*mask.shape)
+        assert 0.4 < live.peak / predicted < 1
+        assert result.states.shape[:2] == mask.shape
