@@ -116,12 +116,11 @@ class HostLoop(DecodeLoop):
         if self.causal is not None:
             filled = prompt.shape[1]
         for produced in range(max_new):
-            if logits is not None:
-                self.rules.choose(logits, state)
-                logits = None
-            else:
-                self.take(self.step.logits(filled))
+            if logits is None:
+                logits = self.step.logits(filled)
                 filled += 1
+            self.take(logits)
+            logits = None
             if on_first_token is not None and not produced:
                 on_first_token()
             if on_tokens is not None:
@@ -239,7 +238,7 @@ class GraphLoop(DecodeLoop):
         self.state.forget()
         logits = self.prefill(prompt, attention_mask)
         if logits is not None:
-            self.rules.choose(logits, self.state)
+            self.take(logits)
 
     def _next_token(self) -> None:
         self.take(self.step.logits(0))

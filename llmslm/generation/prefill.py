@@ -56,13 +56,16 @@ class CausalPrefill:
         self.dtype = decoder.embedding.dtype
 
     def __call__(self, prompt: Tensor, attention_mask: Tensor) -> Tensor:
-        """Read ids (batch, length) or embeddings (batch, length, width), left-padded; logits (batch, vocabulary)."""
+        """Read ids (batch, length) or embeddings (batch, length, width), left-padded; logits (batch, vocabulary).
+
+        The state stands at the prompt's last token, as behind a step.
+        """
         state, length = self.state, attention_mask.shape[1]
         valid, positions = attention_mask.bool(), prompt_positions(attention_mask)
         logits = self.last_logits(prompt, attention_mask, positions)
         state.valid[:, :length].copy_(valid)
-        state.position.copy_(positions[:, -1] + 1)
-        state.slot.fill_(length)
+        state.position.copy_(positions[:, -1])
+        state.slot.fill_(length - 1)
         if state.seen is not None and prompt.dim() == 2:
             counts = torch.zeros_like(state.seen, dtype=torch.long).scatter_add_(1, prompt, valid.long())
             state.seen.copy_(counts > 0)
@@ -82,7 +85,7 @@ class CausalPrefill:
         for index, layer in enumerate(output.past_key_values.layers):
             state.cache[index, 0, :, :, :length].copy_(layer.keys)
             state.cache[index, 1, :, :, :length].copy_(layer.values)
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1].contiguous()
         return logits
 
 

@@ -17,13 +17,12 @@ from llmslm.generation.dispatch import encoder_pass_for, projector_pass_for
 from llmslm.generation.families import UnreadableModelError, sliding_window
 from llmslm.generation.graphs import Captured
 from llmslm.generation.plan import Decoder
-from llmslm.generation.self_check import reason_against
+from llmslm.generation.self_check import reason_against, tolerance_of
 from llmslm.generation.state import padded_batch, prompt_bucket
 from llmslm.models.modeling import LlmToSlm
 
 _MOST_TOKENS = 8192  # of a batch, on both sides together; above it the device computes longer than the host launches
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 class PromptPass:
@@ -115,7 +114,7 @@ class PromptPass:
 
     @property
     def _tolerance(self) -> float:
-        return _TOLERANCE.get(self.model.dtype, 0.05)
+        return tolerance_of(self.model.dtype)
 
     def _is_to_be_trusted(self, batch: dict[str, Tensor]) -> bool:
         """Hold a graph's result against the model's own, without fused passes and with one after the other."""

@@ -11,6 +11,7 @@ from llmslm.generation.dispatch import prefill_for, step_for
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill, Passed
 from llmslm.generation.state import DecodeState
+from llmslm.models.projector import Projector
 
 ReadingPass = Callable[[Tensor, Tensor], Passed]
 """Of prompts and their mask."""
@@ -71,10 +72,24 @@ def reading_difference(
     return float(torch.tensor(differences).max())
 
 
+@torch.no_grad()
+def projected_difference(projector: Projector, lean: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:
+    """The same of a lean pass of the projector, on random states of this dtype and their mask."""
+    device = next(projector.parameters()).device
+    states = torch.randn(2, _LONG_PROMPT, projector.encoder_hidden_size, generator=torch.Generator().manual_seed(0))
+    states, mask = states.to(device, dtype), torch.ones(2, _LONG_PROMPT, dtype=torch.long, device=device)
+    mask[0, _LONG_PROMPT // 2 :] = 0
+    return _difference(*(passed(states, mask)[mask.bool()] for passed in (lean, projector)))
+
+
 def tolerance_for(decoder: Decoder) -> float:
     """How much of a difference is rounding."""
-    rounded = decoder.head.row_scale is not None
-    return _ROUNDED if rounded else _TOLERANCE.get(decoder.embedding.dtype, 0.05)
+    return _ROUNDED if decoder.head.row_scale is not None else tolerance_of(decoder.embedding.dtype)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The same of weights that were not rounded to 8 bits."""
+    return _TOLERANCE.get(dtype, 0.05)
 
 
 def reason_against(measure: Callable[[], float], tolerance: float, what: str = "logits") -> str | None:
@@ -139,6 +154,7 @@ def _causal(model: Any, decoder: Decoder, state: DecodeState, ids: Tensor, _star
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # one row is shorter than the other
     CausalPrefill(model, decoder, state)(ids[:, :_PROMPT], mask[:, :_PROMPT])
+    state.move_on()
     lean = _stepped(decoder, state, ids[:, _PROMPT:], _PROMPT)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     own = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits

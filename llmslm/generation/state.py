@@ -96,7 +96,8 @@ class DecodeState:
         def counter(dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(batch, device=device, dtype=dtype)
 
-        self.token, self.position, self.slot, self.step = counter(), counter(), counter(), counter()
+        self.token, self._counters = counter(), torch.zeros(3, batch, device=device, dtype=torch.long)
+        self.position, self.slot, self.step = self._counters
         self.finished = counter(torch.bool)
         self.out = torch.zeros(batch, capacity, device=device, dtype=torch.long)
         self.seen = torch.zeros(batch, shape.vocabulary, device=device, dtype=torch.bool) if penalise else None
@@ -125,8 +126,8 @@ class DecodeState:
 
     def forget(self) -> None:
         """Forget the last call's tokens; positions and caches are set by the prefill."""
-        for buffer in (self.step, self.finished, self.slot, self.position):
-            buffer.zero_()
+        self._counters.zero_()
+        self.finished.zero_()
         self.valid.fill_(True)
         if self.seen is not None:
             self.seen.zero_()

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmslm.generation.dispatch import reader_for
+from llmslm.generation.dispatch import projector_pass_for, reader_for
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import Passed, causal_mask
 from llmslm.generation.sampling import start_token
-from llmslm.generation.self_check import ReadingPass, reading_difference, reason_against, tolerance_for
+from llmslm.generation.self_check import (
+    ReadingPass,
+    projected_difference,
+    reading_difference,
+    reason_against,
+    tolerance_for,
+    tolerance_of,
+)
 from llmslm.generation.side import Side
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.packing import document_positions
@@ -25,6 +32,9 @@ from llmslm.models.shared_encoder import SharedEncoder
 
 if TYPE_CHECKING:
     from llmslm.generation.fused_prefill import FusedReader
+    from llmslm.generation.fused_projector import FusedProjector
+
+_LONGEST = 8192  # prompts that a fused projector has angles for
 
 
 class ReadPrompt(NamedTuple):
@@ -66,6 +76,7 @@ class PromptReader:
         decoder = decoders[0] if len(encoder.depths) == 1 else None  # states of several layers are its forward's
         self._fused_llm = _trusted(llm, decoder, self._llm_pass, encoder.depth)
         self._fused_slm = _trusted(draft.slm, decoders[1], self._slm_pass, None)
+        self._fused_projector = _trusted_projector(draft)
 
     def kept_bytes(self, batch: int, length: int) -> int:
         """Bytes that the LLM's pass keeps beside what its own forward needs: states, and a first pass's own cache."""
@@ -92,6 +103,7 @@ class PromptReader:
             prompt_attention_mask=mask,
             hidden_states=passed.states,
             prompt_documents=mask - 1,
+            projector=self._fused_projector if mask.shape[1] <= _LONGEST else None,
             **{name: value.to(device) for name, value in slm_side.items()},
         )
         return ReadPrompt(ids, mask, passed, inputs)
@@ -146,6 +158,19 @@ def _trusted(
         return fused
     name = "slm" if depth is None else "LLM"
     warnings.warn(f"the {name} reads prompts to verify by its own forward, which is slower: {reason}", stacklevel=4)
+    return None
+
+
+def _trusted_projector(draft: LlmToSlm) -> FusedProjector | None:
+    """The same of the projector."""
+    fused = projector_pass_for(draft.projector, _LONGEST)
+    if fused is None:
+        return None
+    tolerance, dtype = tolerance_of(draft.dtype), draft.slm.dtype
+    reason = reason_against(lambda: projected_difference(draft.projector, fused, dtype), tolerance, "states")
+    if reason is None:
+        return fused
+    warnings.warn(f"the projector runs by its own forward, which is slower: {reason}", stacklevel=3)
     return None
 
 

@@ -13,9 +13,11 @@ from llmslm.generation.fused_projector import FusedProjector
 from llmslm.generation.memory import LiveBytes, _FusedAttention, twin
 from llmslm.generation.prompt_pass import PromptPass
 from llmslm.models.projector import TransformerProjector
+from tests.unit.generation.families import VOCABULARY
 from tests.unit.generation.test_fused_prefill import by_kernels  # noqa: F401
-from tests.unit.generation.test_kernels import DEVICE, HALF
+from tests.unit.generation.test_kernels import COMPILED, DEVICE, HALF
 from tests.unit.generation.test_prompt_pass import attended, batch_of
+from tests.unit.generation.test_verified import engine as verified_engine
 from tests.unit.models.compositions import compose
 
 KIND = partial(TransformerProjector, layers=2)
@@ -83,6 +85,25 @@ def test_a_projector_whose_states_differ_runs_by_its_own_forward(by_kernels, mon
         result = attended(run(run.padded(batch)))
     assert run._fused.keys() == {"encoder"}
     torch.testing.assert_close(result, attended(model.slm_inputs(**batch)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_verified_prompts_are_projected_by_kernels(monkeypatch):
+    if not COMPILED:
+        monkeypatch.setattr("llmslm.generation.verified_prompt.projector_pass_for", FusedProjector)
+    kind = lambda *widths: drawn(KIND(*widths))  # noqa: E731
+    reader = verified_engine("llama", "llama", projector=kind, device=DEVICE)._reader
+    ids, mask = torch.randint(4, VOCABULARY, (2, 8), device=DEVICE), ragged(2, 8)
+    sides = {"prompt_ids": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask}
+    found = attended(reader.read(**sides).slm_inputs)
+    assert reader._fused_projector is not None
+    reader._fused_projector = None
+    torch.testing.assert_close(found, attended(reader.read(**sides).slm_inputs), rtol=1e-4, atol=1e-4)
+    causal = FusedStack.__init__
+    monkeypatch.setattr(FusedStack, "__init__", lambda self, stack, **_: causal(self, stack))
+    with pytest.warns(UserWarning, match="the projector runs by its own forward, .*: states are off by"):
+        reader = verified_engine("llama", "llama", projector=kind, device=DEVICE)._reader
+    assert reader._fused_projector is None
 
 
 @torch.no_grad()

@@ -33,13 +33,13 @@ PAIRS = [
 pairs = pytest.mark.parametrize(("family", "slm_family"), PAIRS)
 
 
-def engine(family, slm_family, *, perfect=False, layer="last", device="cpu", fusion=Add):
+def engine(family, slm_family, *, perfect=False, layer="last", device="cpu", fusion=Add, projector=MlpProjector):
     """An LLM of one family and a random draft of another; or, perfect, the LLM itself, its states unused."""
     llm = tiny(family)
     if family == "bart":  # its tokens would all be the same
         llm.model.decoder.embed_positions.weight.data *= 8
     slm = copy.deepcopy(llm) if perfect else tiny(slm_family)
-    projector = MlpProjector(32, 32)
+    projector = projector(32, 32)
     if not perfect:
         torch.manual_seed(1)
         for parameter in slm.parameters():
