@@ -41,7 +41,7 @@ def file_aside(path: Path) -> Iterator[Path]:
         yield aside
         make_readable(aside)
         aside.replace(path)
-    except OSError as error:
+    except Exception as error:  # safetensors has an error of its own for a full disk
         raise_if_full(error, f"{path} was not written; free some space and run again")
         raise
     finally:
