@@ -5,7 +5,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCL
 
 from jsonargparse import ArgumentError, dict_to_namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
+from torch import OutOfMemoryError
 
 from llmslm.callbacks.predictions import WritePredictions
 from llmslm.callbacks.safeguard import Safeguard
@@ -33,6 +36,7 @@ from llmslm.module import SystemModule
 from llmslm.progress import TrainingProgress
 from llmslm.recipe import recipe_names, resolve_recipes
 from llmslm.resume import CheckpointFiles, resolve
+from llmslm.writing import raise_if_full
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 RUNS = Path("runs")
@@ -118,6 +122,31 @@ class Cli(LightningCLI):
         """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Turn what stops a training from outside into a line for the user.
+
+    Raises:
+        UserError: for settings that Lightning refuses, a device or a disk without room, and where another rank is gone.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(plain(error)) from error
+    except OutOfMemoryError as error:
+        advice = "lower data.micro_batch_size; `llmslm plan` says what else saves memory"
+        raise UserError(f"{plain(error)}; {advice}") from error
+    except (OSError, RuntimeError) as error:
+        raise_if_full(error, "nothing more was written; free some space and resume with --ckpt_path last")
+        if not isinstance(error, RuntimeError) or not is_lost_rank(error):
+            raise
+        raise UserError(
+            "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
+            "start all again with --ckpt_path last"
+        ) from error
+
+
+@_in_words()
 def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
     """Run `fit`, `validate`, `test` or `predict` with the given arguments.
 
@@ -126,7 +155,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         callbacks: for programs that watch the run; recipes name their own.
 
     Raises:
-        UserError: for mistakes in recipe, data or models, and where another rank is gone.
+        UserError: for mistakes in recipe, data or models, no room on device or disk, and where another rank is gone.
         jsonargparse.ArgumentError: for unknown keys and values of the wrong type.
     """
     args, Cli.recipe_name = resolve_recipes(args)
@@ -134,28 +163,20 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         warnings.filterwarnings("ignore", message=message)
     rank_zero.log.addFilter(_is_no_advertisement)
     strict = {"exit_on_error": False, "allow_abbrev": False}
-    try:
-        Cli(
-            SystemModule,
-            TextDataModule,
-            args=args,
-            save_config_callback=RecordRun,
-            # The data module deals out batches itself, the same number to every rank.
-            trainer_defaults={
-                "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
-                "use_distributed_sampler": False,
-                "callbacks": [LogThroughput(), *callbacks],
-            },
-            parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
-            auto_configure_optimizers=False,
-        )
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise UserError(
-            "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
-            "start all again with --ckpt_path last"
-        ) from error
+    Cli(
+        SystemModule,
+        TextDataModule,
+        args=args,
+        save_config_callback=RecordRun,
+        # The data module deals out batches itself, the same number to every rank.
+        trainer_defaults={
+            "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
+            "use_distributed_sampler": False,
+            "callbacks": [LogThroughput(), *callbacks],
+        },
+        parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
+        auto_configure_optimizers=False,
+    )
 
 
 def _check_strategy(strategy: Any) -> None:

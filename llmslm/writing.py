@@ -56,6 +56,14 @@ def make_readable(path: Path) -> None:
     probe.unlink()
 
 
+def not_writable(error: OSError) -> str | None:
+    """Say in words which path cannot be used and why: no permission, a file where a folder is to be; else None."""
+    reasons = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    if error.errno not in reasons or error.filename is None:
+        return None
+    return f"{error.filename} cannot be used: {error.strerror}"
+
+
 def raise_if_full(error: BaseException, advice: str) -> None:
     """Turn the error of a full disk into a line for the user; any other passes.
 

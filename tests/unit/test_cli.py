@@ -198,6 +198,22 @@ def test_no_room_on_the_device_is_one_line(workdir, capsys, monkeypatch):
     assert "CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size" in line
 
 
+def test_a_folder_that_cannot_be_is_one_line(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "llm")
+    Path("file").touch()
+    expected = "cannot be used: Not a directory; give a folder that can be written"
+    for command, key in (
+        (["fit", "--config", recipe, "--model.system=slm", "--trainer.default_root_dir=file/x"], "default_root_dir"),
+        (["label", "--config", recipe, "--checkpoint", "runs/toy/llm", "--out", "file/x"], "--out"),
+        (["features", "--config", recipe, "--out", "file/x"], "--out"),
+        (["consolidate", "--checkpoint", "runs/toy/llm/checkpoints/last.ckpt", "--output", "file/x"], "--output"),
+    ):
+        line = fails(capsys, *command)
+        assert expected in line
+        assert line.endswith(f"{key})")
+
+
 def test_what_was_meant_is_suggested(workdir, capsys):
     assert fails(capsys, "fit", "--config", "quickstrat").endswith("did you mean quickstart?")
     recipe = toy.write_recipe(workdir)

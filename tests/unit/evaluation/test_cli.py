@@ -1,5 +1,6 @@
 """The command line: quick help, no abbreviations, mistakes in one line."""
 
+import errno
 import subprocess
 import sys
 
@@ -48,6 +49,19 @@ def test_mistakes_are_one_line(arguments, text, capsys):
     assert error.startswith("llmslm-eval: ")
     assert text in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_without_permission_is_one_line(monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "there/x")
+
+    monkeypatch.setattr("evaluation.leaderboard.build", refused)
+    with pytest.raises(SystemExit, match="1"):
+        main(["leaderboard", "records", "--out", "there/x", "--no-mlflow"])
+    error = capsys.readouterr().err
+    assert (
+        error == "llmslm-eval: there/x cannot be used: Permission denied; give a folder that can be written (--out)\n"
+    )
 
 
 def test_abbreviations_and_bad_numbers_are_refused(capsys):
