@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 from llmslm.callbacks.tracking import MlflowLogger
 from llmslm.cli import main
+from llmslm.errors import UserError
 from llmslm.module import SystemModule
-from llmslm.recipe import read_recipe
+from llmslm.recipe import load_source, read_recipe
 from llmslm.system import System
 from llmslm.training import Cli, run
 from tests import tiny
@@ -232,6 +234,22 @@ def test_what_was_meant_is_suggested(workdir, capsys):
             line = fails(capsys, "fit", "--config", recipe, f"--model.{part}={path}", code=2)
             assert line.endswith(f"did you mean {meant}?")
     assert "give a recipe: --config" in fails(capsys, "fit", code=2)
+
+
+def test_a_broken_recipe_is_named(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    Path("broken.yaml").write_text("model: [1,\n")
+    Path("empty.yaml").write_text("# later\n")
+    Path("text.yaml").write_text("a sentence\n")
+    for name, text in (
+        ("broken", "broken.yaml is no YAML: while parsing a flow node"),
+        ("empty", "empty.yaml is no recipe: expected keys such as model, data and trainer, found nothing"),
+        ("text", "found 'a sentence' (--config)"),
+    ):
+        for command in (["fit"], ["plan"], ["label", "--checkpoint", "x", "--out", "y"]):
+            assert text in fails(capsys, *command, "--config", recipe, "--config", f"{name}.yaml")
+        with pytest.raises(UserError, match=re.escape(text)):
+            load_source(f"{name}.yaml")
 
 
 def test_a_template_with_a_colon_stays_text(workdir):
