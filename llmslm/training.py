@@ -93,7 +93,19 @@ class Cli(LightningCLI):
         if sharding is not strategy:
             rank_zero.rank_zero_info(f"FSDPStrategy is run as FSDP2: {sharding}")
             config.trainer.strategy = dict_to_namespace(sharding)
-        config.ckpt_path = resolve(config.ckpt_path, config.checkpoint.dirpath)
+        config.ckpt_path = self._checkpoint(config.ckpt_path, config.checkpoint.dirpath)
+
+    def _checkpoint(self, given: str | None, folder: str) -> str | None:
+        """Find the checkpoint to begin with; only `fit` may do without one unasked."""
+        found = resolve(given, folder)
+        if found is None and self.subcommand != "fit":
+            if given is not None:
+                raise UserError(f"there is no whole checkpoint in {folder}; train first, or give another (--ckpt_path)")
+            rank_zero.rank_zero_info(
+                f"no --ckpt_path: {self.subcommand} takes the weights from before training; --ckpt_path last takes the "
+                f"newest whole checkpoint of {folder}"
+            )
+        return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Write the Trainer's checkpoints safely, whatever its strategy; draw a bar that does not slow it down.

@@ -118,6 +118,18 @@ def test_other_stages_read_a_checkpoint(workdir, command):
         assert {json.loads(line)["id"] for line in lines} == {f"test-{i}" for i in range(9)}
 
 
+def test_other_stages_say_where_no_checkpoint_is_read(workdir, capsys, caplog):
+    recipe = toy.write_recipe(workdir)
+    folder = str(Path("runs/toy/slm/checkpoints"))
+    stage = ["--config", recipe, "--model.system=slm"]
+    main(["predict", *stage])
+    said = caplog.text
+    assert "no --ckpt_path: predict takes the weights from before training; --ckpt_path last takes the" in said
+    assert f"predictions: {Path('runs/toy/slm/predictions.jsonl')}" in said
+    line = fails(capsys, "validate", *stage, "--ckpt_path=last")
+    assert f"there is no whole checkpoint in {folder}; train first, or give another (--ckpt_path)" in line
+
+
 def test_mlflow_gets_parameters_config_commit_and_data(workdir):
     from mlflow import MlflowClient
 
