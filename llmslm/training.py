@@ -1,6 +1,8 @@
 """The Lightning CLI of llmslm: recipes in, trained systems out."""
 
 import difflib
+import importlib
+import inspect
 import logging
 import os
 import re
@@ -219,11 +221,35 @@ def _hint(message: str, keys: Iterable[str]) -> str:
     """Say what a parser's message may be about: a misspelt key, a misspelt part, or no recipe at all."""
     if "arguments are required" in message:
         return f"; give a recipe: --config NAME or FILE ({', '.join(recipe_names()[:4])}, ...)"
-    key = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
+    if option := re.search(r"Option '([^']+)' is not accepted", message):
+        names = _argument_names(message)
+        return _meant(option[1], names) or (f"; expected one of {', '.join(names)}" if names else "")
+    if key := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message):
+        names = [*keys]
+        return _meant(_first_unknown(key[1] or key[2], names), names)
     part = re.search(r"dot import path string: (\w+)|has no attribute '(\w+)'", message)
-    found, names = (key, [*keys]) if key else (part, _part_names())
-    close = difflib.get_close_matches(found[1] or found[2], names, n=1, cutoff=0.7) if found else []
+    return _meant(part[1] or part[2], _part_names()) if part else ""
+
+
+def _meant(given: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _first_unknown(key: str, names: Sequence[str]) -> str:
+    """Cut a key behind the first part of it that there is not: it may be a section that is misspelt."""
+    parts = key.split(".")
+    heads = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next((head for head in heads if head not in names), key)
+
+
+def _argument_names(message: str) -> list[str]:
+    """List the arguments with a default of the class that a parser's message names."""
+    path = re.search(r"class_path[= ]'([\w.]+)\.(\w+)'", message)
+    if path is None:
+        return []
+    parameters = inspect.signature(getattr(importlib.import_module(path[1]), path[2])).parameters
+    return [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
 
 
 def _part_names() -> list[str]:

@@ -245,6 +245,17 @@ def test_what_was_meant_is_suggested(workdir, capsys):
         for path in (spelt, f"llmslm.models.{part}.{spelt}"):
             line = fails(capsys, "fit", "--config", recipe, f"--model.{part}={path}", code=2)
             assert line.endswith(f"did you mean {meant}?")
+    Path("typo.yaml").write_text("model: {optimiser: {init_args: {lr: 1}}}\n")
+    line = fails(capsys, "fit", "--config", recipe, "--config", "typo.yaml", code=2)
+    assert line.endswith("did you mean model.optimizer?")
+    for option, meant in (
+        ("model.projector.init_args.hidden=3", "did you mean hidden_size?"),
+        ("data.tokenizer.init_args.vocabsize=300", "did you mean vocab_size?"),
+        ("data.source.init_args.validations=x", "did you mean validation?"),
+    ):
+        assert fails(capsys, "fit", "--config", recipe, f"--{option}", code=2).endswith(meant)
+    wrong = '{"class_path": "torch.optim.AdamW", "init_args": {"learning_rate": 1}}'
+    assert "expected one of lr, " in fails(capsys, "fit", "--config", recipe, f"--model.optimizer={wrong}", code=2)
     assert "give a recipe: --config" in fails(capsys, "fit", code=2)
 
 
