@@ -146,7 +146,9 @@ def _in_words() -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise UserError(plain(error)) from error
+        no_gpu = "No supported gpu backend" in str(error)
+        advice = "; --config hardware/cpu runs without one (trainer.accelerator)" if no_gpu else ""
+        raise UserError(f"{plain(error)}{advice}") from error
     except OutOfMemoryError as error:
         advice = "lower data.micro_batch_size; `llmslm plan` says what else saves memory"
         raise UserError(f"{plain(error)}; {advice}") from error

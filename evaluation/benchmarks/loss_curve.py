@@ -1,4 +1,4 @@
-"""The loss curve of `llmslm fit` beside those of a plain loop: same weights to begin with, same data, same schedule.
+r"""The loss curve of `llmslm fit` beside those of a plain loop: same weights to begin with, same data, same schedule.
 
     python -m evaluation.benchmarks.loss_curve --config debian_translation_en_it --steps 400 --seeds 1 2 3 \
         -- --model.system slm --data.pack_tokens 512 --data.micro_batch_size 16 --config hardware/1gpu

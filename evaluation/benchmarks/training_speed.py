@@ -1,4 +1,4 @@
-"""Training speed of a recipe on this machine; of it from a feature cache, or of the Seq2SeqTrainer on the same model.
+r"""Training speed of a recipe on this machine; of it from a feature cache, or of the Seq2SeqTrainer on the same model.
 
     python -m evaluation.benchmarks.training_speed --config debian_translation_en_it --peer 128 256 512 \
         -- --model.system llm --data.pack_tokens 256 --data.micro_batch_size 128

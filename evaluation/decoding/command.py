@@ -159,6 +159,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Measure from the command line."""
-    parser = argparse.ArgumentParser(prog="llmslm-eval speed", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="llmslm-eval speed", description=__doc__, formatter_class=raw)
     add_arguments(parser)
     run(parser.parse_args(args))

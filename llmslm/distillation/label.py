@@ -278,7 +278,9 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     add_arguments(parser, "folder of the labels: SPLIT.parquet for llmslm.data.sources.TextFiles, and labels.json")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train", "validation"], help="default: both")
+    parser.add_argument(
+        "--splits", nargs="+", choices=SPLITS, default=["train", "validation"], help="default: train validation"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together; default: 32")
     parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
     parser.add_argument(

@@ -212,6 +212,14 @@ def test_no_room_on_the_device_is_one_line(workdir, capsys, monkeypatch):
     assert "CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size" in line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line(workdir, capsys):
+    line = fails(capsys, "fit", "--config", toy.write_recipe(workdir), "--config", "hardware/1gpu")
+    assert line.endswith(
+        "No supported gpu backend found!; --config hardware/cpu runs without one (trainer.accelerator)"
+    )
+
+
 def test_a_folder_that_cannot_be_is_one_line(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     fit(recipe, "llm")

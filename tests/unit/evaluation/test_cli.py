@@ -82,3 +82,13 @@ def test_abbreviations_and_bad_numbers_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["targets", "--colour"])
     assert "unrecognized arguments: --colour" in capsys.readouterr().err
+
+
+def test_the_harness_says_which_package_it_needs():
+    code = (
+        "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('evaluation.harness', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the package lm-eval is not installed; pip install 'llmslm[harness]'\n")
+    assert "Traceback" not in done.stderr
