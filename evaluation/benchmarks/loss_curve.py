@@ -31,6 +31,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from evaluation.benchmarks.report import mistakes_in_one_line
 from llmslm import training
 from llmslm.data.codec import IGNORED
 from llmslm.data.datamodule import TextDataModule
@@ -216,4 +217,5 @@ def _sd(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()
