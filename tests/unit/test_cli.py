@@ -290,6 +290,20 @@ def test_a_template_with_a_colon_stays_text(workdir):
     assert (data["prompt_template"], data["tokenizer"], data["x"]) == ("it: {prompt}", {"vocab_size": 300}, "a: b: c")
 
 
+def test_consolidate_replaces_nothing_but_a_system(workdir, capsys):
+    fit(toy.write_recipe(workdir), "llm")
+    command = ["consolidate", "--checkpoint", "runs/toy/llm/checkpoints/last.ckpt", "--output"]
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").touch()
+    for output in ("mine", "mine/thesis.txt"):
+        assert f"{output} is there and is no system; give a folder that is new" in fails(capsys, *command, output)
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+    Path("empty").mkdir()
+    for output in ("new", "empty", "new"):
+        main([*command, output])
+        assert System.load(output).name == "llm"
+
+
 def test_consolidate_says_what_it_takes(workdir, capsys):
     Path("run").mkdir()
     for checkpoint, problem in (("nothing", "it is not there"), ("run", "seal.json is missing")):
