@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from evaluation.benchmarks.report import mistakes_in_one_line
 from evaluation.leaderboard.rows import Row, leaderboard_rows
 from evaluation.leaderboard.table import number
 from evaluation.record import find_records, read_record
@@ -339,4 +340,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

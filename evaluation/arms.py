@@ -58,7 +58,7 @@ def load_arms(
     """
     for name in peers:
         _check_peer(name, folders)
-    _check_device(device)
+    check_device(device)
     arms = {name: load_arm(name, folder, device, dtype) for name, folder in folders.items()}
     made = [_peer_arm(name, arms) for name in peers]
     formats = [arm.system.codec.text_format for arm in arms.values() if isinstance(arm.system, System)]
@@ -99,7 +99,12 @@ def _arm(system: EvaluatedSystem, dtype: str) -> Arm:
     )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that is not here.
+
+    Raises:
+        UserError: that names it.
+    """
     try:
         asked = torch.device(device)
     except RuntimeError as error:

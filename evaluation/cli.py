@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from llmslm.errors import UserError
+from llmslm.writing import not_writable
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run `llmslm-eval`; a mistake of the user is printed as one line and exits with status 1."""
+    """Run `llmslm-eval`; a mistake of the user is printed as one line and exits with status 1, or 2 in the command."""
     parser = _parser()
     options, rest = parser.parse_known_args(args)
     if rest and not options.has_own_options:
@@ -18,11 +19,21 @@ def main(args: list[str] | None = None) -> None:
     try:
         options.run(options)
     except UserError as error:
-        print(f"llmslm-eval: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error), 1)
+    except argparse.ArgumentError as error:  # options that went to `llmslm fit`, or the recipe's keys
+        _fail(" ".join(str(error).split()), 2)
+    except OSError as error:
+        problem = not_writable(error)
+        if problem is None:
+            raise
+        _fail(f"{problem}; give a folder that can be written (--out)", 1)
     except KeyboardInterrupt:
-        print("llmslm-eval: interrupted; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; the same command goes on where it was", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"llmslm-eval: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

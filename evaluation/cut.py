@@ -29,7 +29,9 @@ def cut(of: Path, out: Path, rows: int, longest: int) -> dict[str, int]:
     """
     paths = sorted(of.rglob("*.parquet"))
     if not paths:
-        raise UserError(f"there are no Parquet files in {of}; prepare it first (--of)")
+        raise UserError(
+            f"there are no Parquet files in {of}; run make headline-data first, or give another folder (--of)"
+        )
     sizes = {}
     for path in paths:
         table = pq.read_table(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmslm.mlflow_store import EXPERIMENT, one_at_a_time, tracking_uri
 from llmslm.models.source import SYSTEM_FOLDER
-from llmslm.recipe import find_recipe, load_source
+from llmslm.recipe import find_recipe, load_source, read_recipe
 from llmslm.writing import write_text
 
 SYSTEMS = ("llm", "slm", "llm_to_slm")
@@ -54,8 +54,16 @@ def train(path: Path, folder: Path, system: str, stamp: str, parent: str, overri
     sys.stdout.flush()
     done.unlink(missing_ok=True)
     arguments = ["fit", "--config", str(path), "--model.system", system, "--trainer.default_root_dir", str(folder)]
-    training.run([*arguments, "--trainer.logger.init_args.parent_run", parent, *overrides])
+    training.run([*arguments, *_under(parent, path), *overrides])
     write_text(done, json.dumps({"stamp": stamp}) + "\n")
+
+
+def _under(parent: str, path: Path) -> list[str]:
+    """Put a training under the comparison's MLflow run, unless the recipe logs elsewhere or not at all."""
+    trainer = read_recipe([str(path)], ()).get("trainer", {})
+    if "logger" in trainer and "MlflowLogger" not in str(trainer["logger"]):
+        return []
+    return ["--trainer.logger.init_args.parent_run", parent]
 
 
 def evaluate(path: Path, folder: Path, parent: str, limit: int | None) -> None:

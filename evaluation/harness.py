@@ -6,12 +6,18 @@ The systems are trained to end their targets, so the likelihood of a continuatio
 of the harness leave it out: compare systems of this project with each other, by this adapter.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    if __name__ == "__main__" and (error.name or "").partition(".")[0] == "lm_eval":
+        sys.exit("evaluation.harness: the package lm-eval is not installed; pip install 'llmslm[harness]'")
+    raise
 from tqdm import tqdm
 
 from evaluation.systems import EvaluatedSystem, TargetScore

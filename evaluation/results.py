@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.benchmarks.report import mistakes_in_one_line
 from evaluation.headline_claims import SEEDS, SUMMARY, TRANSLATION, Results, claims, record_claims
 from evaluation.leaderboard import build
 from evaluation.leaderboard.rows import Row, leaderboard_rows
@@ -389,4 +390,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmslm.errors import UserError
 from llmslm.recipe import resolve_recipes
+from llmslm.writing import not_writable
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -43,6 +44,9 @@ RECIPE after --config is a YAML file or the name of a shipped recipe; a second -
 hardware/1gpu) overrides the first. `llmslm fit --help` lists all keys. Evaluation: llmslm-eval --help.
 """
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+FOLDER_KEYS = dict.fromkeys(("features", "label", "logits"), "--out")
+FOLDER_KEYS |= dict.fromkeys(("consolidate", "export", "generate"), "--output")
+"""The option that says where a command writes; the others write to the run folder."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -66,6 +70,12 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        problem = not_writable(error)
+        if problem is None:
+            raise
+        key = FOLDER_KEYS.get(args[0], "trainer.default_root_dir")
+        _fail(f"{problem}; give a folder that can be written ({key})", 1)
     except KeyboardInterrupt:
         _fail("stopped", 130)
 
@@ -91,27 +101,14 @@ def _features(args: list[str]) -> None:
 
 
 def _train(args: list[str], *callbacks: "Callback") -> None:
-    from jsonargparse import ArgumentError
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from torch import OutOfMemoryError
-
     from llmslm.callbacks.safeguard import requeued_when_warned
-    from llmslm.training import plain, run
-    from llmslm.writing import is_disk_full
+    from llmslm.training import run
 
     try:
         with requeued_when_warned() if args[0] == "fit" else nullcontext():
             run(args, callbacks)
-    except ArgumentError as error:
-        _fail(plain(error), 2)
-    except MisconfigurationException as error:
-        _fail(plain(error), 1)
-    except OutOfMemoryError as error:
-        _fail(f"{plain(error)}; lower data.micro_batch_size; `llmslm plan` says what else saves memory", 1)
-    except (OSError, RuntimeError) as error:
-        if not is_disk_full(error):
-            raise
-        _fail("the disk is full: nothing more was written; free some space and resume with --ckpt_path last", 1)
+    except argparse.ArgumentError as error:
+        _fail(" ".join(str(error).split()), 2)
 
 
 def _label(args: list[str]) -> None:

@@ -47,9 +47,12 @@ def consolidate(checkpoint: str | Path, output: str | Path | None = None) -> Pat
         The folder.
 
     Raises:
-        UserError: if the checkpoint is broken, lacks weights, or has no frame.
+        UserError: if the checkpoint is broken, lacks weights, or has no frame; or if something else than a system is
+            where to write, which would be gone.
     """
     path = Path(checkpoint)
+    if output is not None and not _may_be_replaced(Path(output)):
+        raise UserError(f"{output} is there and is no system; give a folder that is new, empty or a system (--output)")
     if problem := fault(path) if path.exists() else "it is not there":
         raise UserError(
             f"the checkpoint {path} cannot be used: {problem}; give a file or folder in the checkpoints folder of a "
@@ -75,6 +78,12 @@ def consolidate(checkpoint: str | Path, output: str | Path | None = None) -> Pat
         text = json.dumps(card | {"steps": found["global_step"]}, indent=2)
         (aside / CARD).write_text(text + "\n", encoding="utf-8")
     return folder
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    if not folder.exists():
+        return True
+    return folder.is_dir() and ((folder / CARD).is_file() or not any(folder.iterdir()))
 
 
 def rebuild(config: Any, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:

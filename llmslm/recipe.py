@@ -42,12 +42,35 @@ def find_recipe(name_or_path: str) -> Path:
         return shipped
     names = recipe_names()
     close = difflib.get_close_matches(name_or_path, names, n=1)
+    expected = "a shipped recipe" if close else f"one of {', '.join(names)}"
     hint = f"; did you mean {close[0]}?" if close else ""
-    raise UserError(f"no recipe {name_or_path!r}: neither a file nor one of {', '.join(names)} (--config){hint}")
+    raise UserError(f"no recipe {name_or_path!r}: neither a file nor {expected} (--config){hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe as it stands.
+
+    Raises:
+        UserError: if it is no YAML, or not keys with values.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())} (--config)") from error
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else repr(values)[:40]
+        raise UserError(f"{path} is no recipe: expected keys such as model, data and trainer, found {found} (--config)")
+    return values
 
 
 def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:
-    """Replace recipe names after --config by paths; return the arguments and the first recipe's name."""
+    """Replace recipe names after --config by paths; return the arguments and the first recipe's name.
+
+    Raises:
+        UserError: if there is no such recipe, or it is none.
+    """
     resolved: list[str] = []
     names: list[str] = []
     expecting = False
@@ -55,6 +78,7 @@ def resolve_recipes(args: Iterable[str]) -> tuple[list[str], str]:
         flag, _, value = arg.partition("=")
         if expecting or (flag in ("--config", "-c") and value):
             path = find_recipe(arg if expecting else value)
+            read_yaml(path)  # says which of several is broken, where a parser does not
             names.append(path.stem)
             arg = str(path) if expecting else f"{flag}={path}"
             expecting = False
@@ -70,11 +94,9 @@ def read_recipe(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Any
     Raises:
         UserError: if an override has no value, or there is no recipe.
     """
-    import yaml
-
     recipe: dict[str, Any] = {}
     for name in names:
-        recipe = _merged(recipe, yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")))
+        recipe = _merged(recipe, read_yaml(find_recipe(name)))
     words = [word for text in overrides for word in (text.split("=", 1) if text.startswith("--") else [text])]
     if len(words) % 2 or not all(key.startswith("--") and "." in key for key in words[::2]):
         raise UserError(f"cannot read {' '.join(overrides)!r}; expected --key.of.recipe VALUE ...")
@@ -123,13 +145,12 @@ def load_source(name_or_path: str) -> "Source":
     Raises:
         UserError: if the recipe does not exist or names no valid source.
     """
-    import yaml
     from jsonargparse import ArgumentError, ArgumentParser
 
     from llmslm.data.sources import Source
 
     path = find_recipe(name_or_path)
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Source, "source")
     try:

@@ -1,11 +1,14 @@
 """The Lightning CLI of llmslm: recipes in, trained systems out."""
 
 import difflib
+import importlib
+import inspect
 import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCL
 
 from jsonargparse import ArgumentError, dict_to_namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning_utilities.core import rank_zero
+from torch import OutOfMemoryError
 
 from llmslm.callbacks.predictions import WritePredictions
 from llmslm.callbacks.safeguard import Safeguard
@@ -33,6 +38,7 @@ from llmslm.module import SystemModule
 from llmslm.progress import TrainingProgress
 from llmslm.recipe import recipe_names, resolve_recipes
 from llmslm.resume import CheckpointFiles, resolve
+from llmslm.writing import raise_if_full
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 RUNS = Path("runs")
@@ -89,7 +95,19 @@ class Cli(LightningCLI):
         if sharding is not strategy:
             rank_zero.rank_zero_info(f"FSDPStrategy is run as FSDP2: {sharding}")
             config.trainer.strategy = dict_to_namespace(sharding)
-        config.ckpt_path = resolve(config.ckpt_path, config.checkpoint.dirpath)
+        config.ckpt_path = self._checkpoint(config.ckpt_path, config.checkpoint.dirpath)
+
+    def _checkpoint(self, given: str | None, folder: str) -> str | None:
+        """Find the checkpoint to begin with; only `fit` may do without one unasked."""
+        found = resolve(given, folder)
+        if found is None and self.subcommand != "fit":
+            if given is not None:
+                raise UserError(f"there is no whole checkpoint in {folder}; train first, or give another (--ckpt_path)")
+            rank_zero.rank_zero_info(
+                f"no --ckpt_path: {self.subcommand} takes the weights from before training; --ckpt_path last takes the "
+                f"newest whole checkpoint of {folder}"
+            )
+        return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Write the Trainer's checkpoints safely, whatever its strategy; draw a bar that does not slow it down.
@@ -118,6 +136,33 @@ class Cli(LightningCLI):
         """Let the command line win: Lightning would let the checkpoint's hyperparameters override it."""
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Turn what stops a training from outside into a line for the user.
+
+    Raises:
+        UserError: for settings that Lightning refuses, a device or a disk without room, and where another rank is gone.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        no_gpu = "No supported gpu backend" in str(error)
+        advice = "; --config hardware/cpu runs without one (trainer.accelerator)" if no_gpu else ""
+        raise UserError(f"{plain(error)}{advice}") from error
+    except OutOfMemoryError as error:
+        advice = "lower data.micro_batch_size; `llmslm plan` says what else saves memory"
+        raise UserError(f"{plain(error)}; {advice}") from error
+    except (OSError, RuntimeError) as error:
+        raise_if_full(error, "nothing more was written; free some space and resume with --ckpt_path last")
+        if not isinstance(error, RuntimeError) or not is_lost_rank(error):
+            raise
+        raise UserError(
+            "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
+            "start all again with --ckpt_path last"
+        ) from error
+
+
+@_in_words()
 def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
     """Run `fit`, `validate`, `test` or `predict` with the given arguments.
 
@@ -126,7 +171,7 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         callbacks: for programs that watch the run; recipes name their own.
 
     Raises:
-        UserError: for mistakes in recipe, data or models, and where another rank is gone.
+        UserError: for mistakes in recipe, data or models, no room on device or disk, and where another rank is gone.
         jsonargparse.ArgumentError: for unknown keys and values of the wrong type.
     """
     args, Cli.recipe_name = resolve_recipes(args)
@@ -134,28 +179,20 @@ def run(args: list[str], callbacks: Sequence[Callback] = ()) -> None:
         warnings.filterwarnings("ignore", message=message)
     rank_zero.log.addFilter(_is_no_advertisement)
     strict = {"exit_on_error": False, "allow_abbrev": False}
-    try:
-        Cli(
-            SystemModule,
-            TextDataModule,
-            args=args,
-            save_config_callback=RecordRun,
-            # The data module deals out batches itself, the same number to every rank.
-            trainer_defaults={
-                "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
-                "use_distributed_sampler": False,
-                "callbacks": [LogThroughput(), *callbacks],
-            },
-            parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
-            auto_configure_optimizers=False,
-        )
-    except RuntimeError as error:
-        if not is_lost_rank(error):
-            raise
-        raise UserError(
-            "another rank of this run is gone, so this one stops; the rank that went first says why, if it could; "
-            "start all again with --ckpt_path last"
-        ) from error
+    Cli(
+        SystemModule,
+        TextDataModule,
+        args=args,
+        save_config_callback=RecordRun,
+        # The data module deals out batches itself, the same number to every rank.
+        trainer_defaults={
+            "logger": {"class_path": f"{MlflowLogger.__module__}.MlflowLogger"},
+            "use_distributed_sampler": False,
+            "callbacks": [LogThroughput(), *callbacks],
+        },
+        parser_kwargs=strict | dict.fromkeys(SUBCOMMANDS, strict),
+        auto_configure_optimizers=False,
+    )
 
 
 def _check_strategy(strategy: Any) -> None:
@@ -186,11 +223,35 @@ def _hint(message: str, keys: Iterable[str]) -> str:
     """Say what a parser's message may be about: a misspelt key, a misspelt part, or no recipe at all."""
     if "arguments are required" in message:
         return f"; give a recipe: --config NAME or FILE ({', '.join(recipe_names()[:4])}, ...)"
-    key = re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
+    if option := re.search(r"Option '([^']+)' is not accepted", message):
+        names = _argument_names(message)
+        return _meant(option[1], names) or (f"; expected one of {', '.join(names)}" if names else "")
+    if key := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '([^']+)'", message):
+        names = [*keys]
+        return _meant(_first_unknown(key[1] or key[2], names), names)
     part = re.search(r"dot import path string: (\w+)|has no attribute '(\w+)'", message)
-    found, names = (key, [*keys]) if key else (part, _part_names())
-    close = difflib.get_close_matches(found[1] or found[2], names, n=1, cutoff=0.7) if found else []
+    return _meant(part[1] or part[2], _part_names()) if part else ""
+
+
+def _meant(given: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _first_unknown(key: str, names: Sequence[str]) -> str:
+    """Cut a key behind the first part of it that there is not: it may be a section that is misspelt."""
+    parts = key.split(".")
+    heads = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    return next((head for head in heads if head not in names), key)
+
+
+def _argument_names(message: str) -> list[str]:
+    """List the arguments with a default of the class that a parser's message names."""
+    path = re.search(r"class_path[= ]'([\w.]+)\.(\w+)'", message)
+    if path is None:
+        return []
+    parameters = inspect.signature(getattr(importlib.import_module(path[1]), path[2])).parameters
+    return [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
 
 
 def _part_names() -> list[str]:

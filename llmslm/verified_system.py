@@ -99,7 +99,7 @@ def _check_pair(llm: System, draft: System) -> None:
     reads = draft.codec.encoder_tokenizer or draft.codec.slm_tokenizer
     if not same_tokenizer(llm.codec.slm_tokenizer, reads):
         raise UserError(
-            "the llm's tokenizer is not the one that the draft's encoder reads; give the llm of its encoder"
+            "the llm's tokenizer is not the one that the draft's encoder reads; give the llm of its encoder (--verify)"
         )
     if llm.codec.slm_tokenizer.get_vocab() != draft.codec.slm_tokenizer.get_vocab():
         raise UserError(

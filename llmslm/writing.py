@@ -41,7 +41,7 @@ def file_aside(path: Path) -> Iterator[Path]:
         yield aside
         make_readable(aside)
         aside.replace(path)
-    except OSError as error:
+    except Exception as error:  # safetensors has an error of its own for a full disk
         raise_if_full(error, f"{path} was not written; free some space and run again")
         raise
     finally:
@@ -54,6 +54,14 @@ def make_readable(path: Path) -> None:
     probe.touch()
     path.chmod(probe.stat().st_mode)
     probe.unlink()
+
+
+def not_writable(error: OSError) -> str | None:
+    """Say in words which path cannot be used and why: no permission, a file where a folder is to be; else None."""
+    reasons = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    if error.errno not in reasons or error.filename is None:
+        return None
+    return f"{error.filename} cannot be used: {error.strerror}"
 
 
 def raise_if_full(error: BaseException, advice: str) -> None:

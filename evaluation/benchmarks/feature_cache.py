@@ -22,7 +22,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from evaluation.benchmarks.report import report
+from evaluation.benchmarks.report import mistakes_in_one_line, report
 from llmslm import training
 from llmslm.callbacks.write_features import WriteFeatures, Written
 from llmslm.recipe import load_source
@@ -167,4 +167,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -1,4 +1,4 @@
-"""The loss curve of `llmslm fit` beside those of a plain loop: same weights to begin with, same data, same schedule.
+r"""The loss curve of `llmslm fit` beside those of a plain loop: same weights to begin with, same data, same schedule.
 
     python -m evaluation.benchmarks.loss_curve --config debian_translation_en_it --steps 400 --seeds 1 2 3 \
         -- --model.system slm --data.pack_tokens 512 --data.micro_batch_size 16 --config hardware/1gpu
@@ -31,6 +31,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from evaluation.benchmarks.report import mistakes_in_one_line
 from llmslm import training
 from llmslm.data.codec import IGNORED
 from llmslm.data.datamodule import TextDataModule
@@ -216,4 +217,5 @@ def _sd(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

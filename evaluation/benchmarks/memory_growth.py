@@ -67,7 +67,10 @@ def measure(engine: DecodeEngine, prompts: int, warmup: int, batch: int, seed: i
 
 def main(args: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.memory_growth", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.benchmarks.memory_growth", description=__doc__, formatter_class=raw
+    )
     parser.add_argument("--shape", choices=SHAPES, default="llama-4x512")
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--warmup", type=int, default=200)

@@ -355,7 +355,10 @@ def table(rows: list[dict[str, Any]], down: tuple[str, ...], across: str, value:
 
 def main(args: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.row_products", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.benchmarks.row_products", description=__doc__, formatter_class=raw
+    )
     parser.add_argument("--models", nargs="*", choices=LAYERS, default=["llama-24x576", "gpt2", "llama-22x2048"])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 5, 8, 13])
     parser.add_argument("--steps", nargs="*", choices=SHAPES, default=STEPS, help="models whose own step is timed")

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from evaluation.benchmarks.report import mistakes_in_one_line
 from evaluation.benchmarks.scaling_rank import PLACEMENTS, Case, Orders, job_of, read_lines
 from llmslm.errors import UserError
 from llmslm.planning.costs import DEVICES
@@ -275,4 +276,5 @@ def _predicting(worlds: Sequence[Orders]) -> Iterator[dict[Key, Future[Row]]]:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

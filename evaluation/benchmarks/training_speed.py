@@ -1,4 +1,4 @@
-"""Training speed of a recipe on this machine; of it from a feature cache, or of the Seq2SeqTrainer on the same model.
+r"""Training speed of a recipe on this machine; of it from a feature cache, or of the Seq2SeqTrainer on the same model.
 
     python -m evaluation.benchmarks.training_speed --config debian_translation_en_it --peer 128 256 512 \
         -- --model.system llm --data.pack_tokens 256 --data.micro_batch_size 128
@@ -29,6 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 
+from evaluation.benchmarks.report import mistakes_in_one_line
 from llmslm import training
 from llmslm.data.codec import IGNORED, Codec
 from llmslm.data.datamodule import token_counts
@@ -36,6 +37,8 @@ from llmslm.provenance import provenance
 
 Row = dict[str, Any]
 
+EVERY = 10
+"""Optimizer steps between two that are logged."""
 MEASURED = ("train/tokens_per_s", "train/tflops_per_s", "train/mfu", "train/padding_share")
 
 
@@ -64,7 +67,11 @@ def ours(config: str, steps: int, arguments: list[str], watch: Watch) -> Row:
     """Fit for some steps and return the median of what was logged, with the loss of the last step."""
     with tempfile.TemporaryDirectory() as folder:
         logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={folder}"]
-        limits = [f"--trainer.max_steps={steps}", "--trainer.log_every_n_steps=10", "--trainer.limit_val_batches=0"]
+        limits = [
+            f"--trainer.max_steps={steps}",
+            f"--trainer.log_every_n_steps={EVERY}",
+            "--trainer.limit_val_batches=0",
+        ]
         root = f"--trainer.default_root_dir={folder}"
         _start_anew()
         # Last, since an overlay among the arguments may set a number of steps, too.
@@ -197,6 +204,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--peer", type=int, nargs="+", default=[], metavar="BATCH", help=peers)
     parser.add_argument("--cached", metavar="FOLDER", help="train from this feature cache (`llmslm features`) too")
     options = parser.parse_args(given[:split])
+    if options.steps < EVERY:
+        parser.error(f"--steps {options.steps} was given; expected {EVERY} or more: each tenth is logged")
     arguments = given[split + 1 :]
     command = shlex.join(["python", "-m", "evaluation.benchmarks.training_speed", *given])
     rows: list[Row] = []
@@ -207,4 +216,5 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -83,7 +83,10 @@ def times_faster(step: float, blocks: dict[int, float], odds: float) -> tuple[fl
 
 def main(args: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m evaluation.benchmarks.verified_block", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.benchmarks.verified_block", description=__doc__, formatter_class=raw
+    )
     parser.add_argument("--llm", choices=SHAPES, default="llama-24x576")
     parser.add_argument("--slm", choices=SHAPES, default="llama-4x256")
     parser.add_argument("--batch", type=int, default=1)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from evaluation.arms import check_device
 from evaluation.decoding.arms import ARMS, Arms, Batch, Run
 from evaluation.decoding.clock import bandwidth
 from evaluation.decoding.measure import Row, measure, memory
@@ -90,6 +91,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--new {min(arguments.new)} was given; the time of further tokens needs at least 2")
     if arguments.dtype == "int8" and arguments.device != "cpu":
         raise UserError(f"--dtype int8 was given with --device {arguments.device}; 8-bit weights are for the CPU")
+    check_device(arguments.device)
 
 
 def _rows(models: Models, setting: dict[str, int], arguments: argparse.Namespace, bytes_per_s: float) -> Iterator[Row]:
@@ -159,6 +161,7 @@ def _command(arguments: argparse.Namespace) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Measure from the command line."""
-    parser = argparse.ArgumentParser(prog="llmslm-eval speed", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="llmslm-eval speed", description=__doc__, formatter_class=raw)
     add_arguments(parser)
     run(parser.parse_args(args))

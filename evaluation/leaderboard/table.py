@@ -47,8 +47,8 @@ class Cost:
 COSTS = (
     Cost(
         "floor_s",
-        "floor",
-        "ms per token: weights and caches read once at the measured copy bandwidth; fixed length, smallest batch",
+        "floor, ms",
+        "per token: weights and caches read once at the measured copy bandwidth; fixed length, smallest batch",
         lambda record: next((entry["floor_s"] for entry in record["speed"] if "floor_s" in entry), None),
         3,
         1e3,

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 FILE = "predictions.jsonl"
 
@@ -38,6 +39,10 @@ class WritePredictions(BasePredictionWriter):
         """Write one batch."""
         with self.path(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where they are."""
+        rank_zero_info(f"predictions: {self.path(trainer)}")
 
     def path(self, trainer: Trainer) -> Path:
         """The file of this rank."""

@@ -310,7 +310,7 @@ class Codec:
             worst = max(range(len(lengths)), key=lengths.__getitem__)
             raise UserError(
                 f"a prompt has {lengths[worst]} tokens, the limit is {limit} ({texts[worst][:60]!r}...); "
-                "raise data.max_prompt_tokens, or set data.truncate_prompt to left or right"
+                "shorten it, or in the recipe raise data.max_prompt_tokens or set data.truncate_prompt to left or right"
             )
         previous, tokenizer.truncation_side = tokenizer.truncation_side, side
         try:

@@ -120,6 +120,14 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches of training rows."""
         dataset, batch_size = self._tokenised["train"], self.micro_batch_size
+        if self.pack_tokens is not None and not self.packs:
+            reason = "this system cannot pack" if isinstance(dataset, Dataset) else "a stream is not packed"
+            warnings.warn(
+                f"data.pack_tokens has no effect: {reason}; a batch has {batch_size} examples (data.micro_batch_size), "
+                "not rows of several",
+                UserWarning,
+                stacklevel=2,
+            )
         collate = partial(collate_training, codec=self.codec)
         if isinstance(dataset, Dataset) and self.pack_tokens is not None and self.packs:
             sides = np.stack([token_counts(dataset, side) for side in self.codec.packed_sides], axis=1)

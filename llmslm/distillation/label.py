@@ -29,6 +29,7 @@ from llmslm.writing import file_aside, write_text
 
 VERSION = 2
 SHARD_EXAMPLES = 4096  # what a kill loses at most, and the window that is sorted by length
+MANIFEST = "manifest.json"
 REPORT = "labels.json"
 RECIPE = "recipe.yaml"
 FAILURES = ("unfinished", "short", "long", "empty")
@@ -87,13 +88,17 @@ def main(args: Sequence[str]) -> None:
     for key, number in (("batch-size", options.batch_size), ("max-new-tokens", options.max_new_tokens)):
         if number is not None and number < 1:
             raise UserError(f"--{key} {number} was given; expected 1 or more")
-    job, out = load_job(options, overrides), Path(options.out)
+    out = Path(options.out)
+    for path in (out / f"{split}.parquet" for split in options.splits):
+        if path.is_file() and not (out / MANIFEST).is_file():
+            raise UserError(f"{path} is there and was not written by llmslm label; give a folder of its own (--out)")
+    job = load_job(options, overrides)
     limit = options.max_new_tokens or job.system.codec.text_format.max_target_tokens
     low, high = options.gate or GATE
     gate = Gate(low, high, limit)
     for split in options.splits:  # what is missing shows before hours of work
         _check_gold(job, split, options)
-    claim(out / "manifest.json", {"version": VERSION, "max_new_tokens": limit} | job.identity)
+    claim(out / MANIFEST, {"version": VERSION, "max_new_tokens": limit} | job.identity)
     shards: dict[Split, list[Path]] = {}
     for split in options.splits:
         shards[split], throughput = predict_split(job, split, out, limit, options.batch_size)
@@ -278,7 +283,9 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     add_arguments(parser, "folder of the labels: SPLIT.parquet for llmslm.data.sources.TextFiles, and labels.json")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train", "validation"], help="default: both")
+    parser.add_argument(
+        "--splits", nargs="+", choices=SPLITS, default=["train", "validation"], help="default: train validation"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together; default: 32")
     parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
     parser.add_argument(

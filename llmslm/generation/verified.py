@@ -54,7 +54,9 @@ class VerifiedEngine:
         try:
             draft.attach_encoder(self.encoder)
         except UserError as error:
-            raise UserError("the draft's encoder is not of this LLM; give the LLM that it was taken from") from error
+            raise UserError(
+                "the draft's encoder is not of this LLM; give the LLM that it was taken from (--verify)"
+            ) from error
         self._alone = DecodeEngine(llm)
         self._slm = DecodeEngine(draft.slm)
         self.fixed = llm.device.type == "cuda"

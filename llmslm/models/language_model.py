@@ -1,10 +1,13 @@
 """Language models by hub name, folder or config: the LLM and the slm on their own, as transformers builds them."""
 
 import copy
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -67,6 +70,7 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
     model_type = values.pop("model_type", None)
     if model_type is None:
         raise UserError(f"{key}.config has no model_type; name one of transformers, for example llama or t5")
+    given = [*values]
     if tokenizer is not None:
         values.setdefault("vocab_size", len(tokenizer))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -74,9 +78,24 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.pad_token_id
         values.setdefault("decoder_start_token_id", start)
     try:
-        return _with_decoder_layers(AutoConfig.for_model(model_type, **values))
-    except (ValueError, TypeError) as error:
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"{key}.config is not a valid {model_type!r} config: {' '.join(str(error).split())}") from error
+    _check_keys(config, given, key)
+    return _with_decoder_layers(config)
+
+
+def _check_keys(config: PreTrainedConfig, given: Sequence[str], key: str) -> None:
+    """Refuse a key that transformers keeps without a use for it, as it does with any; it takes older names in.
+
+    Raises:
+        UserError: with the key that was probably meant.
+    """
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    for name in (name for name in config.to_dict() if name in given and name not in known):
+        close = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"{key}.config has {name}, which {type(config).__name__} does not know{hint}")
 
 
 def _with_decoder_layers(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 from llmslm.callbacks.tracking import MlflowLogger
 from llmslm.cli import main
+from llmslm.errors import UserError
 from llmslm.module import SystemModule
-from llmslm.recipe import read_recipe
+from llmslm.recipe import load_source, read_recipe
 from llmslm.system import System
 from llmslm.training import Cli, run
 from tests import tiny
@@ -116,6 +118,18 @@ def test_other_stages_read_a_checkpoint(workdir, command):
         assert {json.loads(line)["id"] for line in lines} == {f"test-{i}" for i in range(9)}
 
 
+def test_other_stages_say_where_no_checkpoint_is_read(workdir, capsys, caplog):
+    recipe = toy.write_recipe(workdir)
+    folder = str(Path("runs/toy/slm/checkpoints"))
+    stage = ["--config", recipe, "--model.system=slm"]
+    main(["predict", *stage])
+    said = caplog.text
+    assert "no --ckpt_path: predict takes the weights from before training; --ckpt_path last takes the" in said
+    assert f"predictions: {Path('runs/toy/slm/predictions.jsonl')}" in said
+    line = fails(capsys, "validate", *stage, "--ckpt_path=last")
+    assert f"there is no whole checkpoint in {folder}; train first, or give another (--ckpt_path)" in line
+
+
 def test_mlflow_gets_parameters_config_commit_and_data(workdir):
     from mlflow import MlflowClient
 
@@ -198,6 +212,30 @@ def test_no_room_on_the_device_is_one_line(workdir, capsys, monkeypatch):
     assert "CUDA out of memory. Tried to allocate 2 GiB; lower data.micro_batch_size" in line
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_line(workdir, capsys):
+    line = fails(capsys, "fit", "--config", toy.write_recipe(workdir), "--config", "hardware/1gpu")
+    assert line.endswith(
+        "No supported gpu backend found!; --config hardware/cpu runs without one (trainer.accelerator)"
+    )
+
+
+def test_a_folder_that_cannot_be_is_one_line(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "llm")
+    Path("file").touch()
+    expected = "cannot be used: Not a directory; give a folder that can be written"
+    for command, key in (
+        (["fit", "--config", recipe, "--model.system=slm", "--trainer.default_root_dir=file/x"], "default_root_dir"),
+        (["label", "--config", recipe, "--checkpoint", "runs/toy/llm", "--out", "file/x"], "--out"),
+        (["features", "--config", recipe, "--out", "file/x"], "--out"),
+        (["consolidate", "--checkpoint", "runs/toy/llm/checkpoints/last.ckpt", "--output", "file/x"], "--output"),
+    ):
+        line = fails(capsys, *command)
+        assert expected in line
+        assert line.endswith(f"{key})")
+
+
 def test_what_was_meant_is_suggested(workdir, capsys):
     assert fails(capsys, "fit", "--config", "quickstrat").endswith("did you mean quickstart?")
     recipe = toy.write_recipe(workdir)
@@ -215,7 +253,34 @@ def test_what_was_meant_is_suggested(workdir, capsys):
         for path in (spelt, f"llmslm.models.{part}.{spelt}"):
             line = fails(capsys, "fit", "--config", recipe, f"--model.{part}={path}", code=2)
             assert line.endswith(f"did you mean {meant}?")
+    Path("typo.yaml").write_text("model: {optimiser: {init_args: {lr: 1}}}\n")
+    line = fails(capsys, "fit", "--config", recipe, "--config", "typo.yaml", code=2)
+    assert line.endswith("did you mean model.optimizer?")
+    for option, meant in (
+        ("model.projector.init_args.hidden=3", "did you mean hidden_size?"),
+        ("data.tokenizer.init_args.vocabsize=300", "did you mean vocab_size?"),
+        ("data.source.init_args.validations=x", "did you mean validation?"),
+    ):
+        assert fails(capsys, "fit", "--config", recipe, f"--{option}", code=2).endswith(meant)
+    wrong = '{"class_path": "torch.optim.AdamW", "init_args": {"learning_rate": 1}}'
+    assert "expected one of lr, " in fails(capsys, "fit", "--config", recipe, f"--model.optimizer={wrong}", code=2)
     assert "give a recipe: --config" in fails(capsys, "fit", code=2)
+
+
+def test_a_broken_recipe_is_named(workdir, capsys):
+    recipe = toy.write_recipe(workdir)
+    Path("broken.yaml").write_text("model: [1,\n")
+    Path("empty.yaml").write_text("# later\n")
+    Path("text.yaml").write_text("a sentence\n")
+    for name, text in (
+        ("broken", "broken.yaml is no YAML: while parsing a flow node"),
+        ("empty", "empty.yaml is no recipe: expected keys such as model, data and trainer, found nothing"),
+        ("text", "found 'a sentence' (--config)"),
+    ):
+        for command in (["fit"], ["plan"], ["label", "--checkpoint", "x", "--out", "y"]):
+            assert text in fails(capsys, *command, "--config", recipe, "--config", f"{name}.yaml")
+        with pytest.raises(UserError, match=re.escape(text)):
+            load_source(f"{name}.yaml")
 
 
 def test_a_template_with_a_colon_stays_text(workdir):
@@ -223,6 +288,20 @@ def test_a_template_with_a_colon_stays_text(workdir):
     given = ["--data.prompt_template", "it: {prompt}", "--data.tokenizer={vocab_size: 300}", "--data.x", "a: b: c"]
     data = read_recipe([recipe], given)["data"]
     assert (data["prompt_template"], data["tokenizer"], data["x"]) == ("it: {prompt}", {"vocab_size": 300}, "a: b: c")
+
+
+def test_consolidate_replaces_nothing_but_a_system(workdir, capsys):
+    fit(toy.write_recipe(workdir), "llm")
+    command = ["consolidate", "--checkpoint", "runs/toy/llm/checkpoints/last.ckpt", "--output"]
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").touch()
+    for output in ("mine", "mine/thesis.txt"):
+        assert f"{output} is there and is no system; give a folder that is new" in fails(capsys, *command, output)
+    assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+    Path("empty").mkdir()
+    for output in ("new", "empty", "new"):
+        main([*command, output])
+        assert System.load(output).name == "llm"
 
 
 def test_consolidate_says_what_it_takes(workdir, capsys):

@@ -19,9 +19,9 @@ def test_a_projector_of_your_own(workdir, monkeypatch):
     monkeypatch.syspath_prepend(workdir)
     recipe = write_recipe(workdir, max_steps=1)
     main(["fit", "--config", recipe, "--model.system", "llm"])
-    command = re.search(r"llmslm (fit .*)", PAGE.read_text())[1].replace("quickstart", recipe)
-    main(command.split())
-    system = System.load("runs/toy/llm_to_slm")
+    command = re.search(r"llmslm (fit .*)", PAGE.read_text().replace("\\\n", ""))[1]
+    main(command.replace("--config quickstart", f"--config {recipe}").replace("runs/quickstart", "runs/toy").split())
+    system = System.load("runs/toy/low_rank")
     assert type(system.model.projector).__name__ == "LowRankProjector"
     assert system.model.config.projector == {"class_path": "low_rank.LowRankProjector", "init_args": {"rank": 32}}
     assert len(system.generate(["say alpha 1"], max_new_tokens=2)) == 1

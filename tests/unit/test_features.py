@@ -1,7 +1,6 @@
 """The feature cache: training from it is training on the fly, without the LLM; what does not belong is refused."""
 
 import csv
-import errno
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaModel
 
 from evaluation.benchmarks import feature_cache
@@ -131,7 +131,7 @@ def test_a_full_disk_ends_the_call_though_the_next_shards_are_encoded(recipe, mo
     shutil.rmtree("states/train")
 
     def full(_stored, _path):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("llmslm.data.shards.save_file", full)
     with pytest.raises(SystemExit):

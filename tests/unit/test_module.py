@@ -33,6 +33,17 @@ def test_all_systems_train_on_packed_rows(recipe, tmp_path):
         run(["fit", "--config", recipe, f"--model.system={system}", "--data.pack_tokens=48", root])
 
 
+def test_a_system_that_cannot_pack_says_so(recipe, tmp_path):
+    root = f"--trainer.default_root_dir={tmp_path}"
+    run(["fit", "--config", recipe, "--model.system=llm", root])
+    fusion = "--model.fusion=llmslm.models.fusion.PrefixOnly"
+    source = f"--model.encoder.source={tmp_path}/system"
+    with pytest.warns(
+        UserWarning, match=r"data.pack_tokens has no effect: this system cannot pack; a batch has 8 exam"
+    ):
+        run(["fit", "--config", recipe, "--data.pack_tokens=48", fusion, source, f"{root}/composed"])
+
+
 def test_each_block_is_compiled_in_place():
     model = tiny.build("llama")
     names = list(model.state_dict())

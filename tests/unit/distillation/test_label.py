@@ -244,3 +244,10 @@ def test_mistakes_are_named(trained, arguments, capsys):
     ):
         assert message in fails(capsys, *arguments, "--out", "fresh", *given), given
     assert not Path("other").exists()
+
+
+def test_gold_data_is_not_written_over(arguments, capsys):
+    Path("out").mkdir()
+    Path("out/train.parquet").write_text("gold")
+    assert "out/train.parquet is there and was not written by llmslm label" in fails(capsys, *arguments)
+    assert Path("out/train.parquet").read_text() == "gold"

@@ -1,5 +1,6 @@
 """The command line: quick help, no abbreviations, mistakes in one line."""
 
+import errno
 import subprocess
 import sys
 
@@ -50,6 +51,19 @@ def test_mistakes_are_one_line(arguments, text, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_folder_without_permission_is_one_line(monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "there/x")
+
+    monkeypatch.setattr("evaluation.leaderboard.build", refused)
+    with pytest.raises(SystemExit, match="1"):
+        main(["leaderboard", "records", "--out", "there/x", "--no-mlflow"])
+    error = capsys.readouterr().err
+    assert (
+        error == "llmslm-eval: there/x cannot be used: Permission denied; give a folder that can be written (--out)\n"
+    )
+
+
 def test_abbreviations_and_bad_numbers_are_refused(capsys):
     for arguments in (
         ["leaderboard", "x", "--o", "y"],
@@ -68,3 +82,13 @@ def test_abbreviations_and_bad_numbers_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["targets", "--colour"])
     assert "unrecognized arguments: --colour" in capsys.readouterr().err
+
+
+def test_the_harness_says_which_package_it_needs():
+    code = (
+        "import runpy, sys; sys.modules['lm_eval'] = None; runpy.run_module('evaluation.harness', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.endswith("the package lm-eval is not installed; pip install 'llmslm[harness]'\n")
+    assert "Traceback" not in done.stderr

@@ -20,5 +20,5 @@ def test_files_keep_a_few_short_rows_spread_over_all(tmp_path, capsys):
 
 
 def test_a_folder_without_files_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"there are no Parquet files in .*; prepare it first \(--of\)"):
+    with pytest.raises(SystemExit, match=r"there are no Parquet files in .*; run make headline-data first, .*\(--of\)"):
         main([f"--of={tmp_path}", f"--out={tmp_path / 'out'}"])

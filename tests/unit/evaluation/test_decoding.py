@@ -119,3 +119,9 @@ def test_models_are_built_with_the_dtype_asked_for() -> None:
     model = shapes.build(lambda: GPT2LMHeadModel(CONFIG), torch.device("cpu"), torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_named():
+    with pytest.raises(UserError, match="device cuda was asked for, but PyTorch sees no GPUs here"):
+        command.main(["--llm", "llama-4x512", "--slm", "llama-4x256", "--device", "cuda"])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
 from mlflow import MlflowClient
 
@@ -38,3 +39,18 @@ def test_trains_compares_and_reports(tmp_path, monkeypatch, capsys):
     assert {model.name for model in client.search_registered_models()} == {f"toy-{name}" for name in experiment.SYSTEMS}
     main(command)
     assert capsys.readouterr().out.count("trained already") == 3
+
+
+def test_a_recipe_without_mlflow_and_mistakes_in_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMSLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr(experiment, "evaluate", lambda *_: None)
+    recipe = toy.write_recipe(tmp_path, max_steps=1, val_check_interval=1)  # its trainer.logger is false
+    main(["experiment", "--config", recipe])
+    assert Path("runs/toy/llm_to_slm/system/system.json").is_file()
+    for option in (["--limt", "3"], ["--model.sytem=slm"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["experiment", "--config", recipe, *option])
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith(f"llmslm-eval: unrecognized arguments: {option[0].partition('=')[0]}")

@@ -74,6 +74,7 @@ def test_what_nothing_was_measured_of_has_no_column(dummy, examples, tmp_path, f
         heads = built.markdown.splitlines()[2], built.files["page"].read_text().partition("<tbody")[0]
         for title in ("first token", "tokens/s", "memory", "speed-up fixed"):
             assert [title in head for head in heads] == [has, has]
+        assert [unit in heads[1] for unit in ("first token, ms", "further tokens, ms", "memory, MiB")] == [has] * 3
         assert all("BLEU" in head and "length" in head for head in heads)
 
 

@@ -1,11 +1,15 @@
 """The benchmark of training speed: its steps are its own, and the other trainer sees the same tokens."""
 
+import argparse
 import json
 from pathlib import Path
 
+import pytest
 from datasets import Dataset
 
 from evaluation.benchmarks import training_speed
+from evaluation.benchmarks.report import mistakes_in_one_line
+from llmslm.errors import UserError
 from tests.unit import toy
 
 
@@ -37,3 +41,12 @@ def test_the_other_trainer_beside_it(workdir, capsys):
     rows = rows_of(capsys)[-1]
     assert [(row["arm"], row.get("batch_size")) for row in rows[1:]] == [("Seq2SeqTrainer", 4), ("Seq2SeqTrainer", 8)]
     assert all(row["tokens_per_s"] > 0 and row["speedup_of_llmslm"] > 0 for row in rows[1:])
+
+
+def test_mistakes_are_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        training_speed.main(["--config", "quickstart", "--steps", "9"])
+    assert "--steps 9 was given; expected 10 or more" in capsys.readouterr().err
+    for error in (UserError("no recipe"), argparse.ArgumentError(None, "no\n  recipe")):
+        with pytest.raises(SystemExit, match=r"^error: no recipe$"), mistakes_in_one_line():
+            raise error

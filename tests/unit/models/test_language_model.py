@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
-from llmslm.models.language_model import ModelSource, load_language_model
+from llmslm.errors import UserError
+from llmslm.models.language_model import ModelSource, load_config, load_language_model
 from tests.unit.data.test_codec import byte_tokenizer
 
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
@@ -30,3 +31,21 @@ def test_generate_works_with_more_or_fewer_layers_in_the_decoder(tmp_path, encod
     again = load_language_model(ModelSource(str(tmp_path / "others")), None, "model.llm").eval()
     for each in (again, T5ForConditionalGeneration.from_pretrained(tmp_path / "ours").eval()):
         assert each.generate(ids, **limits).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (T5 | {"dmodel": 32}, "model.slm.config has dmodel, which T5Config does not know; did you mean d_model?"),
+        ({"model_type": "gpt2", "d_model": 16}, "model.slm.config has d_model, which GPT2Config does not know"),
+        ({"model_type": "llama", "hidden_size": 16}, "not a valid 'llama' config.*not a multiple of the number of att"),
+    ],
+)
+def test_a_config_that_would_be_another_model(config, text):
+    with pytest.raises(UserError, match=text):
+        load_config(ModelSource(config=config), None, "model.slm")
+
+
+def test_a_config_in_older_names():
+    config = {"model_type": "llama", "rope_theta": 500.0, "attn_implementation": "eager"}
+    assert load_config(ModelSource(config=config), None, "model.slm").rope_parameters["rope_theta"] == 500
