@@ -98,12 +98,16 @@ def _measured(results: Results) -> list[tuple[Target, float | None]]:
     return [(target, MEASURE[target.id](results) if target.id in MEASURE else None) for target in targets]
 
 
-def _above_slm(results: Results) -> float | None:
-    """The LLM against the better SLM, on gold targets or on the LLM's."""
-    llm = results.score(TRANSLATION, "quality", LLM, "bleu")
-    found = [results.score(TRANSLATION, stage, SLM, "bleu") for stage in ("quality", "quality_gold")]
-    slms = [value for value in found if value is not None]
-    return llm - max(slms) if llm is not None and slms else None
+def _above_slm(*stages: str) -> Callable[[Results], float | None]:
+    """The LLM against the best SLM of these stages."""
+
+    def measure(results: Results) -> float | None:
+        llm = results.score(TRANSLATION, "quality", LLM, "bleu")
+        found = [results.score(TRANSLATION, stage, SLM, "bleu") for stage in stages]
+        slms = [value for value in found if value is not None]
+        return llm - max(slms) if llm is not None and slms else None
+
+    return measure
 
 
 def _longest(results: Results) -> float | None:
@@ -159,7 +163,8 @@ def _lost(control: str) -> Callable[[Results], float | None]:
 
 
 MEASURE: dict[str, Callable[[Results], float | None]] = {
-    "llm-above-slm": _above_slm,
+    "llm-above-slm": _above_slm("quality", "quality_gold"),
+    "llm-above-slm-gold": _above_slm("quality_gold"),
     "recipe-minutes": _longest,
     "test-examples": _fewest,
     "kept-bleu": _kept(TRANSLATION, "bleu"),
