@@ -5,6 +5,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
 from llmslm import provenance
@@ -34,7 +35,13 @@ class SaveSystem(Callback):
         module = cast(SystemModule, pl_module)
         if trainer.fast_dev_run or not trainer.is_global_zero or module.model is None or module.codec is None:  # type: ignore[attr-defined]
             return
-        save_frame(Path(trainer.default_root_dir), module.model, module.codec, self.card(trainer))
+        folder = Path(trainer.default_root_dir)
+        if trainer.ckpt_path is None and (folder / SYSTEM_FOLDER).is_dir():
+            rank_zero_info(
+                f"{folder / SYSTEM_FOLDER} is of an earlier run and will be replaced; --ckpt_path last goes on with that "
+                "run, and another trainer.default_root_dir keeps it"
+            )
+        save_frame(folder, module.model, module.codec, self.card(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save once, on rank 0."""

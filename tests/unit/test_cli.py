@@ -118,6 +118,16 @@ def test_other_stages_read_a_checkpoint(workdir, command):
         assert {json.loads(line)["id"] for line in lines} == {f"test-{i}" for i in range(9)}
 
 
+def test_a_run_that_replaces_the_system_of_an_earlier_one_says_so(workdir, caplog):
+    recipe = toy.write_recipe(workdir)
+    fit(recipe, "slm")
+    assert "will be replaced" not in caplog.text
+    fit(recipe, "slm", "--ckpt_path=last")
+    assert "will be replaced" not in caplog.text
+    fit(recipe, "slm")
+    assert f"{Path('runs/toy/slm/system')} is of an earlier run and will be replaced; --ckpt_path last" in caplog.text
+
+
 def test_other_stages_say_where_no_checkpoint_is_read(workdir, capsys, caplog):
     recipe = toy.write_recipe(workdir)
     folder = str(Path("runs/toy/slm/checkpoints"))
