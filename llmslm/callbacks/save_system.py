@@ -38,8 +38,8 @@ class SaveSystem(Callback):
         folder = Path(trainer.default_root_dir)
         if trainer.ckpt_path is None and (folder / SYSTEM_FOLDER).is_dir():
             rank_zero_info(
-                f"{folder / SYSTEM_FOLDER} is of an earlier run and will be replaced; --ckpt_path last goes on with that "
-                "run, and another trainer.default_root_dir keeps it"
+                f"{folder / SYSTEM_FOLDER} is of an earlier run and will be replaced; --ckpt_path last goes on with "
+                "that run, and another trainer.default_root_dir keeps it"
             )
         save_frame(folder, module.model, module.codec, self.card(trainer))
 
