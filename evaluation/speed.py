@@ -26,7 +26,7 @@ from evaluation.systems import EvaluatedSystem
 Mode = Literal["fixed", "natural"]
 MODES: tuple[Mode, ...] = ("natural", "fixed")
 WARM = 2
-"""Uncounted rounds at most for what transformers decodes: it is slow, and captures nothing for a length."""
+"""Uncounted rounds at most for what transformers decodes without compiling: it is slow, and captures nothing."""
 LARGEST: Literal["largest"] = "largest"
 BatchSize = int | Literal["largest"]
 WARMUPS = 10
@@ -90,7 +90,7 @@ def measure_speed(
         prompts: each run takes the next `batch_size` of them, the same for every system; they are cycled.
         max_new_tokens: budget of the natural mode, length of the fixed mode.
         batch_sizes: each is measured in both modes; "largest" stands for each system's own, of `largest_batch`.
-        warmups: rounds that are not counted; `WARM` at most where transformers decodes.
+        warmups: rounds that are not counted; `WARM` at most where transformers decodes without a static cache.
         runs: rounds that are.
 
     Returns:
@@ -119,7 +119,9 @@ def measure_speed(
 
 
 def _warmups(system: EvaluatedSystem, warmups: int) -> int:
-    return min(warmups, WARM) if getattr(system, "decoder", None) == "generate" else warmups
+    """Count the rounds before the clock; a static cache has transformers compile and capture for its sizes."""
+    compiles = "cache_implementation" in getattr(system, "generation_settings", {})
+    return min(warmups, WARM) if getattr(system, "decoder", None) == "generate" and not compiles else warmups
 
 
 def batches(prompts: Sequence[str], batch_size: int, runs: int) -> list[list[str]]:

@@ -22,6 +22,9 @@ from llmslm.models.shortened import shortened
 from llmslm.models.source import LOAD_ERRORS, pretrained_model, why_not
 from llmslm.models.trained import Trained
 
+_READ_ANYWAY = ("decoder_start_token_id",)
+"""What an architecture reads of its config though its class has no field for it."""
+
 
 @dataclass
 class ModelSource:
@@ -91,7 +94,7 @@ def _check_keys(config: PreTrainedConfig, given: Sequence[str], key: str) -> Non
     Raises:
         UserError: with the key that was probably meant.
     """
-    known = {*type(config)().to_dict(), *config.attribute_map}
+    known = {*type(config)().to_dict(), *config.attribute_map, *_READ_ANYWAY}
     for name in (name for name in config.to_dict() if name in given and name not in known):
         close = difflib.get_close_matches(name, sorted(known), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

@@ -62,12 +62,13 @@ def test_systems_take_turns_on_the_same_prompts_in_both_modes(dummy, clock):
 
 def test_what_transformers_decodes_is_warm_after_two_rounds(dummy, clock):
     produced, log = type(dummy().generate(["a"], max_new_tokens=1)[0]), []
-    systems = {name: Sleeper(name, log, produced) for name in ("llm", "llm_generate")}
-    systems["llm_generate"].decoder = "generate"
+    systems = {name: Sleeper(name, log, produced) for name in ("llm", "llm_generate", "llm_static_cache")}
+    systems["llm_generate"].decoder = systems["llm_static_cache"].decoder = "generate"
+    systems["llm_static_cache"].generation_settings = {"cache_implementation": "static"}  # it compiles
     entries = measure_speed(systems, ["p", "q", "r"], max_new_tokens=5, warmups=4, runs=1)
-    assert [[entry["warmups"] for entry in rows] for rows in entries.values()] == [[4, 4], [2, 2]]
+    assert [[entry["warmups"] for entry in rows] for rows in entries.values()] == [[4, 4], [2, 2], [4, 4]]
     assert [tokens for name, tokens, _ in log if name == "llm_generate"] == [3] * 3 + [5] * 3
-    assert [name for name, tokens, _ in log if tokens == 5][-6:] == ["llm", "llm_generate"] * 3
+    assert [name for name, tokens, _ in log if tokens == 5][-9:] == [*systems] * 3
 
 
 def test_a_single_token_says_nothing_of_further_ones(dummy):

@@ -46,6 +46,11 @@ def test_a_config_that_would_be_another_model(config, text):
         load_config(ModelSource(config=config), None, "model.slm")
 
 
+def test_a_start_token_of_the_config_is_taken():
+    config = load_config(ModelSource(config=T5 | {"decoder_start_token_id": 7}), None, "model.slm")
+    assert config.decoder_start_token_id == 7
+
+
 def test_a_config_in_older_names():
     config = {"model_type": "llama", "rope_theta": 500.0, "attn_implementation": "eager"}
     assert load_config(ModelSource(config=config), None, "model.slm").rope_parameters["rope_theta"] == 500
