@@ -26,7 +26,7 @@ def main(args: list[str] | None = None) -> None:
         problem = not_writable(error)
         if problem is None:
             raise
-        _fail(f"{problem}; give a folder that can be written (--out)", 1)
+        _fail(f"{problem}; if it is where this command writes, give another folder (--out)", 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it was", 130)
 

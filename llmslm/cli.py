@@ -75,7 +75,7 @@ def main(args: list[str] | None = None) -> None:
         if problem is None:
             raise
         key = FOLDER_KEYS.get(args[0], "trainer.default_root_dir")
-        _fail(f"{problem}; give a folder that can be written ({key})", 1)
+        _fail(f"{problem}; if it is where this command writes, give another folder ({key})", 1)
     except KeyboardInterrupt:
         _fail("stopped", 130)
 

@@ -250,7 +250,10 @@ def _argument_names(message: str) -> list[str]:
     path = re.search(r"class_path[= ]'([\w.]+)\.(\w+)'", message)
     if path is None:
         return []
-    parameters = inspect.signature(getattr(importlib.import_module(path[1]), path[2])).parameters
+    try:
+        parameters = inspect.signature(getattr(importlib.import_module(path[1]), path[2])).parameters
+    except (ImportError, AttributeError, ValueError):
+        return []
     return [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
 
 

@@ -91,8 +91,10 @@ def encoder_pass_for(encoder: Encoder, max_positions: int) -> FusedEncoder | Non
 
 
 def projector_pass_for(projector: Projector, max_positions: int) -> FusedProjector | None:
-    """The same for a projector that has layers; arguments as for an encoder."""
+    """The same for a projector that has layers, and no hooks; arguments as for an encoder."""
     if type(projector) is not TransformerProjector or projector.linear.weight.device.type != "cuda":
+        return None
+    if projector._forward_hooks or projector._forward_pre_hooks:
         return None
     from llmslm.generation.fused_projector import FusedProjector
 

@@ -17,7 +17,7 @@ from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
-_BLOCK = 20  # sublayers, some 5 us each: the tokens between two looks at the ends of sequence have as many, or one more
+_SUBLAYERS = 20  # of the steps between two looks at the ends of sequence, at least: some 5 us each
 _SOON = 2  # tokens launched before the first one is handed out: it does not wait for a whole block's launches
 _AHEAD = 1  # blocks that the host launches before it must know how an earlier one ended
 
@@ -195,7 +195,7 @@ class GraphLoop(DecodeLoop):
         self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, rules: TokenRules, start: int | None
     ) -> None:
         super().__init__(model, decoder, state, rules, start)
-        self._block = -(-_BLOCK // len(decoder.sublayers))
+        self._block = -(-_SUBLAYERS // len(decoder.sublayers))
         pool = torch.cuda.graph_pool_handle()
         drawn, loop = (state.generator,), weakref.proxy(self)  # else it would live until garbage is collected
         self._first = Captured(lambda *prompt: loop._first_token(*prompt), state.device, pool=pool, generators=drawn)

@@ -114,7 +114,7 @@ class PromptPass:
 
     @property
     def _tolerance(self) -> float:
-        return tolerance_of(self.model.dtype)
+        return tolerance_of(self.model.slm.dtype)
 
     def _is_to_be_trusted(self, batch: dict[str, Tensor]) -> bool:
         """Hold a graph's result against the model's own, without fused passes and with one after the other."""

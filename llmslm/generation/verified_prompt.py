@@ -166,7 +166,8 @@ def _trusted_projector(draft: LlmToSlm) -> FusedProjector | None:
     fused = projector_pass_for(draft.projector, _LONGEST)
     if fused is None:
         return None
-    tolerance, dtype = tolerance_of(draft.dtype), draft.slm.dtype
+    dtype = draft.slm.dtype
+    tolerance = tolerance_of(dtype)
     reason = reason_against(lambda: projected_difference(draft.projector, fused, dtype), tolerance, "states")
     if reason is None:
         return fused

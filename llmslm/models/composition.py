@@ -157,6 +157,9 @@ class Composition(PreTrainedModel, GenerationMixin):
                     quantization=config.encoder_quantization,
                 )
             except UserError as error:
+                lay = Path(config.encoder_source)
+                if encoder_source or not lay.is_absolute() or lay.exists():
+                    raise
                 where = folder / "config.json"
                 raise UserError(f"{error}; if it lies elsewhere now, say so in {where} (encoder_source)") from error
             model.attach_encoder(encoder.to(model.device))

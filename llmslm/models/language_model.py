@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,16 +90,17 @@ def load_config(model_source: ModelSource, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _check_keys(config: PreTrainedConfig, given: Sequence[str], key: str) -> None:
-    """Refuse a key that transformers keeps without a use for it, as it does with any; it takes older names in.
+    """Refuse a misspelt key, and warn of others that transformers has no use for: it keeps any, and says nothing.
 
     Raises:
         UserError: with the key that was probably meant.
     """
     known = {*type(config)().to_dict(), *config.attribute_map, *_READ_ANYWAY}
     for name in (name for name in config.to_dict() if name in given and name not in known):
-        close = difflib.get_close_matches(name, sorted(known), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"{key}.config has {name}, which {type(config).__name__} does not know{hint}")
+        problem = f"{key}.config has {name}, which {type(config).__name__} does not know"
+        if close := difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.8):
+            raise UserError(f"{problem}; did you mean {close[0]}?")
+        warnings.warn(f"{problem}: it has no effect", UserWarning, stacklevel=3)
 
 
 def _with_decoder_layers(config: PreTrainedConfig) -> PreTrainedConfig:

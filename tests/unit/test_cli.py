@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_is_one_line(workdir, capsys):
     recipe = toy.write_recipe(workdir)
     fit(recipe, "llm")
     Path("file").touch()
-    expected = "cannot be used: Not a directory; give a folder that can be written"
+    expected = "cannot be used: Not a directory; if it is where this command writes, give another folder"
     for command, key in (
         (["fit", "--config", recipe, "--model.system=slm", "--trainer.default_root_dir=file/x"], "default_root_dir"),
         (["label", "--config", recipe, "--checkpoint", "runs/toy/llm", "--out", "file/x"], "--out"),

@@ -37,13 +37,19 @@ def test_generate_works_with_more_or_fewer_layers_in_the_decoder(tmp_path, encod
     ("config", "text"),
     [
         (T5 | {"dmodel": 32}, "model.slm.config has dmodel, which T5Config does not know; did you mean d_model?"),
-        ({"model_type": "gpt2", "d_model": 16}, "model.slm.config has d_model, which GPT2Config does not know"),
         ({"model_type": "llama", "hidden_size": 16}, "not a valid 'llama' config.*not a multiple of the number of att"),
     ],
 )
 def test_a_config_that_would_be_another_model(config, text):
     with pytest.raises(UserError, match=text):
         load_config(ModelSource(config=config), None, "model.slm")
+
+
+def test_a_key_that_has_no_effect_is_named():
+    with pytest.warns(
+        UserWarning, match="model.slm.config has d_model, which GPT2Config does not know: it has no effect"
+    ):
+        load_config(ModelSource(config={"model_type": "gpt2", "d_model": 16}), None, "model.slm")
 
 
 def test_a_start_token_of_the_config_is_taken():
