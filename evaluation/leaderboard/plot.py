@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PLOTTED = ("bleu", "chrf", "rouge_l")
 COLOURS = {LLM: "#c2410c", SLM: "#0e7490", LLM_TO_SLM: "#6d28d9"}
 _OTHERS = ("#4d7c0f", "#be185d", "#475569", "#ca8a04", "#1d4ed8", "#b91c1c", "#f472b6", "#65a30d", "#94a3b8")
+_FAR = 20  # times as fast as another row: a scale of logarithms then tells both from zero
 _NAMED = 4  # more rows than this are named below the panels: beside points and curves, names would hide them
 _INK = "#6b7280"  # read on white and on black
 _STYLE: Any = {
@@ -147,18 +148,22 @@ def _panel(axes: "Axes", rows: Sequence[Row], name: str, labels: Sequence[str]) 
     points = [(row.tokens_per_s("fixed") or 0.0, _value(row, name) or 0.0) for row in rows]
     sign = -1 if is_lower_better(name) else 1
     front = pareto_front([(x, sign * y) for x, y in points])
-    steps = [(0.0, points[front[0]][1]), *(points[index] for index in front)]
+    fastest, slowest = max(x for x, _ in points), min(x for x, _ in points)
+    left = slowest / 2 if slowest and fastest > _FAR * slowest else 0.0  # on a scale of logarithms
+    steps = [(left, points[front[0]][1]), *(points[index] for index in front)]
     axes.plot(*zip(*steps, strict=True), drawstyle="steps-pre", color=_INK, alpha=0.7, linewidth=1.2, zorder=1)
-    fastest = max(x for x, _ in points)
+    middle = math.sqrt(left * fastest) if left else fastest / 2
     for row, (x, y) in zip(rows, points, strict=True):
         shade = colour(row.label, labels)
         axes.errorbar(x, y, yerr=_bars(row.scores[name], y), color=shade, fmt="o", capsize=3, zorder=2, label=row.label)
         if len(rows) > _NAMED:
             continue
-        offset, side = ((-7, 5), "right") if x > fastest / 2 else ((7, 5), "left")
+        offset, side = ((-7, 5), "right") if x > middle else ((7, 5), "left")
         axes.annotate(row.label, (x, y), offset, textcoords="offset points", ha=side, fontsize=8, color=shade)
     axes.set_title(SCORES[name], fontsize=9)
-    axes.set_xlim(0, 1.15 * fastest)
+    if left:
+        axes.set_xscale("log")
+    axes.set_xlim(left, (2 if left else 1.15) * fastest)
     axes.margins(y=0.25)
 
 

@@ -394,3 +394,12 @@ def test_a_tie_has_no_winner(folder):
 def test_pareto_front():
     assert pareto_front([(1, 9), (2, 8), (2, 7), (3, 8), (4, 1)]) == [0, 3, 4]
     assert pareto_front([(1, 1)]) == [0]
+
+
+@pytest.mark.parametrize(("times", "scale"), [(2.0, "linear"), (1000.0, "log")])
+def test_speeds_far_apart_are_on_a_scale_of_logarithms(folder, monkeypatch, times, scale):
+    shown = list(rows_of(folder).values())[:2]
+    speeds = dict(zip((row.label for row in shown), (10.0, 10.0 * times), strict=True))
+    monkeypatch.setattr("evaluation.leaderboard.rows.Row.tokens_per_s", lambda row, mode: speeds[row.label])
+    figure = quality_speed(shown, [*speeds])
+    assert {axes.get_xscale() for axes in figure.axes} == {scale}
