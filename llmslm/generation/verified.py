@@ -223,7 +223,8 @@ class VerifiedEngine:
     ) -> tuple[Any, ...]:
         """What a kept loop has built in."""
         sizes = [self._capacities(e, n, max_new) for e, n in zip(self.engines, lengths, strict=True)]
-        return batch, *sizes, min_new, max_new, _without_seed(sampling), self._alone._rules_key()
+        rules = self._alone._rules_key(), self.llm.generation_config.repetition_penalty
+        return batch, *sizes, min_new, max_new, _without_seed(sampling), *rules
 
     @property
     def _first_index(self) -> int:

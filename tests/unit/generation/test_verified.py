@@ -211,6 +211,16 @@ def test_the_prompt_is_read_once(family, slm_family, layer):
     assert torch.equal(tokens, by_generate(verified.llm, inputs, max_new_tokens=12))
 
 
+def test_a_penalty_that_the_generation_config_gets_later_is_honoured():
+    verified = engine("gpt2", "gpt2")
+    verified.fixed = True  # its buffers are those of graphs, and kept
+    inputs, sides = batch(verified.llm, 3)
+    for penalty in (1.0, 1.3, 1.7):
+        verified.llm.generation_config.repetition_penalty = penalty
+        expected = by_generate(verified.llm, inputs, max_new_tokens=12)
+        assert torch.equal(verified.generate(**sides, max_new_tokens=12).tokens, expected)
+
+
 @pytest.mark.parametrize(("family", "slm_family"), [("bart", "llama"), ("gpt2", "gpt2")])
 @pytest.mark.parametrize("perfect", [False, True])
 def test_settings_of_the_llms_generation_config_are_honoured(family, slm_family, perfect):
