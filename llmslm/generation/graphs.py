@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+MOST_TOKENS = 8192
+"""Of the prompts of a batch, on both sides together, for which a graph pays: above it the device computes longer than
+the host launches."""
+
+
 class Captured:
     """A function over fixed buffers, captured once for each set of input shapes and replayed from then on.
 

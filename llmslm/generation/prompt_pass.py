@@ -15,13 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmslm.generation.dispatch import encoder_pass_for, projector_pass_for
 from llmslm.generation.families import UnreadableModelError, sliding_window
-from llmslm.generation.graphs import Captured
+from llmslm.generation.graphs import MOST_TOKENS, Captured
 from llmslm.generation.plan import Decoder
 from llmslm.generation.self_check import reason_against, tolerance_of
 from llmslm.generation.state import padded_batch, prompt_bucket
 from llmslm.models.modeling import LlmToSlm
 
-_MOST_TOKENS = 8192  # of a batch, on both sides together; above it the device computes longer than the host launches
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
 
 
@@ -39,8 +38,8 @@ class PromptPass:
         self.model = model
         self._fused: dict[str, Any] = {}
         if model.encoder is not None and not model.fusion.step_parameters():
-            encoder = encoder_pass_for(model.encoder, _MOST_TOKENS)
-            projector = projector_pass_for(model.projector, _MOST_TOKENS)
+            encoder = encoder_pass_for(model.encoder, MOST_TOKENS)
+            projector = projector_pass_for(model.projector, MOST_TOKENS)
             self._fused = {part: run for part, run in (("encoder", encoder), ("projector", projector)) if run}
         self._trusted: bool | None = None
         self._window = _sight(model)
@@ -145,7 +144,7 @@ class PromptPass:
             return False
         if self._window is not None and max(value.shape[1] for value in batch.values()) > self._window:
             return False
-        return sum(batch[name].numel() for name in ("input_ids", "prompt_ids")) <= _MOST_TOKENS
+        return sum(batch[name].numel() for name in ("input_ids", "prompt_ids")) <= MOST_TOKENS
 
     def _length(self, name: str, length: int) -> int:
         """Pad to a bucket, but no further than there are positions."""

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from llmslm.generation.acceptance import GRAPHED, LONGEST, SHORTEST, Acceptance, BlockLength
 from llmslm.generation.choice import Choice
-from llmslm.generation.graphs import Captured
+from llmslm.generation.graphs import MOST_TOKENS, Captured
 from llmslm.generation.side import Side
 from llmslm.generation.verified_block import VerifiedBlock
 from llmslm.generation.verified_prompt import PromptReader
 
-_MOST_TOKENS = 8192  # of prompts; above it the device computes longer than the host launches
 _ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product whose weights are read once (measured)
 
 
@@ -102,7 +101,7 @@ class VerifiedLoop:
 
     def read_prompt(self, reader: PromptReader, prompt: dict[str, Tensor]) -> None:
         """Read prompts, by a graph if that pays and their models can be captured; see `PromptReader.read`."""
-        if self._captures_prompts and prompt["prompt_ids"].numel() <= _MOST_TOKENS:
+        if self._captures_prompts and prompt["prompt_ids"].numel() <= MOST_TOKENS:
             try:
                 self._prompt_graph(reader, tuple(prompt))(*prompt.values())
                 return

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmslm.generation.dispatch import projector_pass_for, reader_for
+from llmslm.generation.graphs import MOST_TOKENS
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import Passed, causal_mask
 from llmslm.generation.sampling import start_token
@@ -33,8 +34,6 @@ from llmslm.models.shared_encoder import SharedEncoder
 if TYPE_CHECKING:
     from llmslm.generation.fused_prefill import FusedReader
     from llmslm.generation.fused_projector import FusedProjector
-
-_LONGEST = 8192  # prompts that a fused projector has angles for
 
 
 class ReadPrompt(NamedTuple):
@@ -103,7 +102,7 @@ class PromptReader:
             prompt_attention_mask=mask,
             hidden_states=passed.states,
             prompt_documents=mask - 1,
-            projector=self._fused_projector if mask.shape[1] <= _LONGEST else None,
+            projector=self._fused_projector if mask.shape[1] <= MOST_TOKENS else None,
             **{name: value.to(device) for name, value in slm_side.items()},
         )
         return ReadPrompt(ids, mask, passed, inputs)
@@ -163,7 +162,7 @@ def _trusted(
 
 def _trusted_projector(draft: LlmToSlm) -> FusedProjector | None:
     """The same of the projector."""
-    fused = projector_pass_for(draft.projector, _LONGEST)
+    fused = projector_pass_for(draft.projector, MOST_TOKENS)
     if fused is None:
         return None
     dtype = draft.slm.dtype
