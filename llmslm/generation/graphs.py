@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 MOST_TOKENS = 8192
 """Of the prompts of a batch, on both sides together, for which a graph pays: above it the device computes longer than
 the host launches."""
