@@ -315,6 +315,7 @@ class _ControlSystem(System):
         name = f"{system.name}/{control}_features"
         super().__init__(name, system.model, system.codec, system.card, system.decoder)
         self._original, self._control = system, control
+        self._lock = system._lock  # of the engine that both use
 
     @functools.cached_property
     def engine(self) -> DecodeEngine:

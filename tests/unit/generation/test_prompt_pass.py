@@ -97,9 +97,15 @@ def test_a_system_predicts_the_same(slm, monkeypatch):
     assert [g.text for g in system.generate(PROMPTS, max_new_tokens=8)] == found
 
 
-def test_what_a_graph_gave_is_decoded_before_another_thread_overwrites_it(monkeypatch):
-    system, prompts = make("llama", encoder_family="llama"), ["abc", "xyz"]
-    expected = [system.generate([prompt], max_new_tokens=8) for prompt in prompts]
+@pytest.mark.parametrize("control", [None, "zero"])
+def test_what_a_graph_gave_is_decoded_before_another_thread_overwrites_it(control, monkeypatch):
+    system = make("llama", encoder_family="llama")
+    calls = [(system, "abc"), (system if control is None else system.with_features(control), "xyz")]
+
+    def answer(call):
+        return call[0].generate([call[1]], max_new_tokens=8)
+
+    expected = [answer(call) for call in calls]
     run, place, both = PromptPass.__call__, [], threading.Barrier(2)
 
     def replayed(self, batch):
@@ -112,7 +118,7 @@ def test_what_a_graph_gave_is_decoded_before_another_thread_overwrites_it(monkey
 
     monkeypatch.setattr(PromptPass, "__call__", replayed)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda prompt: system.generate([prompt], max_new_tokens=8), prompts))
+        found = list(pool.map(answer, calls))
     assert found == expected
     assert expected[0] != expected[1], "the case is void otherwise"
 
