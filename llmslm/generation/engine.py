@@ -115,7 +115,7 @@ class DecodeEngine:
             on_tokens: called with (batch, n) tokens on the CPU as they come; put side by side, they are the result.
 
         Returns:
-            (batch, new_len) new tokens; rows that end early are filled with the pad token.
+            (batch, new_len) new tokens on the CPU; rows that end early are filled with the pad token.
 
         Raises:
             UserError: if the inputs do not fit the model, or the call does not fit into memory.
@@ -127,9 +127,9 @@ class DecodeEngine:
         if reason is not None:
             warnings.warn(f"decoding with generate(), which is slower: {reason}", stacklevel=2)
             on_device = prompt.to(self.device)
-            ids = self._by_generate(on_device, sampling, max_new_tokens, min_new_tokens, on_first_token)
+            ids = self._by_generate(on_device, sampling, max_new_tokens, min_new_tokens, on_first_token).cpu()
             if on_tokens is not None:
-                on_tokens(ids.cpu())
+                on_tokens(ids)
             return ids
         with self._lock:
             rules = self._rules()
@@ -139,8 +139,7 @@ class DecodeEngine:
             loop.prepare(padded.values, padded.attention_mask)
             loop.state.ask(min_new=min_new, max_new=max_new_tokens, sampling=sampling, penalty=penalty)
             may_end = bool(rules.ends) and min_new < max_new_tokens
-            loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
-            return loop.state.tokens(rules.ends, max_new_tokens)
+            return loop.run(padded.values, padded.attention_mask, max_new_tokens, may_end, on_first_token, on_tokens)
 
     def _prompt(
         self,

@@ -220,6 +220,8 @@ class FusedStep(TorchStep):
             state.step,
             state.slot,
             state.position,
+            state.words.buffer,
+            state.words.number,
             value.shape[1],
             state.capacity,
             logits.shape[1],
@@ -227,6 +229,20 @@ class FusedStep(TorchStep):
             BLOCK=triton.next_power_of_2(value.shape[1]),
             ENDS=eos.numel(),
             num_warps=4,
+            **self.options,
+        )
+
+    def report(self) -> None:
+        """See `TorchStep.report`."""
+        state = self.state
+        kernels.report_kernel[(state.batch,)](
+            state.token,
+            state.finished.view(torch.int8),
+            state.step,
+            state.words.buffer,
+            state.words.number,
+            state.capacity,
+            num_warps=1,
             **self.options,
         )
 

@@ -389,6 +389,12 @@ def largest_kernel(
 
 
 @triton.jit
+def _tell(word_ptr, number, done, token):
+    """Write a word of `words.Words`: one store, past the caches, so that it is on its way to the host at once."""
+    tl.store(word_ptr, (number << 33) | (done.to(tl.int64) << 32) | token, cache_modifier=".wt")
+
+
+@triton.jit
 def advance_kernel(
     value_ptr,
     index_ptr,
@@ -399,6 +405,8 @@ def advance_kernel(
     step_ptr,
     slot_ptr,
     position_ptr,
+    words_ptr,
+    number_ptr,
     chunks,
     capacity,
     vocabulary,
@@ -407,7 +415,7 @@ def advance_kernel(
     ENDS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Take the best chunk's token, or pad for a row that has ended, and move the row on by one step."""
+    """Take the best chunk's token, or pad for a row that has ended, and move the row on by one step; tell the host."""
     row = tl.program_id(0)
     if EARLY:
         gdc_launch_dependents()
@@ -423,9 +431,23 @@ def advance_kernel(
     for index in tl.static_range(ENDS):
         done = done | (token == tl.load(eos_ptr + index))
     step = tl.load(step_ptr + row)
+    _tell(words_ptr + tl.cast(row, tl.int64) * capacity + step, tl.load(number_ptr), done, token)
     tl.store(out_ptr + tl.cast(row, tl.int64) * capacity + step, token)
     tl.store(token_ptr + row, token)
     tl.store(finished_ptr + row, done.to(tl.int8))
     tl.store(step_ptr + row, step + 1)
     tl.store(slot_ptr + row, tl.load(slot_ptr + row) + 1)
     tl.store(position_ptr + row, tl.load(position_ptr + row) + 1)
+
+
+@triton.jit
+def report_kernel(token_ptr, finished_ptr, step_ptr, words_ptr, number_ptr, capacity, EARLY: tl.constexpr):
+    """Tell the host of the token that a row has taken as its last one, when the row has moved on."""
+    row = tl.program_id(0)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    step = tl.load(step_ptr + row) - 1
+    done = tl.load(finished_ptr + row) != 0
+    token = tl.load(token_ptr + row)
+    _tell(words_ptr + tl.cast(row, tl.int64) * capacity + step, tl.load(number_ptr), done, token)

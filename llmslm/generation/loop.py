@@ -1,9 +1,9 @@
 """From the prompt to the last token: on the CPU step by step, on CUDA by graphs that feed themselves."""
 
+import math
 import weakref
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
-_SUBLAYERS = 20  # of the steps between two looks at the ends of sequence, at least: some 5 us each
-_SOON = 2  # tokens launched before the first one is handed out: it does not wait for a whole block's launches
-_AHEAD = 1  # blocks that the host launches before it must know how an earlier one ended
+# Of the steps launched behind the one that runs, at least, some 5 us each: in 40 us the host must have seen that the
+# running one has ended (some 3 us) and have launched another (10 us), or the device would wait. What is launched more
+# is computed in vain behind an end.
+_SUBLAYERS_BEHIND = 8
 
 OnFirstToken = Callable[[], None] | None
 OnTokens = Callable[[Tensor], None] | None
@@ -59,6 +60,7 @@ class DecodeLoop(ABC):
         else:
             self.rules.choose(logits, self.state)
             self.state.move_on()
+            self.step.report()
 
     def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:  # noqa: B027
         """Do what is done once for prompts of this shape; this disturbs the state."""
@@ -72,8 +74,8 @@ class DecodeLoop(ABC):
         may_end: bool,
         on_first_token: OnFirstToken,
         on_tokens: OnTokens,
-    ) -> None:
-        """Leave the new tokens in the state.
+    ) -> Tensor:
+        """Give the new tokens, (batch, new_len) on the CPU, up to the last one that any row needed.
 
         Args:
             prompt: ids (batch, length), or embeddings or encoder states (batch, length, width).
@@ -96,10 +98,10 @@ class HostLoop(DecodeLoop):
         may_end: bool,
         on_first_token: OnFirstToken,
         on_tokens: OnTokens,
-    ) -> None:
+    ) -> Tensor:
         """See `DecodeLoop.run`."""
         with fast_products(self.state.device):
-            self._run(prompt, attention_mask, max_new, may_end, on_first_token, on_tokens)
+            return self._run(prompt, attention_mask, max_new, may_end, on_first_token, on_tokens)
 
     def _run(
         self,
@@ -109,7 +111,7 @@ class HostLoop(DecodeLoop):
         may_end: bool,
         on_first_token: OnFirstToken,
         on_tokens: OnTokens,
-    ) -> None:
+    ) -> Tensor:
         state, filled = self.state, 0
         state.forget()
         logits = self.prefill(prompt, attention_mask)
@@ -127,75 +129,18 @@ class HostLoop(DecodeLoop):
                 on_tokens(state.out[:, produced : produced + 1].clone())
             if may_end and bool(state.finished.all()):
                 break
-
-
-class _Watch:
-    """Looks at a running decode from the host without stopping it: copies are asked for now and read later.
-
-    Args:
-        state: what is decoded.
-        ends: ids that end a row.
-        on_first_token: see `DecodeEngine.generate`.
-        on_tokens: see `DecodeEngine.generate`.
-    """
-
-    def __init__(
-        self, state: DecodeState, ends: Sequence[int], on_first_token: OnFirstToken, on_tokens: OnTokens
-    ) -> None:
-        self.state, self.ends, self.on_first_token, self.on_tokens = state, ends, on_first_token, on_tokens
-        self.listened = self.awaited = on_first_token is not None or on_tokens is not None
-        self.open = torch.ones(state.batch, dtype=torch.bool)
-        self.pending: deque[tuple[torch.cuda.Event, Tensor, Tensor | None]] = deque()
-
-    def record(self, start: int, stop: int) -> None:
-        """Ask for what is known after the kernels launched so far: who has ended, and tokens start to stop."""
-        finished = torch.empty(self.state.batch, dtype=torch.bool, pin_memory=True)
-        finished.copy_(self.state.finished, non_blocking=True)
-        tokens = None
-        if self.on_tokens is not None:
-            tokens = torch.empty(self.state.batch, stop - start, dtype=torch.long, pin_memory=True)
-            tokens.copy_(self.state.out[:, start:stop].contiguous(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.pending.append((event, finished, tokens))
-
-    def look(self, ahead: int) -> bool:
-        """Read what was asked for, the first token at once, else all but `ahead` records; whether all rows ended."""
-        while self.pending and (self.awaited or len(self.pending) > ahead):
-            event, finished, tokens = self.pending.popleft()
-            event.synchronize()
-            self.awaited = False
-            if self.on_first_token is not None:
-                self.on_first_token()
-                self.on_first_token = None
-            if tokens is not None:
-                self._hand_out(tokens, finished)
-            self.open = ~finished
-            if not self.open.any():
-                return True
-        return False
-
-    def finish(self) -> None:
-        """Hand out what is left."""
-        if self.listened and self.open.any():
-            self.look(0)
-
-    def _hand_out(self, tokens: Tensor, finished: Tensor) -> None:
-        if bool(finished.all()):
-            ends = torch.isin(tokens, torch.tensor(self.ends)) & self.open[:, None]
-            tokens = tokens[:, : int(ends.int().argmax(dim=1).max()) + 1]
-        assert self.on_tokens is not None
-        self.on_tokens(tokens.clone())
+        return state.tokens(self.rules.ends, max_new)
 
 
 class GraphLoop(DecodeLoop):
-    """The loop on CUDA: the prompt's pass and the step are graphs; the host runs ahead and looks back at times."""
+    """The loop on CUDA: the prompt's pass and the step are graphs; the host keeps a few steps ahead of what it saw."""
 
     def __init__(
         self, model: PreTrainedModel, decoder: Decoder, state: DecodeState, rules: TokenRules, start: int | None
     ) -> None:
         super().__init__(model, decoder, state, rules, start)
-        self._block = -(-_SUBLAYERS // len(decoder.sublayers))
+        self._words = state.words
+        self._ahead = 1 + math.ceil(_SUBLAYERS_BEHIND / len(decoder.sublayers))
         pool = torch.cuda.graph_pool_handle()
         drawn, loop = (state.generator,), weakref.proxy(self)  # else it would live until garbage is collected
         self._first = Captured(lambda *prompt: loop._first_token(*prompt), state.device, pool=pool, generators=drawn)
@@ -214,25 +159,35 @@ class GraphLoop(DecodeLoop):
         may_end: bool,
         on_first_token: OnFirstToken,
         on_tokens: OnTokens,
-    ) -> None:
+    ) -> Tensor:
         """See `DecodeLoop.run`."""
+        self._words.begin()
         self._first(prompt, attention_mask)
         if self.encoded is not None:
             self._next()  # in a graph of its own, since a step counts on complete caches at its start
-        watch = _Watch(self.state, self.rules.ends, on_first_token, on_tokens)
-        watched = may_end or on_tokens is not None
-        if watched or watch.awaited:
-            watch.record(0, 1)
-        produced, ended = 1, False
-        while produced < max_new and not ended:
-            count = min(_SOON if watch.awaited else self._block, max_new - produced)
-            for _ in range(count):
+        if may_end or on_first_token is not None or on_tokens is not None:
+            return self._watched(max_new, on_first_token, on_tokens)
+        for _ in range(max_new - 1):
+            self._next()
+        return self.state.tokens(self.rules.ends, max_new)
+
+    def _watched(self, max_new: int, on_first_token: OnFirstToken, on_tokens: OnTokens) -> Tensor:
+        """Launch further steps one by one, `_ahead` of those seen at most, and hand out what the device tells."""
+        launched, seen, handed_out, ended = 1, 0, 0, False
+        while seen < max_new and not ended:
+            while launched < min(seen + self._ahead, max_new):
                 self._next()
-            produced += count
-            if watched:
-                watch.record(produced - count, produced)
-            ended = watch.look(_AHEAD) and may_end
-        watch.finish()
+                launched += 1
+            if on_tokens is not None and seen > handed_out:  # while the device goes on
+                on_tokens(self._words.tokens(handed_out, seen))
+                handed_out = seen
+            first = not seen
+            seen, ended = self._words.wait(seen, launched)
+            if first and on_first_token is not None:
+                on_first_token()
+        if on_tokens is not None:
+            on_tokens(self._words.tokens(handed_out, seen))
+        return self._words.tokens(0, seen)
 
     def _first_token(self, prompt: Tensor, attention_mask: Tensor) -> None:
         self.state.forget()

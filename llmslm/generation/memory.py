@@ -168,7 +168,7 @@ def weight_bytes(model: nn.Module, *decoders: Decoder) -> int:
 
 
 def state_bytes(shape: CacheShape, call: Call, element_size: int) -> int:
-    """Bytes of a `DecodeState`."""
+    """Bytes of a `DecodeState` on its device; its words, on CUDA, are in pinned memory of the host."""
     caches = shape.bytes(call.batch, call.capacity, call.encoder_capacity, element_size)
     ids_and_masks = call.batch * (9 * call.capacity + call.encoder_capacity)
     return caches + ids_and_masks + (call.batch * shape.vocabulary if call.penalised else 0)

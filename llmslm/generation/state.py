@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from llmslm.generation.words import Words
 
 if TYPE_CHECKING:
     from llmslm.generation.sampling import Sampling
@@ -110,6 +113,11 @@ class DecodeState:
         self.generator = torch.Generator(device=device)
         self._asked: tuple[int, int, float] | None = None
 
+    @functools.cached_property
+    def words(self) -> Words:
+        """What the device tells the host of its tokens; made where a loop runs ahead of the host's looks."""
+        return Words(self.batch, self.capacity, self.device)
+
     def ask(self, *, min_new: int, max_new: int, sampling: Sampling | None, penalty: float) -> None:
         """Note what a call wants; what the last one wanted, too, is there already."""
         asked = (min_new, max_new, penalty)
@@ -149,10 +157,10 @@ class DecodeState:
         self.position += 1
 
     def tokens(self, ends: Sequence[int], max_new: int) -> Tensor:
-        """The tokens produced, (batch, new_len): up to the last one that any row needed."""
-        out = self.out[:, :max_new]
+        """The tokens produced, (batch, new_len) on the CPU: up to the last one that any row needed."""
+        out = self.out[:, :max_new].cpu()
         if not ends:
             return out.clone()
-        ended = torch.isin(out.cpu(), torch.tensor(ends))  # there, since the host must know the length
+        ended = torch.isin(out, torch.tensor(ends))
         first = torch.where(ended.any(dim=1), ended.int().argmax(dim=1), max_new - 1)
         return out[:, : int(first.max()) + 1].clone()

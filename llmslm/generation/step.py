@@ -78,6 +78,9 @@ class TorchStep:
         rules.choose(logits, self.state)
         self.state.move_on()
 
+    def report(self) -> None:
+        """Tell the host of the token just taken, where `take_largest` does so; here the host looks at the state."""
+
     def embedded(self) -> Tensor:
         """Embeddings of the last tokens at their positions, (batch, width)."""
         decoder, state = self.decoder, self.state

@@ -23,7 +23,7 @@ _ROW_ON_CPU = 0.15  # time that each further row of inputs adds to a product who
 class VerifiedTokens:
     """What a call gives.
 
-    tokens: (batch, new_len) new tokens; rows that end early are filled with the pad token.
+    tokens: (batch, new_len) new tokens on the CPU; rows that end early are filled with the pad token.
     acceptance: how much of the drafts was kept.
     """
 
@@ -136,7 +136,7 @@ class VerifiedLoop:
             advance(call.size)
         width = max(call.counts)
         tokens = padded(self.block.tokens[:, 1 : width + 1], self.block.produced, self.choice.rules.pad)
-        return VerifiedTokens(tokens, call.acceptance)
+        return VerifiedTokens(tokens.cpu(), call.acceptance)
 
     def advance(self, size: int) -> None:
         """Launch a block and what the draft reads behind it, where blocks are `fixed`, without a look at them."""

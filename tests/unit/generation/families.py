@@ -112,6 +112,6 @@ def prompts(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> d
 
 
 def by_generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], **kwargs: int) -> torch.Tensor:
-    """New tokens of greedy `generate()`."""
-    ids = model.generate(**inputs, do_sample=False, **kwargs)
+    """New tokens of greedy `generate()`, on the CPU."""
+    ids = model.generate(**inputs, do_sample=False, **kwargs).cpu()
     return ids[:, 1:] if model.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1] :]

@@ -118,7 +118,23 @@ def test_ends_are_seen_and_streamed_tokens_are_the_result(family: str) -> None:
     )
     assert torch.equal(tokens, by_generate(model, inputs, max_new_tokens=40))
     assert events[0] == "first"
-    assert torch.equal(torch.cat(events[1:], dim=1), tokens.cpu())
+    assert torch.equal(torch.cat(events[1:], dim=1), tokens)
+
+
+@pytest.mark.parametrize("settings", [{}, {"suppress_tokens": [7, 9]}])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_calls_in_a_row_are_not_disturbed_by_the_last_steps_of_each_other(family: str, settings: dict) -> None:
+    """Nothing waits for the steps behind an end; of new lengths graphs are captured between calls."""
+    model = tiny(family).cuda()
+    for key, value in settings.items():
+        setattr(model.generation_config, key, value)
+    engine, sides = DecodeEngine(model), [prompts(model, 2, 6 + 30 * (seed % 2), seed) for seed in range(6)]
+    common = by_generate(model, {k: v.cuda() for k, v in sides[0].items()}, max_new_tokens=20)[0, 4].item()
+    model.generation_config.eos_token_id = [1, common]
+    for _ in range(3):
+        expected = [by_generate(model, {k: v.cuda() for k, v in side.items()}, max_new_tokens=20) for side in sides]
+        found = [engine.generate(**side, max_new_tokens=20) for side in sides]
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_sampling_repeats_with_its_seed() -> None:

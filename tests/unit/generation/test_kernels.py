@@ -381,6 +381,36 @@ def test_the_largest_logit(vocabulary: int, eos: list[int]) -> None:
     assert 0 <= results[0][0][6] < vocabulary, "NaN gives some token, but one that there is"
 
 
+@pytest.mark.parametrize("eos", [[], [1, 3]])
+@pytest.mark.parametrize("mode", ["plain", "greedy", "sampled"])
+def test_the_host_is_told_of_each_token(mode: str, eos: list[int]) -> None:
+    """At its row's step, whether the row had ended before, ends with it or goes on; other words stay as they are."""
+    state = made_state(4, 6, mode)
+    config = GenerationConfig(eos_token_id=eos or None, pad_token_id=0)
+    rules = TokenRules(config, vocabulary=5, encoder_decoder=False, device=DEVICE)
+    step, words = steps(made_decoder(), state)[0], state.words
+    for _ in range(3):
+        words.begin()
+    state.step.copy_(torch.tensor([0, 5, 2, 3]))
+    state.finished[1] = True
+    words.buffer.fill_(-1)
+    logits = torch.full((4, 5), float("-inf"), device=DEVICE)
+    logits[torch.arange(4), [4, 2, 3, 2]] = 0.0
+    if mode == "plain":
+        step.take_largest(logits, rules)
+    else:
+        rules.choose(logits, state)
+        state.move_on()
+        step.report()
+    if COMPILED:
+        torch.cuda.synchronize()
+    expected = torch.full((4, 6), -1)
+    for row, at, ended, token in ((0, 0, False, 4), (1, 5, True, 0), (2, 2, bool(eos), 3), (3, 3, False, 2)):
+        expected[row, at] = (3 << 33) | (ended << 32) | token
+    assert torch.equal(words.buffer, expected)
+    assert state.token.tolist() == [4, 0, 3, 2]
+
+
 @pytest.mark.parametrize("family", BUILD)
 def test_a_whole_step_is_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(self_check, "step_for", lambda decoder, state: steps(decoder, state)[0])
@@ -389,20 +419,9 @@ def test_a_whole_step_is_the_models_own(family: str, monkeypatch: pytest.MonkeyP
         assert self_check.relative_difference(model, read(model, 128), 2) < 1e-5
 
 
-class _Event:
-    """An event of a device that is never behind."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 @pytest.fixture
 def graph_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop of CUDA devices on the CPU: graphs are their functions, copies are there at once."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    """The loop of CUDA devices on the CPU: graphs are their functions, words are there at once."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(GraphLoop, "prepare", lambda self, prompt, mask: None)
     monkeypatch.setattr("llmslm.generation.loop.step_for", lambda decoder, state: steps(decoder, state)[0])
@@ -427,28 +446,22 @@ def test_the_loop_of_cuda_devices_gives_the_tokens_of_generate(
 
 
 @pytest.mark.skipif(COMPILED, reason="test_cuda.py has the loop with its graphs")
-@pytest.mark.parametrize("told", [True, False])
-def test_the_first_token_is_handed_out_before_a_block_is_launched(
-    told: bool, graph_loop: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched, handed, step = [], [], GraphLoop._next_token
-    monkeypatch.setattr(GraphLoop, "_next_token", lambda loop: launched.append(step(loop)))
+def test_the_loop_of_cuda_devices_honours_a_generation_config(graph_loop: None) -> None:
+    """By rules in plain torch, behind which a kernel of its own tells of the tokens."""
     model = tiny("llama")
-    DecodeEngine(model, verify=False).generate(
-        **prompts(model, 1, 5),
-        max_new_tokens=20,
-        min_new_tokens=20,
-        on_first_token=(lambda: None) if told else None,
-        on_tokens=lambda tokens: handed.append((tokens.shape[1], len(launched))),
-    )
-    assert handed[0] == (1, 2)
-    assert sum(count for count, _ in handed) == 20
+    inputs = prompts(model, 3, 9)
+    config = model.generation_config
+    config.suppress_tokens, config.repetition_penalty, config.forced_eos_token_id = [7, 9], 1.7, 1
+    parts: list[torch.Tensor] = []
+    tokens = DecodeEngine(model).generate(**inputs, max_new_tokens=8, on_tokens=parts.append)
+    assert torch.equal(tokens, by_generate(model, inputs, max_new_tokens=8))
+    assert torch.equal(torch.cat(parts, dim=1), tokens)
 
 
 @pytest.mark.skipif(COMPILED, reason="test_cuda.py has the loop with its graphs")
 def test_little_is_launched_behind_an_end_of_sequence(graph_loop: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched, blocks, step = [], set(), GraphLoop._next_token
-    monkeypatch.setattr(GraphLoop, "_next_token", lambda loop: launched.append(blocks.add(loop._block) or step(loop)))
+    launched, ahead, step = [], set(), GraphLoop._next_token
+    monkeypatch.setattr(GraphLoop, "_next_token", lambda loop: launched.append(ahead.add(loop._ahead) or step(loop)))
     model = tiny("llama")
     inputs = prompts(model, 1, 5)
     model.generation_config.eos_token_id = None
@@ -456,6 +469,5 @@ def test_little_is_launched_behind_an_end_of_sequence(graph_loop: None, monkeypa
     end = next(token for token in unended[20:] if token not in unended[:20])
     model.generation_config.eos_token_id = end
     tokens = DecodeEngine(model, verify=False).generate(**inputs, max_new_tokens=60)
-    (block,) = blocks
     assert tokens.shape[1] == unended.index(end) + 1
-    assert len(launched) < tokens.shape[1] + 2 * block
+    assert 1 + len(launched) < tokens.shape[1] + max(ahead)
