@@ -1,10 +1,11 @@
 """Whole prompts on CUDA: stacks of layers by few kernels each, for a model's prompt and for a frozen encoder.
 
-A sublayer is a norm that takes up the last branch, a product, attention or activation, and a product: nine kernels a
-layer, all of them read off the plan that the decode step has.
+A layer of a short prompt is five kernels, as in a decode step, each launched while its predecessor still runs: products
+that begin with a norm and end with an activation or the residual, and attention. With more tokens products are
+cuBLAS's, and nine kernels a layer. Either is read off the plan that the decode step has.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from llmslm.generation import kernels, prompt_kernels
+from llmslm.generation import fused_rows, kernels, prompt_kernels
+from llmslm.generation.fused_rows import launch
 from llmslm.generation.plan import Decoder, Linear, Norm, SelfAttention, Stack, Sublayer
 from llmslm.generation.prefill import CausalPrefill, Passed, prompt_positions
 from llmslm.generation.state import DecodeState
@@ -21,6 +23,19 @@ from llmslm.generation.step import product
 from llmslm.models.encoder import Encoder
 
 _BLOCK = 1024  # values of a row, or of heads, that a program of four warps takes
+_PLACES = 16  # tokens of a short prompt whose attention a program works out
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a pass reads beside its states.
+
+    attention_mask: (batch, length), 1 = attend; padding may lie on either side.
+    positions: (batch, length), of the tokens.
+    """
+
+    attention_mask: Tensor
+    positions: Tensor
 
 
 class FusedStack:
@@ -33,49 +48,89 @@ class FusedStack:
 
     def __init__(self, stack: Stack, *, causal: bool = True) -> None:
         self.stack, self.causal = stack, causal
+        weight = stack.sublayers[0].into.weight if stack.sublayers else None
+        if weight is not None and weight.is_cuda:  # weights are read before a predecessor has ended: none writes them
+            torch.cuda.synchronize(weight.device)
 
-    def states(
-        self, x: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
-    ) -> Tensor:
-        """Give the states behind the final norm, (batch * length, width), or the last of each row, (batch, width).
+    def states(self, x: Tensor, prompts: Prompts, cache: Tensor) -> Tensor:
+        """Give the states behind the final norm, (batch * length, width).
 
         Args:
             x: (batch * length, width).
-            attention_mask: (batch, length), 1 = attend; padding may lie on either side.
-            positions: (batch, length), of the tokens.
+            prompts: their mask and positions.
             cache: (layers, 2, batch, kv_heads, capacity, head_dim), filled; a token's slot is its column.
-            last: whether the last positions alone are wanted.
         """
-        mask = seen_keys(attention_mask, x.dtype, causal=self.causal)
-        x, added = self.through(self.stack.sublayers, x, mask, positions, cache)
-        if last:
-            x, added = _last(x, positions.shape), None if added is None else _last(added, positions.shape)
-        return joined(x, added, self.stack.final_norm)[1]
+        return joined(*self.through(self.stack.sublayers, x, prompts, cache), self.stack.final_norm)[1]
 
     def through(
-        self, sublayers: list[Sublayer], x: Tensor, mask: Tensor, positions: Tensor, cache: Tensor
+        self, sublayers: list[Sublayer], x: Tensor, prompts: Prompts, cache: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Take states x (batch * length, width) through some sublayers: x, and a branch that is still to be added.
 
         Args:
             sublayers: of the stack.
             x: what they start from.
-            mask: of `seen_keys`.
-            positions: as for `states`.
+            prompts: as for `states`.
             cache: as for `states`.
         """
-        added = None
+        if fused_rows.suits_prompts(x):
+            return self._through_short(sublayers, x, prompts, cache), None
+        mask, added = seen_keys(prompts.attention_mask, x.dtype, causal=self.causal), None
         for sublayer in sublayers:
             (x, y), added = joined(x, added, sublayer.before), None
             y = product(y, sublayer.into)
             if isinstance(sublayer.inner, SelfAttention):
-                y = self._attended(y, sublayer.inner, positions, mask, cache[sublayer.inner.layer])
+                y = self._attended(y, sublayer.inner, prompts.positions, mask, cache[sublayer.inner.layer])
             else:
                 y = _activated(y, sublayer.into)
             added = product(y, sublayer.out)
             if sublayer.after is not None:
                 x, added = joined(x, added, sublayer.after)[1], None
         return x, added
+
+    def _through_short(self, sublayers: list[Sublayer], x: Tensor, prompts: Prompts, cache: Tensor) -> Tensor:
+        for sublayer in sublayers:
+            y = linear(x, sublayer.into, sublayer.before)
+            if isinstance(sublayer.inner, SelfAttention):
+                y = self._attended_short(y, sublayer.inner, prompts, cache[sublayer.inner.layer])
+            x = joined(linear(y, sublayer.out, residual=x), None, sublayer.after)[1]
+        return x
+
+    def _attended_short(self, qkv: Tensor, inner: SelfAttention, prompts: Prompts, cache: Tensor) -> Tensor:
+        """See `_attended`."""
+        (keys, values), (batch, length) = cache, prompts.positions.shape
+        y = qkv.new_empty(batch * length, inner.heads * inner.head_dim)
+        launch(
+            prompt_kernels.prompt_attention_kernel,
+            (batch * triton.cdiv(length, _PLACES), inner.heads),
+            qkv,
+            y,
+            keys,
+            values,
+            prompts.attention_mask.contiguous(),
+            prompts.positions,
+            *(qkv if table is None else table for table in (self.stack.cos, self.stack.sin)),
+            qkv if inner.q_norm is None else inner.q_norm.weight,
+            qkv if inner.k_norm is None else inner.k_norm.weight,
+            length,
+            keys.shape[2],
+            inner.scale,
+            0.0 if inner.q_norm is None else inner.q_norm.eps,
+            0.0 if inner.k_norm is None else inner.k_norm.eps,
+            PLACES=_PLACES,
+            KEYS=max(16, triton.next_power_of_2(length)),
+            HEADS=inner.heads,
+            KV_HEADS=inner.kv_heads,
+            D=inner.head_dim,
+            WIDTH=max(16, triton.next_power_of_2(inner.head_dim)),
+            Q_NORM=inner.q_norm is not None,
+            K_NORM=inner.k_norm is not None,
+            ROTARY=inner.rotary,
+            CAUSAL=self.causal,
+            num_warps=4,
+            **_early(qkv),
+        )
+        return y
 
     def _attended(self, qkv: Tensor, inner: SelfAttention, positions: Tensor, mask: Tensor, cache: Tensor) -> Tensor:
         """Store keys and values, then attend: (batch * length, heads * head_dim)."""
@@ -84,7 +139,7 @@ class FusedStack:
         heads = qkv.new_empty(3 if shared else 1, batch, length, inner.heads, inner.head_dim)
         width = triton.next_power_of_2(inner.head_dim)
         places, tables = max(1, _BLOCK // width), (self.stack.cos, self.stack.sin)
-        _launch(
+        launch(
             prompt_kernels.split_heads_kernel,
             (triton.cdiv(batch * length, places), inner.heads + 2 * inner.kv_heads),
             qkv,
@@ -131,21 +186,24 @@ class FusedDecoder(FusedStack):
         super().__init__(decoder)
         self.decoder = decoder
 
-    def __call__(
-        self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor, *, last: bool = False
-    ) -> Tensor:
+    def __call__(self, prompt: Tensor, prompts: Prompts, cache: Tensor) -> Tensor:
         """See `states`; of ids (batch, length), or embeddings (batch, length, width)."""
-        return self.states(self.embedded(prompt, positions), attention_mask, positions, cache, last=last)
+        return self.states(self.embedded(prompt, prompts.positions), prompts, cache)
 
-    def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor, cache: Tensor) -> Tensor:
+    def last_logits(self, prompt: Tensor, prompts: Prompts, cache: Tensor) -> Tensor:
         """Give the logits (batch, vocabulary) of what follows prompts that are padded on the left."""
-        return product(self(prompt, attention_mask, positions, cache, last=True), self.decoder.head)
+        x = self.embedded(prompt, prompts.positions)
+        x, added = self.through(self.decoder.sublayers, x, prompts, cache)
+        last = x.view(*prompts.positions.shape, -1)[:, -1]
+        if added is not None:
+            last = last + added.view(*prompts.positions.shape, -1)[:, -1]
+        return linear(last.contiguous(), self.decoder.head, self.decoder.final_norm, most=fused_rows.MOST_ROWS)
 
     def embedded(self, prompt: Tensor, positions: Tensor) -> Tensor:
         """(batch * length, width); embeddings that are given have been scaled already, and lack positions alone."""
         decoder, (tokens, width) = self.decoder, (positions.numel(), self.decoder.embedding.shape[1])
         x = decoder.embedding.new_empty(tokens, width)
-        _launch(
+        launch(
             prompt_kernels.embed_prompt_kernel,
             (tokens, triton.cdiv(width, _BLOCK)),
             prompt.contiguous(),
@@ -164,10 +222,34 @@ class FusedDecoder(FusedStack):
         return joined(x, None, decoder.embedding_norm)[1]
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel, but on tensors without data, whose bytes alone are counted."""
-    if not arguments[0].is_meta:
-        kernel[grid](*arguments, **options)
+def linear(
+    x: Tensor,
+    linear: Linear,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    *,
+    most: int = fused_rows.PROMPT_ROWS,
+) -> Tensor:
+    """activation(linear(norm(x))) + residual, for x (rows, inputs); by one kernel, if there is one for that many rows.
+
+    Args:
+        x: contiguous.
+        linear: see `Linear`.
+        norm: of x, before.
+        residual: (rows, outputs), added.
+        most: rows up to which that kernel is taken.
+    """
+    if fused_rows.suits(x, linear, norm, most):
+        return fused_rows.rows_product(x, linear, norm, residual, _early(x))
+    y = product(joined(x, None, norm)[1], linear)
+    if linear.activation is not None or linear.gated:
+        y = _activated(y, linear)
+    return y if residual is None else joined(y, residual, None)[0]
+
+
+def _early(x: Tensor) -> dict[str, Any]:
+    """Options of a launch: not to wait until its predecessor has ended."""
+    return {"EARLY": True, "launch_pdl": True} if x.is_cuda else {"EARLY": False}
 
 
 def seen_keys(attention_mask: Tensor, dtype: torch.dtype, *, causal: bool = True) -> Tensor:
@@ -175,7 +257,7 @@ def seen_keys(attention_mask: Tensor, dtype: torch.dtype, *, causal: bool = True
     batch, length = attention_mask.shape
     mask = torch.empty(batch, 1, length, length, dtype=dtype, device=attention_mask.device)
     lowest, grid = torch.finfo(dtype).min, (batch * length, triton.cdiv(length, _BLOCK))
-    _launch(
+    launch(
         prompt_kernels.seen_keys_kernel,
         grid,
         attention_mask.contiguous(),
@@ -194,11 +276,6 @@ def columns(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(length, device=device).expand(batch, -1).contiguous()
 
 
-def _last(x: Tensor, shape: torch.Size) -> Tensor:
-    """(batch, width): the last of each row, of x (batch * length, width) in rows of this shape; nothing is copied."""
-    return x.view(*shape, -1)[:, -1]
-
-
 def joined(x: Tensor, added: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
     """Take up a residual branch: x + added, and its norm, (rows, width) each.
 
@@ -213,7 +290,7 @@ def joined(x: Tensor, added: Tensor | None, norm: Norm | None) -> tuple[Tensor, 
     total = x if added is None else x.new_empty(rows, width)
     y = total if norm is None else x.new_empty(rows, width)
     block = triton.next_power_of_2(width)
-    _launch(
+    launch(
         prompt_kernels.add_norm_kernel,
         (rows,),
         x,
@@ -239,7 +316,7 @@ def _activated(x: Tensor, linear: Linear) -> Tensor:
     """What `linear` does after its product."""
     rows, width = x.shape[0], x.shape[1] // (2 if linear.gated else 1)
     y = x.new_empty(rows, width)
-    _launch(
+    launch(
         prompt_kernels.activation_kernel,
         (rows, triton.cdiv(width, _BLOCK)),
         x,
@@ -268,7 +345,7 @@ class FusedPrefill(CausalPrefill):
 
     def last_logits(self, prompt: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """See `CausalPrefill.last_logits`."""
-        return self.run.last_logits(prompt, attention_mask, positions, self.state.cache)
+        return self.run.last_logits(prompt, Prompts(attention_mask, positions), self.state.cache)
 
 
 class FusedEncoder:
@@ -290,8 +367,8 @@ class FusedEncoder:
         shape, (batch, length) = self.decoder.shape, prompt_ids.shape
         one = self.decoder.embedding.new_empty(1, 2, batch, shape.kv_heads, length, shape.head_dim)
         cache = one.expand(shape.layers, -1, -1, -1, -1, -1)  # nobody reads a layer's keys and values after it
-        positions = columns(batch, length, one.device)
-        return self.run(prompt_ids, prompt_attention_mask, positions, cache).view(batch, length, -1)
+        prompts = Prompts(prompt_attention_mask, columns(batch, length, one.device))
+        return self.run(prompt_ids, prompts, cache).view(batch, length, -1)
 
 
 class FusedReader:
@@ -321,15 +398,15 @@ class FusedReader:
         last = torch.arange(0, batch * length, length, device=mask.device) + positions[:, -1]
         if decoder.max_positions is not None and length > decoder.max_positions:  # of a draft: its chance suffers
             positions = positions.clamp(max=decoder.max_positions - 1)
-        below, seen = 2 * (self.depth or 0), seen_keys(mask, decoder.embedding.dtype)  # attention and feed-forward
+        below, prompts = 2 * (self.depth or 0), Prompts(mask, positions)  # attention and feed-forward
         x = self.run.embedded(prompt, positions)
-        x, added = self.run.through(decoder.sublayers[:below], x, seen, positions, cache)
+        x, added = self.run.through(decoder.sublayers[:below], x, prompts, cache)
         is_last = below == len(decoder.sublayers)
         states = joined(x, added, decoder.final_norm if is_last else None)[1]
         if is_last:
             behind = states.index_select(0, last)
         else:
-            x, added = self.run.through(decoder.sublayers[below:], states, seen, positions, cache)
+            x, added = self.run.through(decoder.sublayers[below:], states, prompts, cache)
             added = None if added is None else added.index_select(0, last)
             behind = joined(x.index_select(0, last), added, decoder.final_norm)[1]
         wanted = None if self.depth is None else states.view(batch, length, -1)

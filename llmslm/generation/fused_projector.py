@@ -5,9 +5,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llmslm.generation.fused_prefill import FusedStack, columns, joined
+from llmslm.generation.fused_prefill import FusedStack, Prompts, columns, linear
 from llmslm.generation.plan import Linear, Norm, SelfAttention, Stack, Sublayer
-from llmslm.generation.step import product
 from llmslm.models.attention import RmsNorm
 from llmslm.models.projector import ReadingLayer, TransformerProjector, rotary_angles
 
@@ -33,9 +32,9 @@ class FusedProjector:
     def __call__(self, hidden_states: Tensor, mask: Tensor, _documents: Tensor | None = None) -> Tensor:
         """Take what the projector does: hidden_states (batch, prompt_len, width) and their mask, 1 = a real state."""
         batch, length = mask.shape
-        x = product(joined(hidden_states.flatten(0, 1), None, self.norm_in)[1], self.linear)
+        x = linear(hidden_states.flatten(0, 1), self.linear, self.norm_in)
         cache = x.new_empty(1, 2, batch, self.heads, length, self.head_size)  # of one layer after the other
-        return self.run.states(x, mask, columns(batch, length, x.device), cache).view(batch, length, -1)
+        return self.run.states(x, Prompts(mask, columns(batch, length, x.device)), cache).view(batch, length, -1)
 
 
 def _sublayers(layer: ReadingLayer, head_size: int) -> tuple[Sublayer, Sublayer]:

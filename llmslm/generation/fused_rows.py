@@ -15,13 +15,15 @@ from llmslm.generation import kernels, row_kernels
 from llmslm.generation.plan import Linear, Norm
 from llmslm.generation.self_check import reason_against
 
-MOST_ROWS = 16  # more are for cuBLAS
+MOST_ROWS = 16  # of a step or a block; more are for cuBLAS
+PROMPT_ROWS = 128  # of a prompt's pass: cuBLAS's kernels would wait for each other, and need others between them
 FEW_ROWS = 2  # so few are theirs up to the input width below; wider ones are for the kernels of single rows
 _NARROW = 1536
 _WIDEST = 2048  # input width up to which a program holds the whole input
 _LONG = (8, 128)  # of an input that is wider: slices, and inputs of each at a time
 _LONG_OUTPUTS = 16  # of a program then: what one instruction of the matrix units gives
 _MANY_OUTPUTS = 8192  # from here on a program gives more outputs: a wave of programs reads each row of inputs
+_MANY_ROWS = 16  # of a program where there are more than MOST_ROWS
 _REGISTERS = 216  # of a thread for weights and inputs: with more of them it has to put some away (at 255 in all)
 _trusted = True
 
@@ -50,11 +52,14 @@ def row_tile(outputs: int, inputs: int, batch: int, *, gated: bool) -> RowTile:
 
 
 def _x_tiles(batch: int) -> int:
-    return triton.cdiv(batch, 8)
+    """Tiles of 8 rows that a program takes."""
+    return triton.cdiv(batch if batch <= MOST_ROWS else _MANY_ROWS, 8)
 
 
-def suits(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
-    """Say whether a product is theirs. In float32 the units would round; a wide input may have nothing but a bias.
+def suits(x: Tensor, linear: Linear, norm: Norm | None, most: int = MOST_ROWS) -> bool:
+    """Say whether a product of up to `most` rows is theirs.
+
+    In float32 the units would round; a wide input of few rows may have nothing but a bias.
 
     Of one and of two rows they were faster on an H200 for each measured product of 576 to 1536 inputs, none of which
     had a centred norm. At 2048 it depends on the outputs, and of 3072 and more the kernels of single rows were. For a
@@ -64,9 +69,24 @@ def suits(x: Tensor, linear: Linear, norm: Norm | None) -> bool:
     halves = x.dtype == linear.weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     bare = norm is None and linear.activation is None and not linear.gated
     rows, inputs = x.shape
-    fits = inputs <= _NARROW if rows <= FEW_ROWS else inputs <= _WIDEST or bare
+    fits = inputs <= _NARROW if rows <= FEW_ROWS else inputs <= _WIDEST or (bare and rows <= MOST_ROWS)
     centred = rows == 1 and norm is not None and norm.centred
-    return _trusted and halves and rows <= MOST_ROWS and fits and not centred
+    return _trusted and halves and rows <= most and fits and not centred
+
+
+def suits_prompts(x: Tensor) -> bool:
+    """Say whether the pass over prompts of these states (tokens, width) is made of such products, rather than others.
+
+    Where a layer's wide side is too wide, that product alone is left to cuBLAS.
+    """
+    rows, width = x.shape
+    return _trusted and rows <= PROMPT_ROWS and width <= _WIDEST and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel, but on tensors without data, whose bytes alone are counted."""
+    if not arguments[0].is_meta:
+        kernel[grid](*arguments, **options)
 
 
 @contextmanager
@@ -132,7 +152,10 @@ def rows_product(
         )
         return y
     tile = row_tile(outputs, inputs, batch, gated=linear.gated)
-    row_kernels.rows_linear_kernel[(triton.cdiv(outputs, 8 * tile.tiles),)](
+    x_tiles = _x_tiles(batch)
+    launch(
+        row_kernels.rows_linear_kernel,
+        (triton.cdiv(outputs, 8 * tile.tiles), triton.cdiv(batch, 8 * x_tiles)),
         x,
         weight,
         y,
@@ -145,7 +168,7 @@ def rows_product(
         0.0 if norm is None else norm.eps,
         1.0 if norm is None else norm.scale,
         batch,
-        X_TILES=_x_tiles(batch),
+        X_TILES=x_tiles,
         W_TILES=tile.tiles,
         SLICES=tile.slices,
         CHUNKS=tile.chunks,

@@ -332,7 +332,7 @@ def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
 
 def _fused_pass_bytes(decoder: Decoder, call: Call) -> int:
     """The same of the pass by fused kernels."""
-    from llmslm.generation.fused_prefill import FusedDecoder
+    from llmslm.generation.fused_prefill import FusedDecoder, Prompts
 
     shape, width = decoder.shape, decoder.embedding.shape[1]
     mask = torch.ones(call.batch, call.length, dtype=torch.long, device="meta")
@@ -341,7 +341,7 @@ def _fused_pass_bytes(decoder: Decoder, call: Call) -> int:
     prompt = bare.embedding.new_empty(*mask.shape, width) if call.embedded else mask
     cache = bare.embedding.new_empty(wide)
     with LiveBytes() as live, _FusedAttention():
-        FusedDecoder(bare).last_logits(prompt, mask, prompt_positions(mask), cache)
+        FusedDecoder(bare).last_logits(prompt, Prompts(mask, prompt_positions(mask)), cache)
     return live.peak
 
 

@@ -1,15 +1,17 @@
-"""Triton kernels of whole prompts: what lies between the products of cuBLAS and torch's attention.
+"""Triton kernels of whole prompts: attention of short ones, and what lies between cuBLAS's products and torch's.
 
-No kernel starts before its predecessor has ended: cuBLAS's do not tell when that is. Tokens are rows, counted through
-the batch; offsets of rows are of 64 bits, since a large batch of long prompts has more values than 32 bits can count.
+But for the attention no kernel starts before its predecessor has ended: cuBLAS's do not tell when that is. Tokens are
+rows, counted through the batch; offsets of rows are of 64 bits, since a large batch of long prompts has more values
+than 32 bits can count.
 """
 
 # Triton reads a kernel's annotations as types of its own; branches on constants cost nothing once compiled.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# ruff: noqa: ANN001, ANN201
+# ruff: noqa: ANN001, ANN201, ANN202
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from llmslm.generation.block_kernels import _heads
 from llmslm.generation.kernels import _activated, _normed
@@ -165,3 +167,123 @@ def split_heads_kernel(
             if group > 1:
                 for member in tl.static_range(group):
                     tl.store(wide_values_ptr + out + (kv_head * group + member) * D, v, mask=within)
+
+
+@triton.jit
+def _angles(cos_ptr, sin_ptr, angle, within, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY: tl.constexpr):
+    """Rows of the tables of angles, (places, WIDTH) each."""
+    at = angle[:, None] * D + tl.arange(0, WIDTH)[None, :]
+    cos, sin = at * 0.0, at * 0.0
+    if ROTARY:
+        cos, sin = tl.load(cos_ptr + at, mask=within, other=0.0), tl.load(sin_ptr + at, mask=within, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _turned_heads(
+    base, stride, within, cos, sin, gain, turned_gain, eps, D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr
+):
+    """One head at each of some places, (places, width), `stride` apart: normed, and rotated by `_angles`."""
+    p, d = tl.arange(0, within.shape[0])[:, None], tl.arange(0, within.shape[1])[None, :]
+    half: tl.constexpr = D // 2
+    x = tl.load(base + p * stride + d, mask=within, other=0.0).to(tl.float32)
+    if ROTARY:
+        y = tl.load(base + p * stride + tl.where(d < half, d + half, d - half), mask=within, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        x = x * rstd * gain[None, :]
+        if ROTARY:
+            y = y * rstd * turned_gain[None, :]
+    if ROTARY:
+        x = x * cos + tl.where(d < half, -y, y) * sin
+    return x
+
+
+@triton.jit
+def _gains(norm_weight, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """A norm's weights of a head, and those that a rotation brings to the same places."""
+    d = tl.arange(0, WIDTH)
+    gain, turned = d * 0.0, d * 0.0
+    if NORM:
+        half: tl.constexpr = D // 2
+        gain = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
+        turned = tl.load(norm_weight + tl.where(d < half, d + half, d - half), mask=d < D, other=0.0).to(tl.float32)
+    return gain, turned
+
+
+@triton.jit
+def prompt_attention_kernel(
+    qkv_ptr,
+    y_ptr,
+    keys_ptr,
+    values_ptr,
+    mask_ptr,
+    position_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm,
+    k_norm,
+    length,
+    capacity,
+    scale,
+    q_eps,
+    k_eps,
+    PLACES: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Attention of one head of PLACES tokens to their prompt of up to KEYS, from qkv (tokens, heads * D).
+
+    A program puts the keys and values of its own places into the caches, and works out all that it looks at by itself:
+    so none waits for another. A token sees the keys that the mask (batch, length) keeps, and itself always. Mask and
+    positions are not waited for: they were there before a kernel that waited in the usual way.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    tiles = tl.cdiv(length, PLACES)
+    row, head = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
+    first = (tl.program_id(0) % tiles) * PLACES
+    wide: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    group: tl.constexpr = HEADS // KV_HEADS
+    kv_head = head // group
+    place, key, d = first + tl.arange(0, PLACES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    inside, key_in = place < length, key < length
+    within, keys_within = inside[:, None] & (d < D)[None, :], key_in[:, None] & (d < D)[None, :]
+    angle = tl.load(position_ptr + row * length + place, mask=inside, other=0)
+    key_angle = tl.load(position_ptr + row * length + key, mask=key_in, other=0)
+    kept = tl.load(mask_ptr + row * length + key, mask=key_in, other=0) != 0
+    q_gain, q_turned = _gains(q_norm, D, WIDTH, Q_NORM)
+    k_gain, k_turned = _gains(k_norm, D, WIDTH, K_NORM)
+    cos, sin = _angles(cos_ptr, sin_ptr, angle, within, D, WIDTH, ROTARY)
+    key_cos, key_sin = _angles(cos_ptr, sin_ptr, key_angle, keys_within, D, WIDTH, ROTARY)
+    seen = kept[None, :]
+    if CAUSAL:
+        seen = seen & (key[None, :] <= place[:, None])
+    seen = seen | (key[None, :] == place[:, None])
+    if EARLY:
+        gdc_wait()
+    prompt = qkv_ptr + row * length * wide
+    own, k_at, v_at = prompt + first * wide, (HEADS + kv_head) * D, (HEADS + KV_HEADS + kv_head) * D
+    q = _turned_heads(own + head * D, wide, within, cos, sin, q_gain, q_turned, q_eps, D, Q_NORM, ROTARY)
+    k = _turned_heads(prompt + k_at, wide, keys_within, key_cos, key_sin, k_gain, k_turned, k_eps, D, K_NORM, ROTARY)
+    v = tl.load(prompt + v_at + key[:, None] * wide + d[None, :], mask=keys_within, other=0.0)
+    if head % group == 0:
+        base = (row * KV_HEADS + kv_head) * capacity * D
+        slots = base + key[:, None] * D + d[None, :]
+        mine = keys_within & ((key >= first) & (key < first + PLACES))[:, None]
+        tl.store(keys_ptr + slots, k, mask=mine)
+        tl.store(values_ptr + slots, v, mask=mine)
+    q, k = q.to(qkv_ptr.dtype.element_ty), k.to(qkv_ptr.dtype.element_ty)
+    score = tl.where(seen, tl.dot(q, tl.trans(k)) * scale, -float("inf"))
+    weight = tl.exp(score - tl.maximum(tl.max(score, axis=1), -1.0e30)[:, None])
+    y = tl.dot(weight.to(v.dtype), v) / tl.sum(weight, axis=1)[:, None]
+    at = (row * length + place)[:, None] * (HEADS * D) + head * D + d[None, :]
+    tl.store(y_ptr + at, y, mask=within)

@@ -5,9 +5,10 @@ than the slm takes for its answer.
 """
 
 import copy
+import functools
 import math
 import warnings
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from llmslm.generation.dispatch import encoder_pass_for, projector_pass_for
 from llmslm.generation.families import UnreadableModelError, sliding_window
 from llmslm.generation.graphs import MOST_TOKENS, Captured
 from llmslm.generation.plan import Decoder
-from llmslm.generation.self_check import reason_against, tolerance_of
+from llmslm.generation.self_check import encoded_difference, projected_difference, reason_against, tolerance_of
 from llmslm.generation.state import padded_batch, prompt_bucket
+from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
 
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
@@ -27,8 +29,9 @@ _READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equa
 class PromptPass:
     """Encodes, projects and fuses: `LlmToSlm.slm_inputs`, whatever runs it.
 
-    A graph is trusted once its result was held against the model's own on a first batch; so are the encoder's and the
-    projector's passes by fused kernels, without which the graph has their own forward.
+    A graph is trusted once its result was held against the model's own on a first batch. The encoder's and the
+    projector's passes by fused kernels, without which the graph has their own forward, are held against that on random
+    prompts.
 
     Args:
         model: the composition, in eval mode on its device.
@@ -109,23 +112,20 @@ class PromptPass:
     @torch.inference_mode()
     def agrees(self, batch: dict[str, Tensor]) -> bool:
         """Say whether a graph can run this, and gives what the model does."""
-        return self._error(batch) <= self._tolerance
-
-    @property
-    def _tolerance(self) -> float:
-        return tolerance_of(self.model.slm.dtype)
+        return self._error(batch) <= tolerance_of(self.model.slm.dtype)
 
     def _is_to_be_trusted(self, batch: dict[str, Tensor]) -> bool:
-        """Hold a graph's result against the model's own, without fused passes and with one after the other."""
-        fused, self._fused = self._fused, {}
-        if not self.agrees(batch):
-            return False
-        for part, run in fused.items():
-            before, self._fused = self._fused, self._fused | {part: run}
-            if reason := reason_against(lambda: self._error(batch), self._tolerance, "states"):
-                self._fused = before
+        """Hold fused passes against the parts' own, then a graph's result against the model's."""
+        model, tolerance = self.model, tolerance_of(self.model.slm.dtype)
+        measures = {
+            "encoder": lambda run: encoded_difference(cast(Encoder, model.encoder), run),
+            "projector": lambda run: projected_difference(model.projector, run, model.slm.dtype),
+        }
+        for part, run in list(self._fused.items()):
+            if reason := reason_against(functools.partial(measures[part], run), tolerance, "states"):
+                del self._fused[part]
                 warnings.warn(f"the {part} runs by its own forward, which is slower: {reason}", stacklevel=3)
-        return True
+        return self.agrees(batch)
 
     def _error(self, batch: dict[str, Tensor]) -> float:
         """By how much a graph is off, in units of what the model gives; beyond all bounds if no graph can run this."""

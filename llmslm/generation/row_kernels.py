@@ -1,4 +1,4 @@
-"""Triton kernels of products of several rows with a matrix, by the matrix units: blocks of tokens, small batches.
+"""Triton kernels of products of several rows with a matrix, by the matrix units: blocks, small batches, prompts.
 
 House rules as in `kernels.py`. The units multiply tiles, of which a program has few: its warps share out the inputs
 (the slices), and their sums are added at the end.
@@ -169,21 +169,21 @@ def rows_linear_kernel(
     GATED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """What `linear_kernel` computes; a program gives 8 * W_TILES outputs, and K is at most 32 * SLICES * CHUNKS.
+    """What `linear_kernel` computes; a program gives 8 * W_TILES outputs of 8 * X_TILES rows.
 
-    W_TILES is even. PARTS is bfloat16: squares are summed as two.
+    K is at most 32 * SLICES * CHUNKS, W_TILES is even. PARTS is bfloat16: squares are summed as two.
     """
     if EARLY:
         gdc_launch_dependents()  # first of all: what is worked out before the wait holds on to its weights
-    start = tl.program_id(0) * W_TILES * 8
-    n, row = start + tl.arange(0, W_TILES * 8)[:, None], tl.arange(0, X_TILES * 8)[None, :]
+    start, first = tl.program_id(0) * W_TILES * 8, tl.program_id(1) * X_TILES * 8
+    n, row = start + tl.arange(0, W_TILES * 8)[:, None], first + tl.arange(0, X_TILES * 8)[None, :]
     zero = tl.zeros([SLICES, W_TILES * 8, X_TILES * 8], tl.float32)
     gate_ptr = w_ptr + start.to(tl.int64) * K
     ws = _operand(gate_ptr, N - start, K, K, CHUNKS, SLICES, W_TILES)
     if GATED:
         vs = _operand(gate_ptr + tl.cast(N, tl.int64) * K, N - start, K, K, CHUNKS, SLICES, W_TILES)
     if NORM > 0:
-        none = tl.program_id(1) * 16  # 0 between rows, unknown to the compiler: a constant it would lay out otherwise
+        none = tl.program_id(2) * 16  # 0 between rows, unknown to the compiler: a constant it would lay out otherwise
         gains, shifts = _operand(norm_weight, 8, none, K, CHUNKS, SLICES, 1), ()
         if NORM_BIAS:
             shifts = _operand(norm_bias, 8, none, K, CHUNKS, SLICES, 1)
@@ -198,7 +198,7 @@ def rows_linear_kernel(
             vs, plain_shift, plain_slope = _gained(vs, gains, shifts, ones, zero, NORM, NORM_BIAS)
     if EARLY:
         gdc_wait()
-    xs = _operand(x_ptr, batch, K, K, CHUNKS, SLICES, X_TILES)
+    xs = _operand(x_ptr + first * K, batch - first, K, K, CHUNKS, SLICES, X_TILES)
     inside = (row < batch) & (n < N)
     if RESIDUAL:
         residual = tl.load(residual_ptr + row * N + n, mask=inside, other=0.0).to(tl.float32)

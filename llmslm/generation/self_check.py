@@ -1,6 +1,6 @@
 """Holds the lean step of a decoder against the model's own forward, before it is trusted with tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,14 @@ from llmslm.generation.dispatch import prefill_for, step_for
 from llmslm.generation.plan import Decoder
 from llmslm.generation.prefill import CausalPrefill, EncodedPrefill, Passed
 from llmslm.generation.state import DecodeState
+from llmslm.models.encoder import Encoder
 from llmslm.models.projector import Projector
 
 ReadingPass = Callable[[Tensor, Tensor], Passed]
 """Of prompts and their mask."""
 _PROMPT, _STEPS = 5, 3
 _LONG_PROMPT = 32
+_BATCHES = (2, 5)  # of such prompts: few tokens and many go through different kernels
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 _ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not
 
@@ -33,18 +35,19 @@ def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, ba
     return _difference(*run(model, decoder, state, ids, start))
 
 
-def prompt_difference(model: PreTrainedModel, decoder: Decoder, batch: int = 2) -> float:
+def prompt_difference(model: PreTrainedModel, decoder: Decoder, batches: Sequence[int] = _BATCHES) -> float:
     """The same of the lean pass over prompts, of ids and of embeddings: its logits, or what it puts into the caches."""
-    ids, mask = _prompts(model, decoder, batch)
     differences = []
-    for prompt in (ids, model.get_input_embeddings()(ids)):
-        logits, caches = [], []
-        for kind in (prefill_for, CausalPrefill):
-            state = _state(decoder, batch, mask.shape[1], 0)
-            logits.append(kind(model, decoder, state)(prompt, mask))
-            caches.append(_attended(state.cache, mask))
-        differences += [_difference(*logits), _difference(*caches)]
-    return float(torch.tensor(differences).max())  # NaN if one of them is
+    for batch in batches:
+        ids, mask = _prompts(batch, decoder.shape.vocabulary, model.device, decoder.max_positions)
+        for prompt in (ids, model.get_input_embeddings()(ids)):
+            logits, caches = [], []
+            for kind in (prefill_for, CausalPrefill):
+                state = _state(decoder, batch, mask.shape[1], 0)
+                logits.append(kind(model, decoder, state)(prompt, mask))
+                caches.append(_attended(state.cache, mask))
+            differences += [_difference(*logits), _difference(*caches)]
+    return _largest(differences)
 
 
 @torch.no_grad()
@@ -59,27 +62,44 @@ def reading_difference(
         passes: the lean one, and the model's own.
         embedded: whether they read embeddings, not ids.
     """
-    ids, mask = _prompts(model, decoder, 2)
-    mask = mask.flip(1)
-    prompt = model.get_input_embeddings()(ids) if embedded else ids
-    lean, own = (reads(prompt, mask) for reads in passes)
-    assert lean.cache is not None
-    assert own.cache is not None
-    caches = [torch.stack([torch.stack(tuple(layer)) for layer in cache]) for cache in (lean.cache, own.cache)]
-    differences = [_difference(lean.last, own.last), _difference(*(_attended(cache, mask) for cache in caches))]
-    if lean.states is not None and own.states is not None:
-        differences.append(_difference(lean.states[mask.bool()], own.states[mask.bool()]))
-    return float(torch.tensor(differences).max())
+    differences = []
+    for batch in _BATCHES:
+        ids, mask = _prompts(batch, decoder.shape.vocabulary, model.device, decoder.max_positions)
+        mask = mask.flip(1)
+        prompt = model.get_input_embeddings()(ids) if embedded else ids
+        lean, own = (reads(prompt, mask) for reads in passes)
+        assert lean.cache is not None
+        assert own.cache is not None
+        caches = [torch.stack([torch.stack(tuple(layer)) for layer in cache]) for cache in (lean.cache, own.cache)]
+        differences.append(_difference(lean.last, own.last))
+        differences.append(_difference(*(_attended(cache, mask) for cache in caches)))
+        if lean.states is not None and own.states is not None:
+            differences.append(_difference(lean.states[mask.bool()], own.states[mask.bool()]))
+    return _largest(differences)
+
+
+@torch.no_grad()
+def encoded_difference(encoder: Encoder, lean: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The same of a lean pass of an encoder over right-padded prompts: of its states."""
+    differences = []
+    for batch in _BATCHES:
+        ids, mask = _prompts(batch, encoder.model.config.vocab_size, encoder.model.device, encoder.max_positions)
+        mask = mask.flip(1)
+        own, _ = encoder(ids, mask, mask - 1)
+        differences.append(_difference(lean(ids, mask)[mask.bool()], own[mask.bool()]))
+    return _largest(differences)
 
 
 @torch.no_grad()
 def projected_difference(projector: Projector, lean: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:
     """The same of a lean pass of the projector, on random states of this dtype and their mask."""
-    device = next(projector.parameters()).device
-    states = torch.randn(2, _LONG_PROMPT, projector.encoder_hidden_size, generator=torch.Generator().manual_seed(0))
-    states, mask = states.to(device, dtype), torch.ones(2, _LONG_PROMPT, dtype=torch.long, device=device)
-    mask[0, _LONG_PROMPT // 2 :] = 0
-    return _difference(*(passed(states, mask)[mask.bool()] for passed in (lean, projector)))
+    differences, device = [], next(projector.parameters()).device
+    for batch in _BATCHES:
+        _, mask = _prompts(batch, 1, device)
+        mask, generator = mask.flip(1), torch.Generator().manual_seed(0)
+        states = torch.randn(*mask.shape, projector.encoder_hidden_size, generator=generator).to(device, dtype)
+        differences.append(_difference(*(passed(states, mask)[mask.bool()] for passed in (lean, projector))))
+    return _largest(differences)
 
 
 def tolerance_for(decoder: Decoder) -> float:
@@ -107,14 +127,19 @@ def reason_against(measure: Callable[[], float], tolerance: float, what: str = "
     return None if off <= tolerance else f"{what} are off by {off:.3g} of their spread"
 
 
-def _prompts(model: PreTrainedModel, decoder: Decoder, batch: int) -> tuple[Tensor, Tensor]:
+def _prompts(
+    batch: int, vocabulary: int, device: torch.device, max_positions: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Random ids and their mask, (batch, length); the first row is padded on the left."""
-    length = min(_LONG_PROMPT, decoder.max_positions or _LONG_PROMPT)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, decoder.shape.vocabulary, (batch, length), generator=generator).to(model.device)
+    length = min(_LONG_PROMPT, max_positions or _LONG_PROMPT)
+    ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids)
     mask[0, : length // 2] = 0
     return ids, mask
+
+
+def _largest(differences: list[float]) -> float:
+    return float(torch.tensor(differences).max())  # NaN if one of them is
 
 
 def _attended(cache: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
-from llmslm.generation import fused_prefill, memory, self_check
+from llmslm.generation import fused_prefill, fused_rows, memory, self_check
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read, read_stack
 from llmslm.generation.fused_prefill import FusedDecoder, FusedEncoder, FusedPrefill, FusedReader, seen_keys
@@ -76,6 +76,31 @@ def test_logits_caches_and_places_are_those_of_the_models_own_forward(family, em
     assert not state.cache[..., 19:, :].any(), "no place behind the prompt is written"
     for name in ("valid", "position", "slot", "seen"):
         assert torch.equal(getattr(state, name), getattr(own, name))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
+@torch.no_grad()
+def test_short_and_long_prompts_in_16_bits_differ_by_rounding(family):
+    model = tiny(family).to(DEVICE, HALF)
+    for batch, length in [(1, 100), (2, 17)]:
+        inputs = {name: value.to(DEVICE) for name, value in prompts(model, batch, length).items()}
+        (short, state), _ = both(model, *inputs.values())
+        with fused_rows.left_out():
+            (long, other), _ = both(model, *inputs.values())
+        assert (short - long).norm() < 1e-2 * long.norm()
+        assert (state.cache - other.cache).norm() < 1e-2 * other.cache.norm()
+
+
+def test_what_prompts_short_kernels_read():
+    def suit(rows, width, dtype=HALF):
+        return fused_rows.suits_prompts(torch.empty(rows, width, dtype=dtype, device="meta"))
+
+    assert suit(fused_rows.PROMPT_ROWS, 2048)
+    assert not suit(fused_rows.PROMPT_ROWS + 1, 64)
+    assert not suit(8, 2049)
+    assert not suit(8, 64, torch.float32)
+    with fused_rows.left_out():
+        assert not suit(8, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -173,11 +198,11 @@ def test_a_pass_that_differs_or_fails_is_done_without(by_kernels, monkeypatch):
     engine = DecodeEngine(model)
     monkeypatch.setattr(engine, "device", torch.device("cuda"))
     assert engine._with_prompts_verified(engine.decoder).reads_prompts
-    original = FusedDecoder.__call__
-    monkeypatch.setattr(FusedDecoder, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
+    original = FusedDecoder.last_logits
+    monkeypatch.setattr(FusedDecoder, "last_logits", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
     with pytest.warns(UserWarning, match=r"prompts go through the model's own forward.* off by"):
         assert not engine._with_prompts_verified(engine.decoder).reads_prompts
-    monkeypatch.setattr(FusedDecoder, "__call__", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(FusedDecoder, "last_logits", lambda *args, **kwargs: 1 / 0)
     with pytest.warns(UserWarning, match="division by zero"):
         assert not engine._with_prompts_verified(engine.decoder).reads_prompts
 

@@ -175,6 +175,7 @@ def test_products_whose_input_takes_several_passes(
         ("relu", 16, 7, 300),
         ("silu", 5, 20, 1040),
         (None, 13, 70, 100),
+        ("silu", 45, 33, 100),
     ],
 )
 def test_products_by_the_matrix_units(
@@ -191,7 +192,8 @@ def test_products_by_the_matrix_units(
         height = rows * (2 if gated else 1)
         bias = drawn(height, dtype=HALF) if biased else None
         linear = linear_of(drawn(height, columns, dtype=HALF) / columns**0.5, bias, activation, gated)
-        assert fused_rows.suits(x, linear, before) == (batch > 1 or before is None or not before.centred)
+        suits = fused_rows.suits(x, linear, before, fused_rows.PROMPT_ROWS)
+        assert suits == (batch > 1 or before is None or not before.centred)
         options = steps(made_decoder(), made_state(batch, 4))[0].options
         close(fused_rows.rows_product(x, linear, before, residual, options), exact(x, linear, before, residual))
 
