@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 MOST_TOKENS = 8192
 """Of the prompts of a batch, on both sides together, for which a graph pays: above it the device computes longer than
 the host launches."""
+_ALIGNED = 16  # elements: where an input begins, kernels read as if it were alone
 
 
 class Captured:
@@ -38,16 +39,16 @@ class Captured:
     ) -> None:
         self.device = device
         self.function, self.pool, self.generators, self.keep = function, pool, generators, keep
-        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Places, Any]] = {}
 
-    @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
         """Run on these inputs, which may lie elsewhere: they are copied."""
         if self.device.type != "cuda":
-            return self.function(*inputs)
-        graph, buffers, output = self.prepare(*inputs)
-        for buffer, value in zip(buffers, inputs, strict=True):
-            buffer.copy_(value, non_blocking=True)  # in turn with the graph; from the host no copy waits for another
+            with torch.no_grad():
+                return self.function(*inputs)
+        graph, places, output = self._ready(inputs)
+        if inputs:
+            places.fill(inputs)
         graph.replay()
         return output
 
@@ -55,26 +56,96 @@ class Captured:
         """Say whether there is a graph for inputs of these shapes, which then needs no further memory."""
         return _key(inputs) in self._graphs
 
-    @torch.no_grad()
-    def prepare(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
+    def prepare(self, *inputs: Tensor) -> None:
         """Capture for inputs of these shapes, if that has not been done; this runs the function."""
+        self._ready(inputs)
+
+    def _ready(self, inputs: tuple[Tensor, ...]) -> "tuple[torch.cuda.CUDAGraph, Places, Any]":
         key = _key(inputs)
-        if key not in self._graphs:
+        found = self._graphs.get(key)
+        if found is None:
             while len(self._graphs) >= self.keep:
                 self._graphs.pop(next(iter(self._graphs)))
-            self._graphs[key] = self._capture(inputs)
-        return self._graphs[key]
+            found = self._graphs[key] = self._capture(inputs)
+        return found
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Any]:
-        with torch.inference_mode(False):  # later calls may come from outside of it
-            buffers = tuple(torch.empty_like(value, device=self.device).copy_(value) for value in inputs)
-        function = functools.partial(self.function, *buffers)
+    @torch.no_grad()
+    def _capture(self, inputs: tuple[Tensor, ...]) -> "tuple[torch.cuda.CUDAGraph, Places, Any]":
+        places = Places(inputs, self.device)
+        places.fill(inputs)
+        function = functools.partial(self.function, *places.tensors)
         graph, output = capture(function, self.device, pool=self.pool, generators=self.generators)
-        return graph, buffers, output
+        return graph, places, output
 
 
 def _key(inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return tuple((tuple(value.shape), value.dtype) for value in inputs)
+    return tuple([(value.shape, value.dtype) for value in inputs])
+
+
+class Places:
+    """Where a graph reads its inputs.
+
+    Those that come from the host are small, and each copy takes the host longer than the device: those of one dtype lie
+    one behind another, here as there, and are copied as one.
+
+    Args:
+        inputs: like those to come; what lies on the host is expected to come from there again, but need not.
+        device: where the graph reads.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
+        numbers: dict[torch.dtype, list[int]] = {}
+        for number, value in enumerate(inputs):
+            if value.is_cpu:
+                numbers.setdefault(value.dtype, []).append(number)
+        with torch.inference_mode(False):  # later calls may come from outside of it
+            self._shared = [_Shared(inputs, of_dtype, device) for of_dtype in numbers.values() if len(of_dtype) > 1]
+            places = {number: place for shared in self._shared for number, place in shared.places()}
+            self._single = [number for number in range(len(inputs)) if number not in places]
+            places |= {number: torch.empty_like(inputs[number], device=device) for number in self._single}
+        self.tensors = [places[number] for number in range(len(inputs))]
+
+    @torch.no_grad()
+    def fill(self, inputs: Sequence[Tensor]) -> None:
+        """Copy inputs of the same shapes; what runs after it on the device's stream reads them."""
+        single = self._single
+        for shared in self._shared:
+            if not shared.fill(inputs):
+                single = single + shared.numbers
+        for number in single:  # in turn with the graph; from the host no copy waits for another
+            self.tensors[number].copy_(inputs[number], non_blocking=True)
+
+
+class _Shared:
+    """Inputs of one dtype that lie one behind another.
+
+    The host's side is not pinned: such a copy has read it before it returns, so the next call may write there at once.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], numbers: list[int], device: torch.device) -> None:
+        self.numbers, self._shapes = numbers, [inputs[number].shape for number in numbers]
+        room = [-(-shape.numel() // _ALIGNED) * _ALIGNED for shape in self._shapes]
+        self._begins = [sum(room[:place]) for place in range(len(room))]
+        self.here = torch.zeros(sum(room), dtype=inputs[numbers[0]].dtype)
+        self.there = torch.zeros_like(self.here, device=device)
+        self._parts = self._views(self.here)
+
+    def places(self) -> Iterator[tuple[int, Tensor]]:
+        """Say where on the device the inputs lie, each with its number."""
+        return zip(self.numbers, self._views(self.there), strict=True)
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        pairs = zip(self._begins, self._shapes, strict=True)
+        return [buffer[begin : begin + shape.numel()].view(shape) for begin, shape in pairs]
+
+    def fill(self, inputs: Sequence[Tensor]) -> bool:
+        """Copy the host's inputs; or else say that not all of them are."""
+        values = [inputs[number] for number in self.numbers]
+        if not all(value.is_cpu for value in values):
+            return False
+        torch._foreach_copy_(self._parts, values)
+        self.there.copy_(self.here, non_blocking=True)
+        return True
 
 
 def capture(
