@@ -61,13 +61,14 @@ class CausalPrefill:
         The state stands at the prompt's last token, as behind a step.
         """
         state, length = self.state, attention_mask.shape[1]
-        valid, positions = attention_mask.bool(), prompt_positions(attention_mask)
+        attended = attention_mask.long()
+        positions = attended.cumsum(dim=1) - attended  # of what is left-padded, as `prompt_positions`
         logits = self.last_logits(prompt, attention_mask, positions)
-        state.valid[:, :length].copy_(valid)
+        state.valid[:, :length].copy_(attention_mask)
         state.position.copy_(positions[:, -1])
         state.slot.fill_(length - 1)
         if state.seen is not None and prompt.dim() == 2:
-            counts = torch.zeros_like(state.seen, dtype=torch.long).scatter_add_(1, prompt, valid.long())
+            counts = torch.zeros_like(state.seen, dtype=torch.long).scatter_add_(1, prompt, attended)
             state.seen.copy_(counts > 0)
         return logits
 
@@ -112,10 +113,12 @@ class EncodedPrefill:
                 seen = additive_mask(document_mask(documents, documents), self.decoder.embedding.dtype)
             prompt = encoder(input_ids=prompt, attention_mask=seen).last_hidden_state
         fill_cross_cache(self.decoder, state, prompt)
-        valid = attention_mask.bool()
-        state.encoder_valid.fill_(False)
+        length = attention_mask.shape[1]
+        if length < state.encoder_capacity:
+            state.encoder_valid[:, length:].fill_(False)
         # A row that may see nothing sees all of its padding: else it would be NaN.
-        state.encoder_valid[:, : attention_mask.shape[1]].copy_(valid | ~valid.any(dim=1, keepdim=True))
+        most = attention_mask.amax(dim=1, keepdim=True)
+        torch.ge(attention_mask, most, out=state.encoder_valid[:, :length])
         state.token.fill_(self.start)
         if state.seen is not None:
             state.seen[:, self.start] = True

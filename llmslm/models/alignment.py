@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmslm.errors import UserError
 from llmslm.models.components import Component
@@ -37,10 +38,27 @@ def place_by_rank(states: Tensor, states_mask: Tensor, attention_mask: Tensor) -
     Returns:
         The placed states (batch, input_len, width), zero where there is none, and a boolean mask (batch, input_len, 1).
     """
-    rank = attention_mask.cumsum(1) - 1
-    on_prompt = torch.logical_and(attention_mask, rank < states_mask.sum(1, keepdim=True)).unsqueeze(-1)
-    index = rank.clamp(0, states.shape[1] - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
-    return torch.where(on_prompt, states.gather(1, index), states.new_zeros(())), on_prompt
+    index, on_prompt = ranked(states_mask, attention_mask)
+    return torch.where(on_prompt, gathered(states, index), states.new_zeros(())), on_prompt
+
+
+def ranked(states_mask: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which state each position takes, (batch, input_len), and whether it takes one, (batch, input_len, 1).
+
+    Arguments as for `place_by_rank`. In few operations: of a short prompt each takes as long as one of a layer.
+    """
+    attended = attention_mask.long()
+    index = attended.cumsum(1) - attended  # the attended ones before it
+    count = states_mask.shape[1]
+    if missing := max(attended.shape[1] - count, 0):  # else no index is beyond the states
+        states_mask = F.pad(states_mask, (0, missing))
+    on_prompt = torch.logical_and(attended, states_mask.gather(1, index)).unsqueeze(-1)
+    return index.clamp(max=count - 1) if missing else index, on_prompt
+
+
+def gathered(states: Tensor, index: Tensor) -> Tensor:
+    """Return states (batch, prompt_len, width) in another order, by index (batch, input_len)."""
+    return states.gather(1, index.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 class Alignment(Component):
@@ -86,9 +104,11 @@ class EncoderTokenizer(Alignment):
         """Write the mapped encoder embeddings over the placeholders and place state k on the k-th of them."""
         if projected.token_embeds is None:
             raise ValueError("EncoderTokenizer needs the encoder's token embeddings: token_embeds was None")
-        own, on_prompt = place_by_rank(self.linear(projected.token_embeds), projected.mask, attention_mask)
-        placed, _ = place_by_rank(projected.prompt_embeds, projected.mask, attention_mask)
-        return AlignedPrompt(torch.where(on_prompt, own.to(inputs_embeds.dtype), inputs_embeds), placed, on_prompt)
+        index, on_prompt = ranked(projected.mask, attention_mask)
+        states = projected.prompt_embeds
+        placed = torch.where(on_prompt, gathered(states, index), states.new_zeros(()))
+        own = gathered(self.linear(projected.token_embeds), index).to(inputs_embeds.dtype)
+        return AlignedPrompt(torch.where(on_prompt, own, inputs_embeds), placed, on_prompt)
 
 
 class Offsets(Alignment):

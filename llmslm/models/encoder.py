@@ -193,9 +193,13 @@ class Encoder(nn.Module):
         return self._wanted(output.last_hidden_state), mask
 
     @torch.no_grad()
-    def embed_tokens(self, prompt_ids: Tensor, prompt_attention_mask: Tensor) -> Tensor:
-        """Return the encoder's own token embeddings (batch, prompt_len, hidden_size), right-padded."""
-        embeds: Tensor = self.model.get_input_embeddings()(pad_right(prompt_ids, prompt_attention_mask)[0])
+    def embed_tokens(
+        self, prompt_ids: Tensor, prompt_attention_mask: Tensor, documents: Tensor | None = None
+    ) -> Tensor:
+        """Return the encoder's own token embeddings (batch, prompt_len, hidden_size), right-padded; see `forward`."""
+        if documents is None:
+            prompt_ids = pad_right(prompt_ids, prompt_attention_mask)[0]
+        embeds: Tensor = self.model.get_input_embeddings()(prompt_ids)
         return embeds
 
     def content_hash(self) -> str:

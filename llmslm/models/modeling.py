@@ -61,7 +61,8 @@ class LlmToSlm(Composition):
         if self.alignment.needs_token_embeds:
             if self.encoder is None or prompt_ids is None:
                 raise UserError("the EncoderTokenizer alignment reads the encoder's embeddings: attach the encoder")
-            token_embeds = self.encoder.embed_tokens(prompt_ids, prompt_attention_mask).to(self.slm.dtype)
+            token_embeds = self.encoder.embed_tokens(prompt_ids, prompt_attention_mask, prompt_documents)
+            token_embeds = token_embeds.to(self.slm.dtype)
         if hidden_states is None:
             if prompt_ids is None:
                 raise UserError("give prompt_ids, or hidden_states that were encoded before")
@@ -90,7 +91,8 @@ class LlmToSlm(Composition):
     ) -> dict[str, Any]:
         """Return what the bare slm takes for its prefill: inputs_embeds or encoder_outputs, and attention_mask.
 
-        Arguments as in `embed_prompt`. Where prompt_documents are given, no operation waits for a value.
+        Arguments as in `embed_prompt`. Where prompt_documents are given, an encoder-decoder's own side is right-padded
+        too, and no operation waits for a value.
         """
         sides = (input_ids, attention_mask, prompt_ids, prompt_attention_mask)
         prompt = self.embed_prompt(*sides, hidden_states, prompt_spans, prompt_documents, projector=projector)
@@ -99,11 +101,13 @@ class LlmToSlm(Composition):
             return {"inputs_embeds": embeds, "attention_mask": mask}
         if not prompt.is_encoded:
             # Without gaps and from position 0, as an encoder with any kind of positions was trained to read.
-            order = mask.argsort(dim=1, descending=True, stable=True)
-            embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
+            if prompt_documents is None or mask is not attention_mask:  # else it is so already
+                order = mask.argsort(dim=1, descending=True, stable=True)
+                embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
             seen = mask
             if prompt_documents is not None:
-                seen = additive_mask(document_mask(mask - 1, mask - 1), embeds.dtype)
+                documents = mask - 1
+                seen = additive_mask(document_mask(documents, documents), embeds.dtype)
             embeds = self.slm.get_encoder()(inputs_embeds=embeds, attention_mask=seen).last_hidden_state
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=embeds), "attention_mask": mask}
 

@@ -34,7 +34,7 @@ def document_mask(queries: Tensor, keys: Tensor, *, causal: bool = False) -> Ten
 
 def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask that is added to scores: 0 where `seen`, else the lowest value; eager attention takes no other."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def causal_inputs(config: PreTrainedConfig, documents: Tensor, starts: Tensor | None) -> dict[str, Any]:

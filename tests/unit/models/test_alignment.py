@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmslm.data.codec import Codec, TextFormat
 from llmslm.errors import UserError
-from llmslm.models.alignment import Offsets, SameTokenizer
+from llmslm.models.alignment import EncoderTokenizer, Offsets, SameTokenizer, place_by_rank
 from llmslm.models.fusion import CrossAttend, Prefix
 from llmslm.models.prompt import ProjectedPrompt
 from tests import tiny
@@ -105,3 +105,35 @@ def test_random_prompts_are_covered_and_keep_to_themselves(slm_tokenizer, prompt
 @functools.cache
 def _made(kind):
     return kind()
+
+
+@pytest.mark.parametrize(("states_len", "input_len"), [(6, 6), (9, 6), (4, 9), (1, 3)])
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.int32])
+def test_states_are_placed_by_rank_whatever_the_padding(states_len, input_len, dtype):
+    """By the definition, position by position; attended positions may even have gaps, as packed rows have them."""
+    torch.manual_seed(states_len)
+    counts = torch.randint(1, states_len + 1, (8,))
+    states_mask = (torch.arange(states_len) < counts[:, None]).to(dtype)
+    states = torch.randn(8, states_len, 2).masked_fill(~states_mask.bool()[..., None], torch.nan)
+    attention_mask = (torch.rand(8, input_len) < 0.7).to(dtype)
+    placed, on_prompt = place_by_rank(states, states_mask, attention_mask)
+    for row in range(8):
+        rank = 0
+        for column in range(input_len):
+            takes = bool(attention_mask[row, column]) and rank < counts[row]
+            assert bool(on_prompt[row, column, 0]) == takes
+            assert placed[row, column].tolist() == (states[row, rank].tolist() if takes else [0, 0])
+            rank += int(attention_mask[row, column])
+
+
+def test_the_encoders_embeddings_stand_where_its_states_do():
+    ids, mask = tiny.prompts()
+    alignment, width = EncoderTokenizer(4, 8), ids.shape[1]
+    states, embeds, own = torch.randn(len(ids), width, 8), torch.randn(len(ids), width, 4), torch.randn(*ids.shape, 8)
+    for own_mask in (mask, mask.flip(1)):
+        aligned = alignment(own, own_mask, ProjectedPrompt(states, mask, embeds))
+        placed, on_prompt = place_by_rank(states, mask, own_mask)
+        mapped, _ = place_by_rank(alignment.linear(embeds), mask, own_mask)
+        assert torch.equal(aligned.prompt_embeds, placed)
+        assert torch.equal(aligned.on_prompt, on_prompt)
+        assert torch.equal(aligned.inputs_embeds, torch.where(on_prompt, mapped, own))
