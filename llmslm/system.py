@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from llmslm.checkpoint import load_parts
-from llmslm.data.codec import IGNORED, Codec
+from llmslm.data.codec import IGNORED, Codec, Lengths
 from llmslm.errors import UserError
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.int8 import to_int8, weights
@@ -71,6 +71,7 @@ class System:
         self.codec = codec
         self.card = card
         self.decoder = decoder
+        self._weight = next(model.parameters())  # is where the model is; to look for that takes microseconds
         self._lock = threading.RLock()  # what a graph gives is overwritten by the next call: other threads' wait
         self.generation_settings: dict[str, Any] = {}
         """Further settings of transformers' generate(), where it decodes."""
@@ -111,8 +112,7 @@ class System:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        device: torch.device = self.model.device
-        return device
+        return self._weight.device
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -159,8 +159,9 @@ class System:
             new_ids = self._new_tokens(
                 prompts, **limits, on_first_token=on_first_token, on_tokens=on_tokens, sampling=sampling
             ).cpu()
-        counts = count_until(new_ids, self._eos_ids())
-        texts = self.codec.decode([row[:count] for row, count in zip(new_ids.tolist(), counts, strict=True)])
+        rows: list[list[int]] = new_ids.tolist()
+        counts = count_until(rows, self._eos_ids())
+        texts = self.codec.decode([row[:count] for row, count in zip(rows, counts, strict=True)])
         return [Generation(text, count) for text, count in zip(texts, counts, strict=True)]
 
     def stream(
@@ -221,20 +222,19 @@ class System:
             max_new_tokens: that the engine will decode from it, which takes prompts from the host; what does not fit
                 into memory then is refused first.
         """
-        batch = self._prompt_batch(prompts)
         if max_new_tokens is None:
-            batch = {name: value.to(self.device) for name, value in batch.items()}
+            batch = {name: value.to(self.device) for name, value in self._prompt_batch(prompts).items()}
+            if not isinstance(self.model, LlmToSlm):
+                return batch
+            with fast_products(self.device):
+                return self.model.slm_inputs(**batch)
         if not isinstance(self.model, LlmToSlm):
-            return batch
-        if max_new_tokens is not None:
-            batch = self._prompt_pass.padded(batch)
-            if not self._prompt_pass.is_captured(batch):  # to ask a device for its room takes long beside a short call
-                self.engine.require_room(self._front(batch), max_new_tokens)
+            return self._prompt_batch(prompts)
+        batch = self._prompt_batch(prompts, self._prompt_pass.lengths)
+        if not self._prompt_pass.is_captured(batch):  # to ask a device for its room takes long beside a short call
+            self.engine.require_room(self._front(batch), max_new_tokens)
         with fast_products(self.device):
-            inputs: dict[str, Any] = (
-                self.model.slm_inputs(**batch) if max_new_tokens is None else self._prompt_pass(batch)
-            )
-        return inputs
+            return self._prompt_pass(batch)
 
     def predicted_memory(self, prompts: Sequence[str], max_new_tokens: int) -> Memory | None:
         """Predict the bytes at the peak of `generate` with the engine; None if the engine cannot read the model."""
@@ -247,9 +247,9 @@ class System:
             return predict_with(self._front(batch), embedded, engine.model, engine.decoder)[0]
         return predict(engine.model, engine.decoder, call_of(batch["input_ids"].shape[1]))
 
-    def _prompt_batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _prompt_batch(self, prompts: Sequence[str], lengths: Lengths | None = None) -> dict[str, Tensor]:
         """Tokenise prompts; what is small and padded further is the host's until a model reads it."""
-        return self.codec.collate_prompts(self.codec.encode(prompts))
+        return self.codec.collate_prompts(self.codec.encode(prompts), lengths)
 
     def _front(self, batch: dict[str, Tensor]) -> Front:
         """What a composition does before its slm decodes."""
@@ -355,11 +355,6 @@ class _ControlSystem(System):
         return states.roll(1, dims=0)
 
 
-def count_until(new_ids: Tensor, eos_ids: Sequence[int]) -> list[int]:
-    """Count the tokens of each row of (batch, len) up to and including the first end of sequence."""
-    if new_ids.shape[1] == 0:  # assisted generation may end before its first token
-        return [0] * new_ids.shape[0]
-    is_eos = torch.isin(new_ids, torch.tensor(list(eos_ids), device=new_ids.device))
-    first = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, new_ids.shape[1])
-    counts: list[int] = first.tolist()
-    return counts
+def count_until(rows: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> list[int]:
+    """Count the tokens of each row up to and including the first end of sequence."""
+    return [min((row.index(eos) + 1 for eos in eos_ids if eos in row), default=len(row)) for row in rows]

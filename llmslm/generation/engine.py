@@ -70,6 +70,9 @@ class DecodeEngine:
     def __init__(self, model: PreTrainedModel, *, keep: int = 4, verify: bool = True) -> None:
         self.model, self.keep = model, keep
         self.device = model.device
+        # Looked up once, since a config takes microseconds for each attribute.
+        self._encoder_decoder: bool = model.config.is_encoder_decoder
+        self._has_limit = getattr(model.config, "max_position_embeddings", None) is not None
         self.reason: str | None = None
         self.decoder: Decoder | None = None
         self._loops: OrderedDict[tuple[Any, ...], DecodeLoop] = OrderedDict()
@@ -121,7 +124,7 @@ class DecodeEngine:
             UserError: if the inputs do not fit the model, or the call does not fit into memory.
         """
         prompt = self._prompt(input_ids, inputs_embeds, encoder_outputs, attention_mask, max_new_tokens)
-        width = 1 if self.model.config.is_encoder_decoder else prompt.length
+        width = 1 if self._encoder_decoder else prompt.length
         min_new = min_new_tokens or self.configured_minimum(width)
         reason = self.reason or self.reason_for_generate(width + max_new_tokens)
         if reason is not None:
@@ -132,8 +135,9 @@ class DecodeEngine:
                 on_tokens(ids)
             return ids
         with self._lock:
-            rules = self._rules()
-            loop = self._loop(prompt, max_new_tokens, rules, sampling)
+            built_in = self._rules_key()
+            rules = self._rules(built_in)
+            loop = self._loop(prompt, max_new_tokens, rules, sampling, built_in)
             penalty = sampling.repetition_penalty if sampling is not None else rules.repetition_penalty
             padded = self._padded(prompt)
             loop.prepare(padded.values, padded.attention_mask)
@@ -152,7 +156,7 @@ class DecodeEngine:
         states = getattr(encoder_outputs, "last_hidden_state", encoder_outputs)
         if isinstance(states, tuple):
             states = states[0]
-        other = "encoder_outputs" if self.model.config.is_encoder_decoder else "inputs_embeds"
+        other = "encoder_outputs" if self._encoder_decoder else "inputs_embeds"
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "encoder_outputs": states}
         names = [name for name, value in given.items() if value is not None]
         if len(names) != 1 or names[0] not in ("input_ids", other):
@@ -177,7 +181,7 @@ class DecodeEngine:
 
     def _refuse_too_long(self, values: Tensor) -> None:
         """Refuse what a table of positions has no rows for, which on CUDA would end the process."""
-        decoder, states_given = self.decoder, self.model.config.is_encoder_decoder and values.dim() == 3
+        decoder, states_given = self.decoder, self._encoder_decoder and values.dim() == 3
         if decoder is None or decoder.positions is None or decoder.max_positions is None or states_given:
             return
         if values.shape[1] > decoder.max_positions:
@@ -201,21 +205,21 @@ class DecodeEngine:
             return f"{positions} tokens exceed the {decoder.max_positions} positions of the model"
         if decoder.window is not None and positions > decoder.window:
             return f"{positions} tokens exceed the sliding window of {decoder.window}"
-        if config.forced_bos_token_id is not None and not self.model.config.is_encoder_decoder:
+        if config.forced_bos_token_id is not None and not self._encoder_decoder:
             return "generation_config.forced_bos_token_id of a decoder-only model"
-        if self.model.config.is_encoder_decoder and start_token(self.model) is None:
+        if self._encoder_decoder and start_token(self.model) is None:
             return "no single decoder_start_token_id of the vocabulary"
         return reason_for_generate(config)
 
-    def _rules(self) -> TokenRules:
+    def _rules(self, built_in: str) -> TokenRules:
         """Those of the generation_config as it is now; the last ones are kept, since they have tensors."""
         assert self.decoder is not None
-        key = f"{self._rules_key()} {self.model.generation_config.repetition_penalty}"
+        key = f"{built_in} {self.model.generation_config.repetition_penalty}"
         if self._last_rules is None or self._last_rules[0] != key:
             rules = TokenRules(
                 self.model.generation_config,
                 vocabulary=self.decoder.shape.vocabulary,
-                encoder_decoder=self.model.config.is_encoder_decoder,
+                encoder_decoder=self._encoder_decoder,
                 device=self.device,
             )
             self._last_rules = key, rules
@@ -227,13 +231,14 @@ class DecodeEngine:
             return prompt.to(self.device)
         limit = None if self.decoder is None else self.decoder.max_positions
         length = prompt_bucket(prompt.length)
-        encoder_decoder = self.model.config.is_encoder_decoder
-        if encoder_decoder and getattr(self.model.config, "max_position_embeddings", None) is None:
+        if self._encoder_decoder and not self._has_limit:
             limit = None
         length = length if limit is None else max(prompt.length, min(length, limit))
-        return prompt.padded(length, left=not encoder_decoder)
+        return prompt.padded(length, left=not self._encoder_decoder)
 
-    def call_sizes(self, batch: int, length: int, max_new_tokens: int, *, embedded: bool = False) -> Call:
+    def call_sizes(
+        self, batch: int, length: int, max_new_tokens: int, *, embedded: bool = False, penalised: bool = False
+    ) -> Call:
         """Sizes of what a greedy call of the engine allocates.
 
         Args:
@@ -241,23 +246,27 @@ class DecodeEngine:
             length: of the prompts.
             max_new_tokens: number of tokens after which a row ends in any case.
             embedded: whether embeddings or encoder states are given, in place of ids.
+            penalised: whether tokens that were seen are kept.
         """
-        on_cpu, encoder_decoder = self.device.type != "cuda", self.model.config.is_encoder_decoder
+        on_cpu, encoder_decoder = self.device.type != "cuda", self._encoder_decoder
         length = length if on_cpu else prompt_bucket(length)
         capacity = max_new_tokens + (1 if encoder_decoder else length)
         capacity = capacity if on_cpu else capacity_bucket(capacity)
-        return Call(batch, length, capacity, length if encoder_decoder else 0, embedded=embedded)
+        encoded = length if encoder_decoder else 0
+        return Call(batch, length, capacity, encoded, embedded=embedded, penalised=penalised)
 
     def forget(self) -> None:
         """Give up the caches and graphs that are kept for further calls."""
         self._loops.clear()
 
-    def _loop(self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None) -> DecodeLoop:
+    def _loop(
+        self, prompt: _Prompt, max_new: int, rules: TokenRules, sampling: Sampling | None, built_in: str
+    ) -> DecodeLoop:
         penalty = rules.repetition_penalty if sampling is None else sampling.repetition_penalty
-        call = self.call_sizes(prompt.batch, prompt.length, max_new, embedded=prompt.values.dim() == 3)
-        call = replace(call, penalised=penalty != 1.0)
+        sizes, embedded = (prompt.batch, prompt.length, max_new), prompt.values.dim() == 3
+        call = self.call_sizes(*sizes, embedded=embedded, penalised=penalty != 1.0)
         mode = rules.mode(sampling)
-        key = (call.batch, call.capacity, call.encoder_capacity, mode, call.penalised, self._rules_key())
+        key = (call.batch, call.capacity, call.encoder_capacity, mode, call.penalised, built_in)
         if key in self._loops:
             self._loops.move_to_end(key)
             return self._loops[key]
@@ -277,7 +286,7 @@ class DecodeEngine:
                 device=self.device,
                 dtype=decoder.embedding.dtype,
             )
-        start = start_token(self.model) if self.model.config.is_encoder_decoder else None
+        start = start_token(self.model) if self._encoder_decoder else None
         kind = GraphLoop if self.device.type == "cuda" else HostLoop
         self._loops[key] = kind(self.model, decoder, state, rules, start)
         return self._loops[key]
@@ -332,7 +341,7 @@ class DecodeEngine:
             kwargs |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         if prompt.values.dim() == 2:
             kwargs["input_ids"] = prompt.values
-        elif self.model.config.is_encoder_decoder:
+        elif self._encoder_decoder:
             kwargs["encoder_outputs"] = _as_encoder_output(prompt.values)
         else:
             kwargs["inputs_embeds"] = prompt.values
@@ -341,7 +350,7 @@ class DecodeEngine:
         if on_first_token is not None:
             kwargs["stopping_criteria"] = StoppingCriteriaList([FirstToken(on_first_token)])
         ids = self.model.generate(attention_mask=prompt.attention_mask, max_new_tokens=max_new, **kwargs)
-        if self.model.config.is_encoder_decoder:
+        if self._encoder_decoder:
             ids = ids[:, 1:]
         elif prompt.values.dim() == 2:
             ids = ids[:, prompt.length :]
@@ -373,7 +382,7 @@ class DecodeEngine:
 
     def _with_prompts_verified(self, decoder: Decoder) -> Decoder:
         """Hold the lean pass over prompts, where there is one, against the model's own; it can be done without."""
-        if self.device.type != "cuda" or self.model.config.is_encoder_decoder:
+        if self.device.type != "cuda" or self._encoder_decoder:
             return decoder
         from llmslm.generation.self_check import prompt_difference, reason_against, tolerance_for
 

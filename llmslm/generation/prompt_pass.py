@@ -8,6 +8,7 @@ import copy
 import functools
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -24,6 +25,7 @@ from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
 
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"}
+_SIDES = ("input_ids", "prompt_ids", "prompt_spans")
 
 
 class PromptPass:
@@ -46,6 +48,12 @@ class PromptPass:
             self._fused = {part: run for part, run in (("encoder", encoder), ("projector", projector)) if run}
         self._trusted: bool | None = None
         self._window = _sight(model)
+        # Looked up once: configs and modules take microseconds for each of their attributes.
+        self._weight = next(model.parameters())  # is where the model is, wherever that is moved
+        self._encoder_decoder: bool = model.config.is_encoder_decoder
+        self._suits = not model.config.encoder_quantization and not model.fusion.step_parameters()
+        own = getattr(model.slm.config, "max_position_embeddings", None)
+        self._limits = {"prompt": None if model.encoder is None else model.encoder.max_positions, "own": own}
         self.forget()
 
     def forget(self) -> None:
@@ -69,26 +77,37 @@ class PromptPass:
         """What the encoder's fused pass computes, with copies of weights; None where its own forward runs."""
         return self._fused["encoder"].decoder if "encoder" in self._fused else None
 
+    def lengths(self, rows: int, longest: Mapping[str, int]) -> Mapping[str, int]:
+        """Return how long each side of a batch is to be: one of a few lengths if it is to run as a graph.
+
+        Args:
+            rows: of the batch.
+            longest: tokens of the longest row of input_ids, prompt_ids and, where there are any, prompt_spans.
+        """
+        if not self._pays(rows, longest):
+            return longest
+        return {name: self._length(name, length) for name, length in longest.items()}
+
     def padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pad a batch to one of a few sizes if it is to run as a graph, else leave it as it is."""
-        if not self._pays(batch):
+        """Pad a batch to these lengths that has been made without them."""
+        if not self._pays(*_sizes(batch)):
             return batch
-        return padded_batch(batch, self._length, left=not self.model.config.is_encoder_decoder)
+        return padded_batch(batch, self._length, left=not self._encoder_decoder)
 
     def is_captured(self, batch: dict[str, Tensor]) -> bool:
-        """Say whether there is a graph for a `padded` batch, which then needs no further memory."""
-        return (
-            self._pays(batch) and bool(self._trusted) and self._graphs.knows(*(batch[name] for name in sorted(batch)))
-        )
+        """Say whether there is a graph for a batch as `__call__` takes it, which then needs no further memory."""
+        if not self._trusted or not self._pays(*_sizes(batch)):
+            return False
+        return self._graphs.knows(*(batch[name] for name in sorted(batch)))
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Return what the bare slm takes for its prefill; valid until the next call, which `System`'s lock holds back.
 
         Args:
-            batch: of the codec, `padded`; on any device, since a graph copies it.
+            batch: of the codec, of these `lengths` or `padded`; on any device, since a graph copies it.
         """
-        if not self._pays(batch):
+        if not self._pays(*_sizes(batch)):
             return self._own(batch)
         if self._trusted is None:
             self._trusted = self._is_to_be_trusted(batch)
@@ -138,21 +157,16 @@ class PromptPass:
             return math.inf
         return float((states - expected).norm() / expected.norm().clamp(min=1e-9))
 
-    def _pays(self, batch: dict[str, Tensor]) -> bool:
-        model = self.model
-        if model.device.type != "cuda" or model.config.encoder_quantization or model.fusion.step_parameters():
+    def _pays(self, rows: int, lengths: Mapping[str, int]) -> bool:
+        if not self._suits or self._weight.device.type != "cuda":
             return False
-        if self._window is not None and max(value.shape[1] for value in batch.values()) > self._window:
+        if self._window is not None and max(lengths.values()) > self._window:
             return False
-        return sum(batch[name].numel() for name in ("input_ids", "prompt_ids")) <= MOST_TOKENS
+        return rows * (lengths["input_ids"] + lengths["prompt_ids"]) <= MOST_TOKENS
 
     def _length(self, name: str, length: int) -> int:
         """Pad to a bucket, but no further than there are positions."""
-        encoder, slm = self.model.encoder, self.model.slm.config
-        if name.startswith("prompt_") and name != "prompt_spans":
-            limit = None if encoder is None else encoder.max_positions
-        else:
-            limit = getattr(slm, "max_position_embeddings", None)
+        limit = self._limits["prompt" if name in ("prompt_ids", "prompt_attention_mask") else "own"]
         bucket = prompt_bucket(length) if length > 1 else length  # one start token is always one
         return bucket if limit is None else max(length, min(bucket, limit))
 
@@ -162,8 +176,18 @@ class PromptPass:
         encoder, projector = self._fused.get("encoder"), self._fused.get("projector")
         if encoder is not None:
             batch["hidden_states"] = encoder(batch["prompt_ids"], batch["prompt_attention_mask"])
-        documents = batch["prompt_attention_mask"] - 1
+        fused = encoder is not None and projector is not None
+        if fused and not self._encoder_decoder and not self.model.alignment.needs_token_embeds:
+            documents = None  # nobody reads them
+        else:
+            documents = batch["prompt_attention_mask"] - 1
         return self.model.slm_inputs(**batch, prompt_documents=documents, projector=projector)
+
+
+def _sizes(batch: dict[str, Tensor]) -> tuple[int, dict[str, int]]:
+    """Rows of a batch, and the tokens of each of its sides; masks are as long as what they are of."""
+    lengths = {name: batch[name].shape[1] for name in _SIDES if name in batch}
+    return len(batch["input_ids"]), lengths
 
 
 def _sight(model: LlmToSlm) -> int | None:

@@ -129,7 +129,16 @@ def test_shuffled_features_depend_on_the_batch_alone():
 
 
 def test_tokens_are_counted_to_the_end_of_sequence():
-    assert count_until(torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 0, 0, 0]]), [2]) == [2, 4, 1]
+    assert count_until([[5, 2, 0, 0], [5, 6, 7, 8], [2, 0, 0, 0]], [2]) == [2, 4, 1]
+    assert count_until([[5, 2, 3, 0], [5, 6, 3, 2], []], [2, 3]) == [2, 3, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_system_knows_where_its_model_was_moved():
+    system = make("llama")
+    for device in ("cuda", "cpu"):
+        system.model.to(device)
+        assert system.device.type == system._prompt_pass._weight.device.type == device
 
 
 def test_parameters_that_decode_leave_the_encoders_out():

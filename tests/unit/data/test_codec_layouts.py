@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from llmslm.data.codec import IGNORED, Codec, TextFormat
 from llmslm.errors import UserError
+from llmslm.generation.state import padded_batch
 from llmslm.models.alignment import HIDES_PROMPT
 from tests.unit.data.tokenizers import bytes_of, pieces, words
 
@@ -83,3 +85,52 @@ def test_a_prompt_that_one_side_cannot_see_is_refused():
             has_encoder=True,
             prompt_layout="own",
         ).encode(["   "])
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+@pytest.mark.parametrize("layout", ["offsets", "own", "placeholders", "start"])
+def test_a_batch_may_be_made_as_long_as_it_is_padded_later(layout, is_encoder_decoder):
+    codec = make(layout, is_encoder_decoder=is_encoder_decoder)
+    codec.pad_id = codec.encoder_pad_id = 5  # within the batch; further positions hold what any model has
+    rows = codec.encode(TEXTS)
+    asked = []
+
+    def length(name, tokens):
+        return -(-tokens // 7) * 7 if name.startswith("prompt_") else tokens + 3
+
+    def lengths(count, longest):
+        asked.append((count, dict(longest)))
+        return {name: length(name, tokens) for name, tokens in longest.items()}
+
+    short, long = codec.collate_prompts(rows), codec.collate_prompts(rows, lengths)
+    expected = padded_batch(short, length, left=not is_encoder_decoder)
+    assert {name: value.tolist() for name, value in long.items()} == {n: v.tolist() for n, v in expected.items()}
+    sides = [name for name in ("input_ids", "prompt_ids", "prompt_spans") if name in short]
+    assert asked == [(len(TEXTS), {name: short[name].shape[1] for name in sides})]
+
+
+@pytest.mark.parametrize("kind", [bytes_of, words, pieces])
+def test_ids_without_characters_are_those_of_the_tokenizer(kind):
+    tokenizer, texts = kind(), [*TEXTS, "<s> in </s> the text", "  two  spaces ", "🙂é"]
+    codec = Codec(tokenizer, text_format=TextFormat(), is_encoder_decoder=False)
+    tokenizer(texts, truncation=True, max_length=3, padding=True)  # the backend remembers both
+    found = []
+    for split in (False, True):
+        tokenizer.split_special_tokens = split
+        found.append([row["input_prompt_ids"] for row in codec.encode(texts)])
+        assert found[-1] == tokenizer(texts).input_ids
+    assert found[0] != found[1], "the case is void otherwise"
+
+
+def test_a_tokenizer_with_a_way_of_its_own_goes_it():
+    class Shouting(PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **kwargs):
+            return super()._encode_plus([part.upper() for part in text], **kwargs)
+
+    plain = bytes_of()
+    ids = []
+    for kind in (PreTrainedTokenizerFast, Shouting):
+        tokenizer = kind(tokenizer_object=plain.backend_tokenizer, pad_token="<pad>", eos_token="</s>")
+        codec = Codec(tokenizer, text_format=TextFormat(), is_encoder_decoder=False)
+        ids.append([codec.encode([text])[0]["input_prompt_ids"] for text in ("abc", "ABC")])
+    assert ids[1] == [ids[0][1]] * 2 != ids[0]

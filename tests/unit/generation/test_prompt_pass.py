@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from llmslm.generation.graphs import MOST_TOKENS
 from llmslm.generation.prompt_pass import PromptPass
 from llmslm.models.alignment import HIDES_PROMPT, EncoderTokenizer
 from llmslm.models.fusion import Add, Prefix, PrefixOnly, ReplaceEncoder
@@ -59,6 +60,8 @@ def test_it_gives_what_the_model_does(encoder, slm, on_cuda, tmp_path):
         ("llama", {"fusion": Prefix}),
         ("llama", {"fusion": PrefixOnly, "projector": Resampler}),
         ("t5", {"fusion": ReplaceEncoder}),
+        ("t5", {"fusion": Prefix}),
+        ("bart", {"fusion": Add, "alignment": EncoderTokenizer}),
         ("llama", {"fusion": Add, "alignment": EncoderTokenizer}),
     ],
 )
@@ -69,6 +72,42 @@ def test_all_that_ends_with_the_prompt_can(slm, parts, tmp_path):
     torch.testing.assert_close(
         attended(run(run.padded(batch))), attended(model.slm_inputs(**batch)), atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("slm", ["llama", "t5"])
+def test_a_batch_is_made_as_long_as_it_would_be_padded(slm, monkeypatch):
+    system = make(slm, encoder_family="llama")
+    rows, run = system.codec.encode(PROMPTS), system._prompt_pass
+    expected = run.padded(system.codec.collate_prompts(rows))
+    found = system.codec.collate_prompts(rows, run.lengths)
+    assert {name: value.tolist() for name, value in found.items()} == {n: v.tolist() for n, v in expected.items()}
+    assert found["prompt_ids"].shape[1] % 32 == 0
+    monkeypatch.setattr(PromptPass, "_pays", lambda *_: False)
+    assert run.lengths(2, {"input_ids": 5, "prompt_ids": 6}) == {"input_ids": 5, "prompt_ids": 6}
+
+
+@pytest.mark.parametrize(
+    ("slm", "parts"), [("llama", {}), ("llama", {"alignment": EncoderTokenizer, "fusion": Add}), ("t5", {})]
+)
+def test_what_is_left_out_beside_fused_passes_is_not_missed(slm, parts, tmp_path):
+    """An encoder and a projector that need no documents are given none, if nothing else reads them."""
+    model = compose("llama", slm, tmp_path, **parts)
+    run, batch = PromptPass(model), batch_of(model)
+    states = model.encoder(batch["prompt_ids"], batch["prompt_attention_mask"])[0]
+    run._fused = {"encoder": lambda *_: states, "projector": lambda states, *_: model.projector(states)}
+    found = run._of_padded(*(batch[name] for name in sorted(batch)))
+    torch.testing.assert_close(attended(found), attended(model.slm_inputs(**batch)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_pays_for_small_batches_on_cuda(monkeypatch):
+    monkeypatch.undo()
+    run = make("llama", encoder_family="llama")._prompt_pass
+    small, large = {"input_ids": 32, "prompt_ids": 32}, {"input_ids": 32, "prompt_ids": MOST_TOKENS}
+    assert not run._pays(1, small)
+    run._weight = Mock(device=torch.device("cuda"))
+    assert run._pays(1, small)
+    assert not run._pays(1, large)
+    assert not run._pays(MOST_TOKENS // 64 + 1, small)
 
 
 @pytest.mark.parametrize("encoder", ["gemma2", "modernbert", "roberta"])
