@@ -528,7 +528,9 @@ def _encode_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEn
     backend.no_padding()
     if backend.encode_special_tokens != tokenizer.split_special_tokens:
         backend.encode_special_tokens = tokenizer.split_special_tokens
-    return BatchEncoding({"input_ids": [encoding.ids for encoding in backend.encode_batch_fast(texts)]})
+    # one text alone is not worth the threads of a batch
+    encodings = backend.encode_batch_fast(texts) if len(texts) > 1 else [backend.encode(text) for text in texts]
+    return BatchEncoding({"input_ids": [encoding.ids for encoding in encodings]})
 
 
 @functools.cache

@@ -241,7 +241,6 @@ class FusedStep(TorchStep):
             state.step,
             state.words.buffer,
             state.words.number,
-            state.capacity,
             num_warps=1,
             **self.options,
         )

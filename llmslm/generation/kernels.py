@@ -431,7 +431,7 @@ def advance_kernel(
     for index in tl.static_range(ENDS):
         done = done | (token == tl.load(eos_ptr + index))
     step = tl.load(step_ptr + row)
-    _tell(words_ptr + tl.cast(row, tl.int64) * capacity + step, tl.load(number_ptr), done, token)
+    _tell(words_ptr + step * tl.num_programs(0) + row, tl.load(number_ptr), done, token)
     tl.store(out_ptr + tl.cast(row, tl.int64) * capacity + step, token)
     tl.store(token_ptr + row, token)
     tl.store(finished_ptr + row, done.to(tl.int8))
@@ -441,7 +441,7 @@ def advance_kernel(
 
 
 @triton.jit
-def report_kernel(token_ptr, finished_ptr, step_ptr, words_ptr, number_ptr, capacity, EARLY: tl.constexpr):
+def report_kernel(token_ptr, finished_ptr, step_ptr, words_ptr, number_ptr, EARLY: tl.constexpr):
     """Tell the host of the token that a row has taken as its last one, when the row has moved on."""
     row = tl.program_id(0)
     if EARLY:
@@ -450,4 +450,4 @@ def report_kernel(token_ptr, finished_ptr, step_ptr, words_ptr, number_ptr, capa
     step = tl.load(step_ptr + row) - 1
     done = tl.load(finished_ptr + row) != 0
     token = tl.load(token_ptr + row)
-    _tell(words_ptr + tl.cast(row, tl.int64) * capacity + step, tl.load(number_ptr), done, token)
+    _tell(words_ptr + step * tl.num_programs(0) + row, tl.load(number_ptr), done, token)

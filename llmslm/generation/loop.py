@@ -17,10 +17,10 @@ from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import TokenRules
 from llmslm.generation.state import DecodeState
 
-# Of the steps launched behind the one that runs, at least, some 5 us each: in 40 us the host must have seen that the
-# running one has ended (some 3 us) and have launched another (10 us), or the device would wait. What is launched more
-# is computed in vain behind an end.
-_SUBLAYERS_BEHIND = 8
+# Of the steps launched behind the one that runs, at least, some 6 us each: while they run the host must see that the
+# running one has ended, and launch another, some 10 us, or the device would wait. What is launched more is computed in
+# vain behind an end.
+_SUBLAYERS_BEHIND = 4
 
 OnFirstToken = Callable[[], None] | None
 OnTokens = Callable[[Tensor], None] | None

@@ -406,9 +406,9 @@ def test_the_host_is_told_of_each_token(mode: str, eos: list[int]) -> None:
         step.report()
     if COMPILED:
         torch.cuda.synchronize()
-    expected = torch.full((4, 6), -1)
+    expected = torch.full((6, 4), -1)
     for row, at, ended, token in ((0, 0, False, 4), (1, 5, True, 0), (2, 2, bool(eos), 3), (3, 3, False, 2)):
-        expected[row, at] = (3 << 33) | (ended << 32) | token
+        expected[at, row] = (3 << 33) | (ended << 32) | token
     assert torch.equal(words.buffer, expected)
     assert state.token.tolist() == [4, 0, 3, 2]
 
