@@ -225,7 +225,7 @@ def keep_kernel(
     eos_ptr,
     tokens_ptr,
     produced_ptr,
-    open_ptr,
+    ended_ptr,
     report_ptr,
     max_new,
     chunks,
@@ -250,7 +250,7 @@ def keep_kernel(
         gdc_wait()
     choice = _best(value_ptr, index_ptr, row * (SIZE + 1) + p, inside, chunks, vocabulary, CHUNKS)
     before = tl.load(produced_ptr + row)
-    was_open = tl.load(open_ptr + row) != 0
+    was_open = tl.load(ended_ptr + row) == 0
     at = tokens_ptr + row * places + before + 1 + p
     drafted = tl.load(at, mask=p < SIZE, other=-1)
     accepted = tl.min(tl.where(inside & (drafted != choice), p, PLACES), axis=0)
@@ -265,8 +265,47 @@ def keep_kernel(
     produced = before + count
     is_open = was_open & (first_end == PLACES) & (produced < max_new)
     tl.store(produced_ptr + row, produced)
-    tl.store(open_ptr + row, is_open.to(tl.int8))
+    tl.store(ended_ptr + row, 1 - is_open.to(tl.int64))
     tl.store(report_ptr + row, produced)
     tl.store(report_ptr + rows + row, is_open.to(tl.int64))
     tl.store(report_ptr + 2 * rows + row, accepted.to(tl.int64))
     tl.store(report_ptr + 3 * rows + row, count)
+
+
+@triton.jit
+def tell_kernel(
+    tokens_ptr,
+    report_ptr,
+    told_ptr,
+    words_ptr,
+    number_ptr,
+    max_new,
+    blocks,
+    places,
+    rows,
+    PLACES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Tell the host what a row's last block gave: `words.BlockWords` of its tokens, and of its report; count the block.
+
+    Stores go past the caches, so that they are on their way to the host at once.
+    """
+    row = tl.program_id(0)
+    p = tl.arange(0, PLACES)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    number = tl.load(number_ptr) << 33
+    produced = tl.load(report_ptr + row)
+    is_open = tl.load(report_ptr + rows + row)
+    accepted = tl.load(report_ptr + 2 * rows + row)
+    taken = tl.load(report_ptr + 3 * rows + row)
+    told = tl.load(told_ptr + row)
+    report = (produced << 15) | (is_open << 14) | (accepted << 7) | taken
+    # Runs outside of a call may be more than there is room for.
+    at = max_new + tl.minimum(told, blocks - 1)
+    tl.store(words_ptr + at * rows + row, number | report, cache_modifier=".wt")
+    index = produced - taken + p
+    token = tl.load(tokens_ptr + row * places + 1 + index, mask=p < taken, other=0)
+    tl.store(words_ptr + index * rows + row, number | token, mask=p < taken, cache_modifier=".wt")
+    tl.store(told_ptr + row, told + 1)

@@ -7,6 +7,8 @@ import triton
 from torch import Tensor
 
 from llmslm.generation import block_kernels, fused
+from llmslm.generation.acceptance import LONGEST
+from llmslm.generation.block_reports import ToldReports
 from llmslm.generation.choice import Choice
 from llmslm.generation.fused import FusedStep
 from llmslm.generation.plan import Decoder, SelfAttention
@@ -144,14 +146,14 @@ class FusedVerifiedBlock(VerifiedBlock):
             side.decoder.embedding.shape[0],
             NEW=new,
             num_warps=1,
-            **self._step(side).options,
+            **_step(side).options,
         )
         return given
 
     def _take(self, logits: Tensor, last: _Places) -> None:
         """Write the draft's next token, and make it the last one."""
         logits = logits[:, : self.choice.vocabulary].contiguous()
-        value, index = self._step(self.draft).largest(logits, self.choice.rules, last.steps)
+        value, index = _step(self.draft).largest(logits, self.choice.rules, last.steps)
         block_kernels.draft_kernel[(self.batch,)](
             value,
             index,
@@ -165,20 +167,20 @@ class FusedVerifiedBlock(VerifiedBlock):
             self.draft.decoder.embedding.shape[0],
             CHUNKS=triton.next_power_of_2(value.shape[1]),
             num_warps=1,
-            **self._step(self.draft).options,
+            **_step(self.draft).options,
         )
 
     def _keep_largest(self, logits: Tensor, steps: Tensor, size: int) -> None:
         """Keep what holds of a block of drafted tokens, by the LLM's logits (batch * (size + 1), vocabulary)."""
         eos = self.choice.rules.eos
-        value, index = self._step(self.llm).largest(logits, self.choice.rules, steps)
+        value, index = _step(self.llm).largest(logits, self.choice.rules, steps)
         block_kernels.keep_kernel[(self.batch,)](
             value,
             index,
             eos if eos.numel() else self.produced,
             self.tokens,
             self.produced,
-            self.open.view(torch.int8),
+            self.ended,
             self.report,
             self.choice.max_new,
             value.shape[1],
@@ -190,10 +192,32 @@ class FusedVerifiedBlock(VerifiedBlock):
             CHUNKS=triton.next_power_of_2(value.shape[1]),
             ENDS=eos.numel(),
             num_warps=1,  # of several, one could read what another has written already
-            **self._step(self.llm).options,
+            **_step(self.llm).options,
         )
 
-    @staticmethod
-    def _step(side: Side) -> FusedBlockStep:
-        assert isinstance(side.block_step, FusedBlockStep)
-        return side.block_step
+
+class FusedReports(ToldReports):
+    """Words that a kernel writes, of a block in plain torch as of a fused one."""
+
+    def tell(self) -> None:
+        """See `BlockReports.tell`."""
+        block, words = self.block, self.words
+        block_kernels.tell_kernel[(block.batch,)](
+            block.tokens,
+            block.report,
+            block.told,
+            words.buffer,
+            words.number,
+            words.max_new,
+            words.blocks,
+            block.tokens.shape[1],
+            block.batch,
+            PLACES=triton.next_power_of_2(LONGEST + 1),
+            num_warps=1,  # as for what is kept: of several, one could read a count that another has written already
+            **_step(block.llm).options,
+        )
+
+
+def _step(side: Side) -> FusedBlockStep:
+    assert isinstance(side.block_step, FusedBlockStep)
+    return side.block_step

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmslm.generation.words import Words
+from llmslm.generation.words import StepWords
 
 if TYPE_CHECKING:
     from llmslm.generation.sampling import Sampling
@@ -114,9 +114,9 @@ class DecodeState:
         self._asked: tuple[int, int, float] | None = None
 
     @functools.cached_property
-    def words(self) -> Words:
+    def words(self) -> StepWords:
         """What the device tells the host of its tokens; made where a loop runs ahead of the host's looks."""
-        return Words(self.batch, self.capacity, self.device)
+        return StepWords(self.batch, self.capacity, self.device)
 
     def ask(self, *, min_new: int, max_new: int, sampling: Sampling | None, penalty: float) -> None:
         """Note what a call wants; what the last one wanted, too, is there already."""

@@ -24,8 +24,9 @@ class VerifiedBlock:
         self.batch, self.device = llm.state.batch, llm.base.device
         size = (self.batch, places(choice.max_new))
         self.tokens = torch.zeros(size, dtype=torch.long, device=self.device)
-        self.produced = torch.zeros(self.batch, dtype=torch.long, device=self.device)
-        self.open = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+        self._counters = torch.zeros(3, self.batch, dtype=torch.long, device=self.device)
+        self.produced, self.ended, self.told = self._counters
+        """Of each row: tokens so far, 1 if it has ended, and blocks of the call that the device has told of."""
         self.report = torch.zeros(4, self.batch, dtype=torch.long, device=self.device)
         """Of the last block: tokens so far, whether the row goes on, drafted tokens that were right, tokens taken."""
         for side in (llm, draft):
@@ -33,8 +34,7 @@ class VerifiedBlock:
 
     def start(self) -> None:
         """Forget the last call's tokens; the sides have their prompts."""
-        self.produced.zero_()
-        self.open.fill_(True)
+        self._counters.zero_()
 
     @property
     def begins_with_start(self) -> bool:
@@ -93,11 +93,11 @@ class VerifiedBlock:
         block = self.tokens.gather(1, index)
         ends = (block[..., None] == eos).any(dim=-1) & (index <= after[:, None])
         count = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, verdict.accepted + 1)
-        count = torch.minimum(count, max_new - self.produced) * self.open
+        count = torch.minimum(count, max_new - self.produced) * (1 - self.ended)
         self.choice.note(block, index <= (self.produced + count)[:, None])
         self.produced += count
-        self.open &= ~ends.any(dim=1) & (self.produced < max_new)
-        torch.stack([self.produced, self.open.long(), verdict.accepted, count], out=self.report)
+        self.ended |= ends.any(dim=1) | (self.produced >= max_new)
+        torch.stack([self.produced, 1 - self.ended, verdict.accepted, count], out=self.report)
 
     def read_on(self, size: int | None = None, largest: int | None = None) -> None:
         """Let the draft read the last token of each row, and the one before it, which it drafted last if all was kept.

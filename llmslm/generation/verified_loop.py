@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmslm.generation.acceptance import GRAPHED, LONGEST, SHORTEST, Acceptance, BlockLength
+from llmslm.generation.block_reports import BlockReports, SeenReports
 from llmslm.generation.choice import Choice
 from llmslm.generation.graphs import MOST_TOKENS, Captured
 from llmslm.generation.side import Side
@@ -50,17 +51,13 @@ def block_for(llm: Side, draft: Side, choice: Choice) -> VerifiedBlock:
     return FusedVerifiedBlock(llm, draft, choice)
 
 
-@dataclass(frozen=True)
-class _Report:
-    """What a block will have given once `event` has come; the tokens of all rows so far, if they are wanted.
+def reports_for(block: VerifiedBlock) -> BlockReports:
+    """Words on CUDA, whatever the block."""
+    if block.device.type != "cuda":
+        return SeenReports(block)
+    from llmslm.generation.fused_block import FusedReports
 
-    Its size is None where no token was drafted for it.
-    """
-
-    size: int | None
-    rows: Tensor
-    tokens: Tensor | None
-    event: torch.cuda.Event | None
+    return FusedReports(block)
 
 
 class VerifiedLoop:
@@ -76,6 +73,7 @@ class VerifiedLoop:
     def __init__(self, llm: Side, draft: Side, choice: Choice, *, fixed: bool) -> None:
         self.llm, self.draft, self.choice, self.fixed = llm, draft, choice, fixed
         self.block = block_for(llm, draft, choice)
+        self.reports = reports_for(self.block)
         cost, sizes = cost_of_drafting(llm, draft), GRAPHED if fixed else range(SHORTEST, LONGEST + 1)
         self.times = {size: 1 + cost * size for size in sizes}
         self._graphs: dict[int, Captured] = {}
@@ -84,14 +82,16 @@ class VerifiedLoop:
         self._pool = _new_pool(self.block.device)
         self._read_start = Captured(self.block.read_start, self.block.device, pool=self._pool)
         drawn = (self.choice.generator,)
-        self._take_first = Captured(self.block.take_first, self.block.device, pool=self._pool, generators=drawn)
+        first = functools.partial(_told, self.reports, self.block.take_first)
+        self._take_first = Captured(first, self.block.device, pool=self._pool, generators=drawn)
         self._read_on = Captured(self.block.read_on, self.block.device, pool=self._pool)
         if fixed:
             self._capture()
 
     def _capture(self) -> None:
         for size in self.times:
-            block, drawn = functools.partial(self.block.run, size), (self.choice.generator,)
+            block = functools.partial(_told, self.reports, self.block.run, size)
+            drawn = (self.choice.generator,)
             self._graphs[size] = Captured(block, self.block.device, pool=self._pool, generators=drawn)
         if self._pool is not None:  # now, since a first run disturbs the buffers
             for graph in (*self._graphs.values(), self._take_first, self._read_on):
@@ -125,55 +125,50 @@ class VerifiedLoop:
         self, on_first_token: Callable[[], None] | None, on_tokens: Callable[[Tensor], None] | None
     ) -> VerifiedTokens:
         """Decode from where the sides stand; arguments as for `VerifiedEngine.generate`."""
-        self.block.start()
+        self.reports.begin()
         call = _Call(self, on_first_token, on_tokens)
-        advance = functools.partial(self._launch if self.fixed else self._step, call, with_tokens=on_tokens is not None)
+        advance = self._launch if self.fixed else self._step
         if self.block.begins_with_token:
-            advance(None)
+            advance(call, None)
         elif self.block.begins_with_start:
             self._read_start()
         while any(call.open):
-            advance(call.size)
-        width = max(call.counts)
-        tokens = padded(self.block.tokens[:, 1 : width + 1], self.block.produced, self.choice.rules.pad)
-        return VerifiedTokens(tokens.cpu(), call.acceptance)
+            advance(call, call.size)
+        call.hand_out()
+        return VerifiedTokens(self.reports.tokens(0, max(call.counts), call.counts), call.acceptance)
 
     def advance(self, size: int) -> None:
         """Launch a block and what the draft reads behind it, where blocks are `fixed`, without a look at them."""
         self._graphs[size]()
         self._read_on()
 
-    def _launch(self, call: "_Call", size: int | None, *, with_tokens: bool) -> None:
-        """Run a block, or the first token alone, by graphs.
+    def _launch(self, call: "_Call", size: int | None) -> None:
+        """Run a block, or the first token alone, by graphs; hand out what those before it gave.
 
         The draft reads on before the host knows whether that is the end, so that the device never waits.
         """
         (self._take_first if size is None else self._graphs[size])()
-        report = self._report(size, with_tokens=with_tokens)
         self._read_on()
-        call.look(report)
+        call.hand_out()
+        call.look(size)
 
-    def _step(self, call: "_Call", size: int | None, *, with_tokens: bool) -> None:
+    def _step(self, call: "_Call", size: int | None) -> None:
         """The same where looking is free: only as far as needed."""
         largest = max(call.counts) + (size or 0)
         if size is None:
             self.block.take_first()
         else:
             self.block.run(size, largest)
-        call.look(self._report(size, with_tokens=with_tokens))
+        call.look(size)
+        call.hand_out()
         if any(call.open):
             self.block.read_on(size, largest + 2)
 
-    def _report(self, size: int | None, *, with_tokens: bool) -> _Report:
-        """Ask for what the block that was launched last will have given, without waiting for what is launched later."""
-        rows, tokens = self.block.report, self.block.tokens if with_tokens else None
-        if self.block.device.type != "cuda":
-            return _Report(size, rows.clone(), None if tokens is None else tokens.clone(), None)
-        event = torch.cuda.Event()
-        copies = [None if value is None else _pinned(value) for value in (rows, tokens)]
-        event.record()
-        assert copies[0] is not None
-        return _Report(size, copies[0], copies[1], event)
+
+def _told(reports: BlockReports, work: Callable[..., None], *arguments: int) -> None:
+    """Do a block's work, and tell of it."""
+    work(*arguments)
+    reports.tell()
 
 
 def _new_pool(device: torch.device) -> Any:
@@ -193,17 +188,6 @@ def _milliseconds(work: Callable[[], None]) -> float:
     return min(rounds)
 
 
-def _pinned(value: Tensor) -> Tensor:
-    copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return copy.copy_(value, non_blocking=True)
-
-
-def padded(tokens: Tensor, produced: Tensor, pad: int, start: int = 0) -> Tensor:
-    """New tokens (batch, n) from number `start` on, filled with the pad token behind those of each row."""
-    index = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-    return tokens.masked_fill(index >= produced[:, None], pad)
-
-
 class _Call:
     """What the host knows of a running call.
 
@@ -220,6 +204,7 @@ class _Call:
         on_tokens: Callable[[Tensor], None] | None,
     ) -> None:
         self.choice, self.sizes, self.fixed = loop.choice, tuple(loop.times), loop.fixed
+        self.reports, self.blocks = loop.reports, 0
         self.on_first_token, self.on_tokens = on_first_token, on_tokens
         self.length, self.acceptance = BlockLength(loop.times), Acceptance()
         batch = loop.block.batch
@@ -234,28 +219,27 @@ class _Call:
             left = min((size for size in self.sizes if size >= left), default=left)
         return min(self.length.current, left)
 
-    def look(self, report: _Report) -> None:
-        """Take in what a block gave."""
-        if report.event is not None:
-            report.event.synchronize()
+    def look(self, size: int | None) -> None:
+        """Take in what the next block gave, for which so many tokens were drafted; None for the first token alone."""
+        rows = self.reports.rows(self.blocks)
+        self.blocks += 1
         if self.on_first_token is not None:
             self.on_first_token()
             self.on_first_token = None
-        self._take(report)
-
-    def _take(self, report: _Report) -> None:
-        counts, still_open, accepted, taken = report.rows.tolist()
-        rows = [(a, t) for a, t in zip(accepted, taken, strict=True) if t]  # a row that was open took one or more
-        if report.size is not None:
-            kept = sum(min(a, t) for a, t in rows)
-            refused = sum(a < report.size and a < t for a, t in rows)
+        self.counts, self.open = [row.produced for row in rows], [bool(row.is_open) for row in rows]
+        if size is not None:
+            took = [(row.accepted, row.taken) for row in rows if row.taken]  # a row that was open took one or more
+            kept = sum(min(a, t) for a, t in took)
+            refused = sum(a < size and a < t for a, t in took)
             self.length.learn(kept, refused)
-            self.acceptance.add(Acceptance(1, len(rows), report.size * len(rows), kept))
-        self.counts, self.open = counts, [bool(value) for value in still_open]
-        if self.on_tokens is not None and report.tokens is not None:
-            going = [count for count, is_open in zip(counts, self.open, strict=True) if is_open]
-            known = min(going) if going else max(counts)
-            if known > self.handed_out:
-                new = report.tokens[:, self.handed_out + 1 : known + 1]
-                self.on_tokens(padded(new, report.rows[0], self.choice.rules.pad, self.handed_out))
-            self.handed_out = max(known, self.handed_out)
+            self.acceptance.add(Acceptance(1, len(took), size * len(took), kept))
+
+    def hand_out(self) -> None:
+        """Give away the tokens that all rows have by now, or have ended before."""
+        if self.on_tokens is None:
+            return
+        going = [count for count, is_open in zip(self.counts, self.open, strict=True) if is_open]
+        known = min(going) if going else max(self.counts)
+        if known > self.handed_out:
+            self.on_tokens(self.reports.tokens(self.handed_out, known, self.counts))
+            self.handed_out = known

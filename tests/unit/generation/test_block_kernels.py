@@ -13,7 +13,7 @@ from llmslm.generation.block import BlockStep
 from llmslm.generation.choice import Choice
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read
-from llmslm.generation.fused_block import FusedBlockStep, FusedVerifiedBlock
+from llmslm.generation.fused_block import FusedBlockStep, FusedReports, FusedVerifiedBlock
 from llmslm.generation.fused_prefill import FusedReader
 from llmslm.generation.plan import CrossAttention, Linear, Norm
 from llmslm.generation.side import Side
@@ -146,6 +146,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda decoder, state: FusedBlockStep(decoder, state, early=COMPILED),
     )
     monkeypatch.setattr(verified_loop, "block_for", fused_blocks)
+    monkeypatch.setattr(verified_loop, "reports_for", FusedReports)
     monkeypatch.setattr(
         "llmslm.generation.verified_prompt.reader_for",
         lambda decoder, depth: None if decoder is None or decoder.crosses else FusedReader(decoder, depth),
@@ -191,18 +192,18 @@ def test_what_is_kept_is_what_plain_torch_keeps(size: int) -> None:
         logits = torch.nn.functional.one_hot(truth, 61).float()
         drafted = torch.where(torch.rand(rows, size, device=DEVICE) < 0.7, truth[:, :-1], 9)
         block.produced.copy_(torch.tensor([0, 1, 2, 3, 5, 6, 8, 9]))
-        block.open[[2, 7]] = False
+        block.ended[[2, 7]] = 1
         index = block.produced[:, None] + torch.arange(size + 1, device=DEVICE)
         block.tokens.scatter_(1, block.produced[:, None] + 1 + torch.arange(size, device=DEVICE), drafted)
         if kind is FusedVerifiedBlock:
             block._keep_largest(logits.flatten(0, 1), index.flatten(), size)
         else:
             block._keep(choice.judge(logits, index, drafted, None), index + 1)
-        state.append((block.report, block.produced, block.open, block.tokens))
-    (report, produced, still_open, tokens), plain = state
+        state.append((block.report, block.produced, block.ended, block.tokens))
+    (report, produced, ended, tokens), plain = state
     assert torch.equal(report, plain[0])
     assert torch.equal(produced, plain[1])
-    assert torch.equal(still_open, plain[2])
+    assert torch.equal(ended, plain[2])
     kept = torch.arange(tokens.shape[1], device=DEVICE) <= produced[:, None]
     assert torch.equal(tokens[kept], plain[3][kept])
     assert size == 0 or report[2].unique().numel() > 2, "the case is void if all is refused or accepted"

@@ -159,7 +159,7 @@ class Stream:
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(None, "the device is idle, but token 0 of call 1 has not come"), ("an illegal memory access", "illegal memory")],
+    [(None, "the device is idle, but word 0 of call 1 has not come"), ("an illegal memory access", "illegal memory")],
 )
 def test_a_device_that_fails_is_not_waited_for(loop, monkeypatch, error, message) -> None:
     Device(loop, late=True)
