@@ -207,3 +207,39 @@ def test_what_is_kept_is_what_plain_torch_keeps(size: int) -> None:
     kept = torch.arange(tokens.shape[1], device=DEVICE) <= produced[:, None]
     assert torch.equal(tokens[kept], plain[3][kept])
     assert size == 0 or report[2].unique().numel() > 2, "the case is void if all is refused or accepted"
+
+
+def test_the_host_is_told_of_a_block() -> None:
+    """At its number, and of each token at its own; other words stay. Runs that are too many end at the last word."""
+    llm, max_new = tiny("gpt2").to(DEVICE), 20
+    decoder = DecodeEngine(llm).decoder
+    assert decoder is not None
+    choice = Choice(llm, 4, min_new=0, max_new=max_new, sampling=None)
+    sides = [Side(decoder, 4, places(max_new) + 4, 0) for _ in range(2)]
+    sides[0].block_step = FusedBlockStep(decoder, sides[0].state, early=COMPILED)
+    block = VerifiedBlock(sides[0], sides[1], choice)
+    reports, width = FusedReports(block), block.tokens.shape[1]
+    words = reports.words
+    for _ in range(3):
+        reports.begin()
+    block.tokens.copy_(torch.arange(4 * width).view(4, width) % 50)
+    block.tokens[0, 4] = 2**32 - 1
+    block.told.copy_(torch.tensor([1, 1, 3, 10**6]))
+    rows = [(4, 1, 7, 2), (9, 0, 3, 0), (20, 0, 16, 17), (1, 1, 0, 1)]  # the second had ended before
+    block.report.copy_(torch.tensor(rows).T)
+    words.buffer.fill_(-1)
+    reports.tell()
+    if COMPILED:
+        torch.cuda.synchronize()
+    expected = torch.full((2 * max_new + 1, 4), -1)
+    for row, (number, (produced, is_open, accepted, taken)) in enumerate(zip([1, 1, 3, 20], rows, strict=True)):
+        report = produced << 15 | is_open << 14 | accepted << 7 | taken
+        expected[max_new + number, row] = 3 << 33 | report
+        expected[produced - taken : produced, row] = (
+            3 << 33 | block.tokens[row, produced - taken + 1 : produced + 1].cpu()
+        )
+    assert torch.equal(words.buffer, expected)
+    assert block.told.tolist() == [2, 2, 4, 10**6 + 1]
+    words.buffer[max_new + 1, 2:] = expected[max_new + 3, 2]  # as if all were at this block
+    assert words.reports(1) == [*rows[:3], rows[2]]
+    assert reports.tokens(2, 4, [4, 0, 0, 0]).tolist() == [[3, 2**32 - 1]] + 3 * [[choice.rules.pad] * 2]
