@@ -173,6 +173,22 @@ def test_verified_tokens_by_kernels_are_the_llms(family: str, slm_family: str, b
         assert family != "gpt2" or result.acceptance.accepted > 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.skipif(COMPILED, reason="test_verified_cuda.py has it with its graphs")
+def test_tokens_of_blocks_in_plain_torch_are_told_of_by_a_kernel(by_kernels: None) -> None:
+    """Where the choice has rules that the fused block knows nothing of."""
+    verified = engine("llama", "gpt2", perfect=True)
+    verified.fixed = True
+    config = verified.llm.generation_config
+    config.suppress_tokens, config.repetition_penalty, config.forced_eos_token_id = [7, 9], 1.7, 1
+    inputs, sides = batch(verified.llm, 2)
+    parts: list[torch.Tensor] = []
+    result = verified.generate(**sides, max_new_tokens=6, on_tokens=parts.append)
+    assert torch.equal(result.tokens, by_generate(verified.llm, inputs, max_new_tokens=6))
+    assert torch.equal(torch.cat(parts, dim=1), result.tokens)
+
+
 @pytest.mark.parametrize("size", [0, 4, 7])
 def test_what_is_kept_is_what_plain_torch_keeps(size: int) -> None:
     """Random drafts against random logits: ends, rows that have ended, rows near their last token."""
