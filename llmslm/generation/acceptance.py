@@ -81,7 +81,8 @@ class BlockLength:
 
     def __init__(self, times: Mapping[int, float]) -> None:
         self.times = times
-        self._kept, self._judged = 3.0, 4.0
+        # Nine of ten tokens of a draft that had learned from its LLM's labels were the LLM's (112 test prompts, en_it).
+        self._kept, self._judged = 9.0, 10.0
 
     @property
     def current(self) -> int:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton", reason="needs Triton (pip install triton)")
 
-from llmslm.generation import fused_prefill, fused_rows, memory, self_check
+from llmslm.generation import fused_prefill, fused_rows, memory, self_check, verified_loop
 from llmslm.generation.engine import DecodeEngine
 from llmslm.generation.families import read, read_stack
 from llmslm.generation.fused_prefill import FusedDecoder, FusedEncoder, FusedPrefill, FusedReader, seen_keys
@@ -87,8 +87,8 @@ def test_short_and_long_prompts_in_16_bits_differ_by_rounding(family):
         (short, state), _ = both(model, *inputs.values())
         with fused_rows.left_out():
             (long, other), _ = both(model, *inputs.values())
-        assert (short - long).norm() < 1e-2 * long.norm()
-        assert (state.cache - other.cache).norm() < 1e-2 * other.cache.norm()
+        assert (short - long).norm() < 3e-2 * long.norm()
+        assert (state.cache - other.cache).norm() < 3e-2 * other.cache.norm()
 
 
 def test_what_prompts_short_kernels_read():
@@ -285,7 +285,8 @@ def test_a_reader_gives_what_one_pass_of_the_llm_gives(family, depth, dtype):
 @torch.no_grad()
 def test_a_reader_asks_the_device_for_no_value(monkeypatch):
     """Which no graph could hold; the kernels, which ask for none, are left out."""
-    monkeypatch.setattr(fused_prefill, "_launch", lambda *_, **__: None)
+    for module in (fused_prefill, fused_rows):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
     model = tiny("llama").to(DEVICE)
     ids, mask = (value.to(DEVICE) for value in prompts(model, 3, 19).values())
     with HostReads() as reads:
@@ -331,8 +332,11 @@ READ = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "slm_family", "settings"), READ)
 @torch.no_grad()
-def test_verified_tokens_are_the_llms_where_kernels_read_the_prompts(family, slm_family, settings, reads_by_kernels):
+def test_verified_tokens_are_the_llms_where_kernels_read_the_prompts(
+    family, slm_family, settings, reads_by_kernels, monkeypatch
+):
     """The first call of a size reads into a cache of its own, the second into its side's."""
+    monkeypatch.setattr(verified_loop, "_milliseconds", lambda work: work() or 1.0)  # blocks of both are of one size
     settings = {"perfect": False} | settings
     own, verified = (fixed(family, slm_family, **settings) for _ in range(2))
     own._reader._fused_llm = own._reader._fused_slm = None
