@@ -48,6 +48,7 @@ class FusedStack:
 
     def __init__(self, stack: Stack, *, causal: bool = True) -> None:
         self.stack, self.causal = stack, causal
+        self._centred = any(sublayer.before is not None and sublayer.before.centred for sublayer in stack.sublayers)
         weight = stack.sublayers[0].into.weight if stack.sublayers else None
         if weight is not None and weight.is_cuda:  # weights are read before a predecessor has ended: none writes them
             torch.cuda.synchronize(weight.device)
@@ -73,7 +74,7 @@ class FusedStack:
             prompts: as for `states`.
             cache: as for `states`.
         """
-        if fused_rows.suits_prompts(x):
+        if fused_rows.suits_prompts(x, centred=self._centred):
             return self._through_short(sublayers, x, prompts, cache), None
         mask, added = seen_keys(prompts.attention_mask, x.dtype, causal=self.causal), None
         for sublayer in sublayers:

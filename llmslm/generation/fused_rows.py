@@ -17,6 +17,7 @@ from llmslm.generation.self_check import reason_against
 
 MOST_ROWS = 16  # of a step or a block; more are for cuBLAS
 PROMPT_ROWS = 128  # of a prompt's pass: cuBLAS's kernels would wait for each other, and need others between them
+_CENTRED_PROMPT_ROWS = 64  # the same where layer norms double the work; not measured
 FEW_ROWS = 2  # so few are theirs up to the input width below; wider ones are for the kernels of single rows
 _NARROW = 1536
 _WIDEST = 2048  # input width up to which a program holds the whole input
@@ -74,13 +75,17 @@ def suits(x: Tensor, linear: Linear, norm: Norm | None, most: int = MOST_ROWS) -
     return _trusted and halves and rows <= most and fits and not centred
 
 
-def suits_prompts(x: Tensor) -> bool:
+def suits_prompts(x: Tensor, *, centred: bool) -> bool:
     """Say whether the pass over prompts of these states (tokens, width) is made of such products, rather than others.
 
     Where a layer's wide side is too wide, that product alone is left to cuBLAS.
+
+    Args:
+        x: the states.
+        centred: whether norms are layer norms.
     """
-    rows, width = x.shape
-    return _trusted and rows <= PROMPT_ROWS and width <= _WIDEST and x.dtype in (torch.bfloat16, torch.float16)
+    (rows, width), most = x.shape, _CENTRED_PROMPT_ROWS if centred else PROMPT_ROWS
+    return _trusted and rows <= most and width <= _WIDEST and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
