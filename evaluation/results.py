@@ -20,7 +20,7 @@ from typing import Any
 
 from evaluation.benchmarks.report import mistakes_in_one_line
 from evaluation.headline_claims import SEEDS, SUMMARY, TRANSLATION, Results, claims, record_claims
-from evaluation.leaderboard import build
+from evaluation.leaderboard import build, publish
 from evaluation.leaderboard.rows import Row, leaderboard_rows
 from evaluation.leaderboard.table import SCORES, SIGNIFICANT, markdown_table, number, parameter_count
 from evaluation.predictions import read_predictions
@@ -157,13 +157,15 @@ def stale(root: Path) -> list[Path]:
 def write(root: Path) -> list[Path]:
     """Write the leaderboard, those of the clock with their plots, and the pages; return the pages.
 
-    The clock's are apart: their scores are of few examples.
+    The clock's are apart: few examples are timed, and scored elsewhere.
     """
     if quality := _of_quality(root):
         build(quality, root / FOLDER)
     for task in TITLES:
-        if (root / RECORDS / task / "speed").is_dir():
-            build([root / RECORDS / task / "speed"], root / FOLDER / task)
+        if timed := sorted((root / RECORDS / task / "speed").glob(f"*{SUFFIX}")):
+            on_all = map(read_record, (root / RECORDS / task / "quality").glob(f"*{SUFFIX}"))
+            scored = {_trained(record): record for record in on_all}
+            publish([_with_test_scores(read_record(path), scored) for path in timed], root / FOLDER / task)
     made = pages(root)
     for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +176,19 @@ def write(root: Path) -> list[Path]:
 def _of_quality(root: Path) -> list[Path]:
     """Find the records of what was evaluated on all test examples."""
     return sorted(path for path in (root / RECORDS).rglob(f"*{SUFFIX}") if path.parent.name.startswith("quality"))
+
+
+def _trained(record: Record) -> tuple[Any, ...]:
+    """Say which training of a task a record is of: weights that were rounded since are the same training's."""
+    return record["system"], record["training"].get("recipe"), record["training"].get("seed")
+
+
+def _with_test_scores(record: Record, scored: Mapping[tuple[Any, ...], Record]) -> Record:
+    """Give a record of the clock the scores that its training has on all test examples, or none."""
+    twin = scored.get(_trained(record))
+    if twin is None:
+        return record | {"scores": {}}
+    return record | {key: twin[key] for key in ("scores", "comparison", "examples", "hashes", "length", "predictions")}
 
 
 def with_table(readme: str, table: str) -> str:
@@ -233,11 +248,8 @@ def report(results: Results, plots: Sequence[str]) -> str:
     for task, title in TITLES.items():
         if results.get(task, "quality"):
             parts += [f"## {title}\n", *_task_parts(results, task)]
-    drawn = f"`llmslm-eval leaderboard {RECORDS}/TASK/speed --out {FOLDER}/TASK --no-mlflow` draws them.\n"
     parts += (
-        ["## Plots\n", "What was timed, with the scores of the examples that were predicted for it; " + drawn]
-        if plots
-        else []
+        ["## Plots\n", "What was timed; quality is that of all test examples, at a batch of 64.\n"] if plots else []
     )
     parts += [f"![{name.split('.')[-2]}, {name.split('/')[0]}](headline/{name})\n" for name in plots]
     parts += ["## Limits\n", LIMITS]

@@ -33,10 +33,14 @@ def build(paths: Iterable[str | Path], out: Path) -> Leaderboard:
     Raises:
         UserError: if a record cannot be read, or there is none.
     """
+    return publish([_read(path) for path in find_records(paths)], out)
+
+
+def publish(records: list[Record], out: Path) -> Leaderboard:
+    """Write the same of records at hand, whose `predictions` are paths from here."""
     from evaluation.leaderboard.page import page, sections
     from evaluation.leaderboard.table import csv_table, markdown_table
 
-    records = [_read(path) for path in find_records(paths)]
     rows = leaderboard_rows(records)
     parts = sections(rows)
     markdown = markdown_table(rows)  # after the samples were read: rows whose predictions changed are marked

@@ -104,6 +104,19 @@ def test_the_clock_has_plots_of_its_own(runs, root):
     assert "zero_features" not in (folder / "en_it/leaderboard.md").read_text()
 
 
+def test_what_was_timed_has_the_scores_of_all_test_examples_or_none():
+    def record(system, value, seed=1):
+        training = {"recipe": "r", "seed": seed}
+        parts = dict.fromkeys(("comparison", "examples", "hashes", "length", "predictions"), value)
+        return {"system": system, "training": training, "scores": {"bleu": value}, "speed": [value], **parts}
+
+    scored = {results._trained(twin): twin for twin in (record("llm", 40), record("llm_to_slm", 39))}
+    timed = results._with_test_scores(record("llm_to_slm", 12), scored)
+    assert (timed["scores"], timed["hashes"], timed["speed"]) == ({"bleu": 39}, 39, [12])
+    for other in (record("verified", 12), record("llm", 12, seed=2)):
+        assert results._with_test_scores(other, scored) == other | {"scores": {}}
+
+
 def test_a_system_that_stands_in_several_comparisons_is_a_percentage_of_the_same_llm(runs, root, dummy, examples):
     """The slm beside another llm is the same slm still."""
     arms = [Arm(dummy("llm", 0.2), "t5"), Arm(dummy("slm", 0.4), "b")]
