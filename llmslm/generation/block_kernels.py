@@ -273,7 +273,7 @@ def keep_kernel(
 
 
 @triton.jit
-def tell_kernel(
+def tell_block_kernel(
     tokens_ptr,
     report_ptr,
     told_ptr,

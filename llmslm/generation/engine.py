@@ -1,7 +1,7 @@
 """The decode engine: `generate()`'s tokens from a bare transformers model, at the speed of the machine.
 
 The prompt goes through the model's own forward; each further token through a lean step (`plan.py`) over static caches.
-On CUDA that step is fused kernels in a graph which feeds itself: nothing waits for the host between tokens; and the
+On CUDA that step is fused kernels in a graph which feeds itself, launched ahead of what the host has seen; and the
 prompt of a decoder-only model goes through fused kernels as well.
 """
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from llmslm.errors import UserError
 from llmslm.generation.families import UnreadableModelError, read
+from llmslm.generation.graphs import Turns
 from llmslm.generation.loop import DecodeLoop, GraphLoop, HostLoop
 from llmslm.generation.memory import Call, Front, require, require_with
 from llmslm.generation.plan import Decoder
@@ -79,6 +80,7 @@ class DecodeEngine:
         self._needed: dict[Hashable, tuple[int, Call]] = {}
         self._last_rules: tuple[str, TokenRules] | None = None
         self._lock = threading.RLock()  # calls of one size share a state: those of other threads wait
+        self._turns = Turns(self.device)
         limit = getattr(model.config, "max_position_embeddings", None) or 1024
         try:
             with torch.no_grad():
@@ -135,6 +137,7 @@ class DecodeEngine:
                 on_tokens(ids)
             return ids
         with self._lock:
+            self._turns.take()
             built_in = self._rules_key()
             rules = self._rules(built_in)
             loop = self._loop(prompt, max_new_tokens, rules, sampling, built_in)
@@ -384,10 +387,16 @@ class DecodeEngine:
         """Hold the lean pass over prompts, where there is one, against the model's own; it can be done without."""
         if self.device.type != "cuda" or self._encoder_decoder:
             return decoder
+        from llmslm.generation import fused_rows
         from llmslm.generation.self_check import prompt_difference, reason_against, tolerance_for
 
-        reason = reason_against(lambda: prompt_difference(self.model, decoder), tolerance_for(decoder))
+        def difference() -> float:
+            return prompt_difference(self.model, decoder)
+
+        with fused_rows.left_out():
+            reason = reason_against(difference, tolerance_for(decoder))
         if reason is None:
+            fused_rows.try_out(difference, tolerance_for(decoder))
             return decoder
         warnings.warn(f"prompts go through the model's own forward, which is slower: {reason}", stacklevel=3)
         return replace(decoder, reads_prompts=False)

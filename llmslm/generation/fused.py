@@ -232,10 +232,10 @@ class FusedStep(TorchStep):
             **self.options,
         )
 
-    def report(self) -> None:
-        """See `TorchStep.report`."""
+    def tell(self) -> None:
+        """See `TorchStep.tell`."""
         state = self.state
-        kernels.report_kernel[(state.batch,)](
+        kernels.tell_step_kernel[(state.batch,)](
             state.token,
             state.finished.view(torch.int8),
             state.step,

@@ -202,7 +202,7 @@ class FusedReports(ToldReports):
     def tell(self) -> None:
         """See `BlockReports.tell`."""
         block, words = self.block, self.words
-        block_kernels.tell_kernel[(block.batch,)](
+        block_kernels.tell_block_kernel[(block.batch,)](
             block.tokens,
             block.report,
             block.told,

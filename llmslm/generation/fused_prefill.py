@@ -90,8 +90,8 @@ class FusedStack:
         return x, added
 
     def _through_short(self, sublayers: list[Sublayer], x: Tensor, prompts: Prompts, cache: Tensor) -> Tensor:
-        for sublayer in sublayers:
-            y = linear(x, sublayer.into, sublayer.before)
+        for number, sublayer in enumerate(sublayers):
+            y = linear(x, sublayer.into, sublayer.before, waits=not number)
             if isinstance(sublayer.inner, SelfAttention):
                 y = self._attended_short(y, sublayer.inner, prompts, cache[sublayer.inner.layer])
             x = joined(linear(y, sublayer.out, residual=x), None, sublayer.after)[1]
@@ -230,6 +230,7 @@ def linear(
     residual: Tensor | None = None,
     *,
     most: int = fused_rows.PROMPT_ROWS,
+    waits: bool = False,
 ) -> Tensor:
     """activation(linear(norm(x))) + residual, for x (rows, inputs); by one kernel, if there is one for that many rows.
 
@@ -239,9 +240,11 @@ def linear(
         norm: of x, before.
         residual: (rows, outputs), added.
         most: rows up to which that kernel is taken.
+        waits: whether all that was launched before is to have ended when it starts: then those behind it, which start
+            early, may count on that.
     """
     if fused_rows.suits(x, linear, norm, most):
-        return fused_rows.rows_product(x, linear, norm, residual, _early(x))
+        return fused_rows.rows_product(x, linear, norm, residual, {"EARLY": x.is_cuda} if waits else _early(x))
     y = product(joined(x, None, norm)[1], linear)
     if linear.activation is not None or linear.gated:
         y = _activated(y, linear)

@@ -15,7 +15,7 @@ class FusedProjector:
     """What a `TransformerProjector` gives of right-padded prompts, one a row.
 
     Args:
-        projector: on its device; its weights are not copied.
+        projector: on its device; its weights are not copied, and read early: who changes them waits for the device.
         max_positions: positions of the longest prompts.
     """
 
@@ -32,7 +32,7 @@ class FusedProjector:
     def __call__(self, hidden_states: Tensor, mask: Tensor, _documents: Tensor | None = None) -> Tensor:
         """Take what the projector does: hidden_states (batch, prompt_len, width) and their mask, 1 = a real state."""
         batch, length = mask.shape
-        x = linear(hidden_states.flatten(0, 1), self.linear, self.norm_in)
+        x = linear(hidden_states.flatten(0, 1).contiguous(), self.linear, self.norm_in)
         cache = x.new_empty(1, 2, batch, self.heads, length, self.head_size)  # of one layer after the other
         return self.run.states(x, Prompts(mask, columns(batch, length, x.device)), cache).view(batch, length, -1)
 

@@ -24,7 +24,6 @@ _WIDEST = 2048  # input width up to which a program holds the whole input
 _LONG = (8, 128)  # of an input that is wider: slices, and inputs of each at a time
 _LONG_OUTPUTS = 16  # of a program then: what one instruction of the matrix units gives
 _MANY_OUTPUTS = 8192  # from here on a program gives more outputs: a wave of programs reads each row of inputs
-_MANY_ROWS = 16  # of a program where there are more than MOST_ROWS
 _REGISTERS = 216  # of a thread for weights and inputs: with more of them it has to put some away (at 255 in all)
 _trusted = True
 
@@ -53,14 +52,14 @@ def row_tile(outputs: int, inputs: int, batch: int, *, gated: bool) -> RowTile:
 
 
 def _x_tiles(batch: int) -> int:
-    """Tiles of 8 rows that a program takes."""
-    return triton.cdiv(batch if batch <= MOST_ROWS else _MANY_ROWS, 8)
+    """Tiles of 8 rows that a program takes; more rows are other programs'."""
+    return triton.cdiv(min(batch, MOST_ROWS), 8)
 
 
 def suits(x: Tensor, linear: Linear, norm: Norm | None, most: int = MOST_ROWS) -> bool:
     """Say whether a product of up to `most` rows is theirs.
 
-    In float32 the units would round; a wide input of few rows may have nothing but a bias.
+    In float32 the units would round; a wide input of few rows may have no norm and no activation.
 
     Of one and of two rows they were faster on an H200 for each measured product of 576 to 1536 inputs, none of which
     had a centred norm. At 2048 it depends on the outputs, and of 3072 and more the kernels of single rows were. For a
@@ -116,7 +115,7 @@ def try_out(measure: Callable[[], float], tolerance: float) -> None:
     reason = reason_against(measure, tolerance)
     if reason is not None and _trusted:
         _trusted = False
-        rows = f"up to {MOST_ROWS} rows"
+        rows = f"up to {MOST_ROWS} rows, and of prompts of up to {PROMPT_ROWS},"
         warnings.warn(f"products of {rows} are computed the slower way: {reason}", UserWarning, stacklevel=2)
 
 
@@ -139,7 +138,9 @@ def rows_product(
     common: dict[str, Any] = {"BIAS": linear.bias is not None, "RESIDUAL": residual is not None, **options}
     if inputs > _WIDEST:
         slices, width = _LONG
-        row_kernels.long_rows_linear_kernel[(triton.cdiv(outputs, _LONG_OUTPUTS),)](
+        launch(
+            row_kernels.long_rows_linear_kernel,
+            (triton.cdiv(outputs, _LONG_OUTPUTS),),
             x,
             weight,
             y,

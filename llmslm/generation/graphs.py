@@ -14,6 +14,29 @@ the host launches."""
 _ALIGNED = 16  # elements: where an input begins, kernels read as if it were alone
 
 
+class Turns:
+    """Keeps calls that share buffers in turn, also where they are launched on different streams.
+
+    A call may return while the last of what it launched still runs: on one stream the next one's work waits by itself.
+
+    Args:
+        device: where the buffers lie.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last: torch.cuda.Stream | None = None
+
+    def take(self) -> None:
+        """Begin a call, before anything of it is launched."""
+        if self.device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._last is not None and stream != self._last:
+            stream.wait_stream(self._last)
+        self._last = stream
+
+
 class Captured:
     """A function over fixed buffers, captured once for each set of input shapes and replayed from then on.
 

@@ -390,7 +390,7 @@ def largest_kernel(
 
 @triton.jit
 def _tell(word_ptr, number, done, token):
-    """Write a word of `words.Words`: one store, past the caches, so that it is on its way to the host at once."""
+    """Write a word of `words.StepWords`: one store, past the caches, so that it is on its way to the host at once."""
     tl.store(word_ptr, (number << 33) | (done.to(tl.int64) << 32) | token, cache_modifier=".wt")
 
 
@@ -441,7 +441,7 @@ def advance_kernel(
 
 
 @triton.jit
-def report_kernel(token_ptr, finished_ptr, step_ptr, words_ptr, number_ptr, EARLY: tl.constexpr):
+def tell_step_kernel(token_ptr, finished_ptr, step_ptr, words_ptr, number_ptr, EARLY: tl.constexpr):
     """Tell the host of the token that a row has taken as its last one, when the row has moved on."""
     row = tl.program_id(0)
     if EARLY:

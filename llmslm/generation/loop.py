@@ -60,7 +60,7 @@ class DecodeLoop(ABC):
         else:
             self.rules.choose(logits, self.state)
             self.state.move_on()
-            self.step.report()
+            self.step.tell()
 
     def prepare(self, prompt: Tensor, attention_mask: Tensor) -> None:  # noqa: B027
         """Do what is done once for prompts of this shape; this disturbs the state."""

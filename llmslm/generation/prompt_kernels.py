@@ -244,7 +244,7 @@ def prompt_attention_kernel(
 
     A program puts the keys and values of its own places into the caches, and works out all that it looks at by itself:
     so none waits for another. A token sees the keys that the mask (batch, length) keeps, and itself always. Mask and
-    positions are not waited for: they were there before a kernel that waited in the usual way.
+    positions are not waited for: they were there before the pass's first product, which waited for all before it.
     """
     if EARLY:
         gdc_launch_dependents()

@@ -144,6 +144,10 @@ class PromptPass:
             if reason := reason_against(functools.partial(measures[part], run), tolerance, "states"):
                 del self._fused[part]
                 warnings.warn(f"the {part} runs by its own forward, which is slower: {reason}", stacklevel=3)
+        if self._fused and (reason := reason_against(lambda: self._error(batch), tolerance, "states")):
+            parts = " and the ".join(self._fused)
+            warnings.warn(f"the {parts} run by their own forward, which is slower: {reason}", stacklevel=3)
+            self._fused = {}
         return self.agrees(batch)
 
     def _error(self, batch: dict[str, Tensor]) -> float:

@@ -17,8 +17,8 @@ from llmslm.models.projector import Projector
 ReadingPass = Callable[[Tensor, Tensor], Passed]
 """Of prompts and their mask."""
 _PROMPT, _STEPS = 5, 3
-_LONG_PROMPT = 32
-_BATCHES = (2, 5)  # of such prompts: few tokens and many go through different kernels
+_PROMPTS = ((2, 32), (1, 128), (5, 32))
+"""Prompts, and their tokens: few tokens go through other kernels than many, and attention has some for each length."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 _ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not
 
@@ -35,15 +35,15 @@ def relative_difference(model: PreTrainedModel, decoder: Decoder, start: int, ba
     return _difference(*run(model, decoder, state, ids, start))
 
 
-def prompt_difference(model: PreTrainedModel, decoder: Decoder, batches: Sequence[int] = _BATCHES) -> float:
+def prompt_difference(model: PreTrainedModel, decoder: Decoder, shapes: Sequence[tuple[int, int]] = _PROMPTS) -> float:
     """The same of the lean pass over prompts, of ids and of embeddings: its logits, or what it puts into the caches."""
     differences = []
-    for batch in batches:
-        ids, mask = _prompts(batch, decoder.shape.vocabulary, model.device, decoder.max_positions)
+    for shape in shapes:
+        ids, mask = _prompts(shape, decoder.shape.vocabulary, model.device, decoder.max_positions)
         for prompt in (ids, model.get_input_embeddings()(ids)):
             logits, caches = [], []
             for kind in (prefill_for, CausalPrefill):
-                state = _state(decoder, batch, mask.shape[1], 0)
+                state = _state(decoder, mask.shape[0], mask.shape[1], 0)
                 logits.append(kind(model, decoder, state)(prompt, mask))
                 caches.append(_attended(state.cache, mask))
             differences += [_difference(*logits), _difference(*caches)]
@@ -63,8 +63,8 @@ def reading_difference(
         embedded: whether they read embeddings, not ids.
     """
     differences = []
-    for batch in _BATCHES:
-        ids, mask = _prompts(batch, decoder.shape.vocabulary, model.device, decoder.max_positions)
+    for shape in _PROMPTS:
+        ids, mask = _prompts(shape, decoder.shape.vocabulary, model.device, decoder.max_positions)
         mask = mask.flip(1)
         prompt = model.get_input_embeddings()(ids) if embedded else ids
         lean, own = (reads(prompt, mask) for reads in passes)
@@ -82,8 +82,8 @@ def reading_difference(
 def encoded_difference(encoder: Encoder, lean: Callable[[Tensor, Tensor], Tensor]) -> float:
     """The same of a lean pass of an encoder over right-padded prompts: of its states."""
     differences = []
-    for batch in _BATCHES:
-        ids, mask = _prompts(batch, encoder.model.config.vocab_size, encoder.model.device, encoder.max_positions)
+    for shape in _PROMPTS:
+        ids, mask = _prompts(shape, encoder.model.config.vocab_size, encoder.model.device, encoder.max_positions)
         mask = mask.flip(1)
         own, _ = encoder(ids, mask, mask - 1)
         differences.append(_difference(lean(ids, mask)[mask.bool()], own[mask.bool()]))
@@ -94,8 +94,8 @@ def encoded_difference(encoder: Encoder, lean: Callable[[Tensor, Tensor], Tensor
 def projected_difference(projector: Projector, lean: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> float:
     """The same of a lean pass of the projector, on random states of this dtype and their mask."""
     differences, device = [], next(projector.parameters()).device
-    for batch in _BATCHES:
-        _, mask = _prompts(batch, 1, device)
+    for shape in _PROMPTS:
+        _, mask = _prompts(shape, 1, device)
         mask, generator = mask.flip(1), torch.Generator().manual_seed(0)
         states = torch.randn(*mask.shape, projector.encoder_hidden_size, generator=generator).to(device, dtype)
         differences.append(_difference(*(passed(states, mask)[mask.bool()] for passed in (lean, projector))))
@@ -128,10 +128,15 @@ def reason_against(measure: Callable[[], float], tolerance: float, what: str = "
 
 
 def _prompts(
-    batch: int, vocabulary: int, device: torch.device, max_positions: int | None = None
+    shape: tuple[int, int], vocabulary: int, device: torch.device, max_positions: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Random ids and their mask, (batch, length); the first row is padded on the left."""
-    length = min(_LONG_PROMPT, max_positions or _LONG_PROMPT)
+    """Random ids and their mask, (batch, length); the first row is padded on the left.
+
+    Where there are fewer positions there are more rows, so that there are as many tokens.
+    """
+    batch, length = shape
+    if max_positions is not None and max_positions < length:
+        batch, length = -(-batch * length // max_positions), max_positions
     ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids)
     mask[0, : length // 2] = 0

@@ -78,7 +78,7 @@ class TorchStep:
         rules.choose(logits, self.state)
         self.state.move_on()
 
-    def report(self) -> None:
+    def tell(self) -> None:
         """Tell the host of the token just taken, where `take_largest` does so; here the host looks at the state."""
 
     def embedded(self) -> Tensor:

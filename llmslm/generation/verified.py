@@ -19,6 +19,7 @@ from llmslm.generation import memory
 from llmslm.generation.acceptance import LONGEST, Acceptance
 from llmslm.generation.choice import Choice
 from llmslm.generation.engine import DecodeEngine
+from llmslm.generation.graphs import Turns
 from llmslm.generation.products import fast_products
 from llmslm.generation.sampling import Sampling, start_token
 from llmslm.generation.side import Side
@@ -26,6 +27,7 @@ from llmslm.generation.state import capacity_bucket, padded_batch, prompt_bucket
 from llmslm.generation.verified_block import places
 from llmslm.generation.verified_loop import VerifiedLoop, VerifiedTokens
 from llmslm.generation.verified_prompt import PromptReader
+from llmslm.generation.words import MOST_NEW
 from llmslm.models.encoder import pad_right
 from llmslm.models.modeling import LlmToSlm
 from llmslm.models.shared_encoder import SharedEncoder
@@ -60,6 +62,7 @@ class VerifiedEngine:
         self._alone = DecodeEngine(llm)
         self._slm = DecodeEngine(draft.slm)
         self.fixed = llm.device.type == "cuda"
+        self._turns = Turns(llm.device)
         self._reader = PromptReader(llm, self.encoder, draft, (self._alone.decoder, self._slm.decoder))
         self._loops: OrderedDict[tuple[Any, ...], VerifiedLoop] = OrderedDict()
         self._lengths: dict[tuple[Any, ...], tuple[int, int]] = {}  # of both prompts, by the shapes of a batch
@@ -87,10 +90,14 @@ class VerifiedEngine:
             sampling: how the LLM's tokens are drawn; its most probable ones are taken if not given.
             on_first_token: called once the first tokens of the batch are known.
             on_tokens: called with (batch, n) tokens on the CPU as they come; put side by side, they are the result.
-            slm_side: the rest of the batch: what `LlmToSlm.slm_inputs` takes for the slm.
+            slm_side: the rest of the batch: what `LlmToSlm.slm_inputs` takes for the slm; input_ids of an
+                encoder-decoder are padded on the right.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} was given; it must be at least 1")
+        if not 1 <= max_new_tokens <= MOST_NEW:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} was given; it must be at least 1, verified at most {MOST_NEW}"
+            )
+        self._turns.take()
         prompt_ids, prompt_mask = pad_right(prompt_ids, prompt_attention_mask)
         start = 1 if self.llm.config.is_encoder_decoder else prompt_ids.shape[1]
         reason = self._reason(start + max_new_tokens)

@@ -73,7 +73,7 @@ class VerifiedLoop:
     def __init__(self, llm: Side, draft: Side, choice: Choice, *, fixed: bool) -> None:
         self.llm, self.draft, self.choice, self.fixed = llm, draft, choice, fixed
         self.block = block_for(llm, draft, choice)
-        self.reports = reports_for(self.block)
+        self.reports = reports_for(self.block) if fixed else SeenReports(self.block)
         cost, sizes = cost_of_drafting(llm, draft), GRAPHED if fixed else range(SHORTEST, LONGEST + 1)
         self.times = {size: 1 + cost * size for size in sizes}
         self._graphs: dict[int, Captured] = {}

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MOST_NEW = 2**18 - 1
+"""Tokens of a row that a report of verified decoding has room for."""
 _NUMBERS = 2**30 - 1  # of calls, then they begin again: a word has room for no more
 _PAYLOAD = 2**33 - 1
 _TOKEN = 2**32 - 1
@@ -35,9 +37,7 @@ class Words:
         """(capacity, batch), in memory of the host that the device writes to."""
         self.number = torch.zeros((), dtype=torch.long, device=device)
         """Of the call, on the device."""
-        # torch learns by a copy that this stream uses the memory: given up, it goes to nobody before the kernels that
-        # are launched by then have ended.
-        self.number.copy_(self.buffer[0, 0], non_blocking=True)
+        self._stream: torch.cuda.Stream | None = None
         self._view = self.buffer.view(-1).numpy().data  # looks cost a tenth of what they cost by numpy
 
     def begin(self) -> None:
@@ -46,6 +46,11 @@ class Words:
         The host sets the number, in turn with the kernels that it launches; the device would count captures, and calls
         that broke off, as calls.
         """
+        if self.device.type == "cuda" and (stream := torch.cuda.current_stream(self.device)) != self._stream:
+            # torch learns by a copy that this stream uses the memory: given up, it goes to nobody before the kernels
+            # that are launched by then have ended.
+            self.number.copy_(self.buffer[0, 0], non_blocking=True)
+            self._stream = stream
         self._number = self._number % _NUMBERS + 1
         self.number.fill_(self._number)
 

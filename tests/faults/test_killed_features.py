@@ -53,7 +53,12 @@ def write_on_two_ranks(folder, name, **settings):
 
 def shards(folder, name):
     """The shards of a cache by name, with their content."""
-    return {str(path.relative_to(folder / name)): path.read_bytes() for path in (folder / name).rglob("[0-9]*.saf*")}
+    while True:
+        try:
+            found = sorted((folder / name).rglob("[0-9]*.saf*"))
+            return {str(path.relative_to(folder / name)): path.read_bytes() for path in found}
+        except FileNotFoundError:  # what is written was renamed meanwhile
+            continue
 
 
 def test_sigkill_in_the_middle_and_again(folder):

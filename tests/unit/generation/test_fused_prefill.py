@@ -82,7 +82,7 @@ def test_logits_caches_and_places_are_those_of_the_models_own_forward(family, em
 @torch.no_grad()
 def test_short_and_long_prompts_in_16_bits_differ_by_rounding(family):
     model = tiny(family).to(DEVICE, HALF)
-    for batch, length in [(1, 60), (2, 17)]:
+    for batch, length in [(1, 60), (2, 17), (1, 120)]:
         inputs = {name: value.to(DEVICE) for name, value in prompts(model, batch, length).items()}
         (short, state), _ = both(model, *inputs.values())
         with fused_rows.left_out():
@@ -96,8 +96,8 @@ def test_what_prompts_short_kernels_read():
         return fused_rows.suits_prompts(torch.empty(rows, width, dtype=dtype, device="meta"), centred=centred)
 
     assert suit(fused_rows.PROMPT_ROWS, 2048)
-    assert suit(64, 64, centred=True)
-    assert not suit(65, 64, centred=True)
+    assert suit(fused_rows._CENTRED_PROMPT_ROWS, 64, centred=True)
+    assert not suit(fused_rows._CENTRED_PROMPT_ROWS + 1, 64, centred=True)
     assert not suit(fused_rows.PROMPT_ROWS + 1, 64)
     assert not suit(8, 2049)
     assert not suit(8, 64, torch.float32)

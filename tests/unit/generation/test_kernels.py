@@ -403,7 +403,7 @@ def test_the_host_is_told_of_each_token(mode: str, eos: list[int]) -> None:
     else:
         rules.choose(logits, state)
         state.move_on()
-        step.report()
+        step.tell()
     if COMPILED:
         torch.cuda.synchronize()
     expected = torch.full((6, 4), -1)

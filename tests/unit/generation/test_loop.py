@@ -114,6 +114,18 @@ def test_the_first_token_is_told_as_soon_as_it_is_known(device) -> None:
     assert told == [(2, 1 if device.late else 0)]
 
 
+def test_a_step_has_come_when_all_its_rows_have() -> None:
+    words = words_module.StepWords(3, 2, torch.device("cpu"))
+    for _ in range(2):
+        words.begin()
+    for row, number in ((0, 2), (1, 1), (2, 2)):  # that of row 1 is left from the call before
+        words.buffer[0, row] = (number << 33) | (1 << 32) | row
+        assert not words._has_come(0)
+    words.buffer[0, 1] = (2 << 33) | 7
+    assert words.wait(0, 1) == (1, False)
+    assert words.tokens(0, 1).tolist() == [[0], [7], [2]]
+
+
 def test_words_of_earlier_calls_are_not_taken_for_this_ones(device) -> None:
     """Neither those of all its steps nor those that the last steps of the call before write while it runs."""
     words = device.words
