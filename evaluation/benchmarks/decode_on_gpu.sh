@@ -1,7 +1,7 @@
 #!/bin/sh
 # All that is measured of decoding on one GPU, in some thirteen minutes: the tests of graphs and kernels, predicted against
 # measured memory of four shapes, the sweeps of batch, prompt and output length (break-even), all arms side by side, the
-# waterfall from generate(), growth of memory over 1,000 prompts, products of a few rows, a block of the verified mode.
+# waterfall from generate(), growth of memory over 1,000 prompts, products of a few rows, passes over prompts, a block of the verified mode.
 #
 #     sh evaluation/benchmarks/decode_on_gpu.sh FOLDER     # records, the curve and the log of the tests go there
 #
@@ -45,6 +45,7 @@ step waterfall 180 "$python" -m evaluation.benchmarks.waterfall --device "$devic
 step growth 120 "$python" -m evaluation.benchmarks.memory_growth --device "$device" --shape "${SMALL:-llama-4x512}" \
   --prompts "${COUNT:-1000}" --out "$out/h200-growth.json"
 step row-products 240 "$python" -m evaluation.benchmarks.row_products --out "$out/h200-row-products.json"
+step prompt-passes 120 "$python" -m evaluation.benchmarks.prompt_passes --out "$out/h200-prompt-passes.json"
 step verified 120 "$python" -m evaluation.benchmarks.verified_block --device "$device" --llm "${VERIFIER:-llama-24x576}" \
   --slm "${DRAFTER:-llama-4x256}" --out "$out/h200-verified-block.json"
 exit $failed

@@ -229,7 +229,7 @@ def linear(
     norm: Norm | None = None,
     residual: Tensor | None = None,
     *,
-    most: int = fused_rows.PROMPT_ROWS,
+    most: int | None = None,
     waits: bool = False,
 ) -> Tensor:
     """activation(linear(norm(x))) + residual, for x (rows, inputs); by one kernel, if there is one for that many rows.
@@ -239,11 +239,11 @@ def linear(
         linear: see `Linear`.
         norm: of x, before.
         residual: (rows, outputs), added.
-        most: rows up to which that kernel is taken.
+        most: rows up to which that kernel is taken; those of prompts if not given.
         waits: whether all that was launched before is to have ended when it starts: then those behind it, which start
             early, may count on that.
     """
-    if fused_rows.suits(x, linear, norm, most):
+    if fused_rows.suits(x, linear, norm, fused_rows.PROMPT_ROWS if most is None else most):
         return fused_rows.rows_product(x, linear, norm, residual, {"EARLY": x.is_cuda} if waits else _early(x))
     y = product(joined(x, None, norm)[1], linear)
     if linear.activation is not None or linear.gated:
