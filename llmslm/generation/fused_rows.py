@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ _LONG_OUTPUTS = 16  # of a program then: what one instruction of the matrix unit
 _MANY_OUTPUTS = 8192  # from here on a program gives more outputs: a wave of programs reads each row of inputs
 _REGISTERS = 216  # of a thread for weights and inputs: with more of them it has to put some away (at 255 in all)
 _trusted = True
+_left_out = ContextVar("left_out", default=False)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def suits(x: Tensor, linear: Linear, norm: Norm | None, most: int = MOST_ROWS) -
     rows, inputs = x.shape
     fits = inputs <= _NARROW if rows <= FEW_ROWS else inputs <= _WIDEST or (bare and rows <= MOST_ROWS)
     centred = rows == 1 and norm is not None and norm.centred
-    return _trusted and halves and rows <= most and fits and not centred
+    return _are_used() and halves and rows <= most and fits and not centred
 
 
 def suits_prompts(x: Tensor, *, centred: bool) -> bool:
@@ -84,7 +86,7 @@ def suits_prompts(x: Tensor, *, centred: bool) -> bool:
         centred: whether norms are layer norms.
     """
     (rows, width), most = x.shape, _CENTRED_PROMPT_ROWS if centred else PROMPT_ROWS
-    return _trusted and rows <= most and width <= _WIDEST and x.dtype in (torch.bfloat16, torch.float16)
+    return _are_used() and rows <= most and width <= _WIDEST and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -95,13 +97,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Compute these products the slower way for a while."""
-    global _trusted
-    before, _trusted = _trusted, False
+    """Compute these products the slower way for a while, in this thread."""
+    before = _left_out.set(True)
     try:
         yield
     finally:
-        _trusted = before
+        _left_out.reset(before)
+
+
+def _are_used() -> bool:
+    return _trusted and not _left_out.get()
 
 
 def try_out(measure: Callable[[], float], tolerance: float) -> None:
