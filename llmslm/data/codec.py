@@ -1,6 +1,5 @@
 """Text to batches and ids to text, for one system: the same code serves training, evaluation and generation."""
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from llmslm.data.overlap import TokenSpans, kept_text, spans
+from llmslm.data.tokenising import description, encode, encode_ids
 from llmslm.errors import UserError
 from llmslm.models.alignment import HIDES_PROMPT
 from llmslm.models.packing import document_positions
@@ -268,7 +268,7 @@ class Codec:
 
     def signature(self) -> str:
         """Hash everything that decides about the rows, for caches of tokenised data."""
-        tokenizers = [_description(tokenizer) for tokenizer in self._tokenizers()]
+        tokenizers = [description(tokenizer) for tokenizer in self._tokenizers()]
         settings = (self.text_format, self.is_encoder_decoder, self.decoder_start_token_id, self.has_encoder)
         text = "\0".join([*tokenizers, repr(settings), self.prompt_layout, str(self.pad_id)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -277,7 +277,7 @@ class Codec:
         """Hash everything that decides about the encoder's tokens, for caches of its states."""
         tokenizer, form = self.encoder_tokenizer or self.slm_tokenizer, self.text_format
         text = "\0".join(
-            [_description(tokenizer), form.prompt_template, str(form.max_prompt_tokens), str(form.truncate_prompt)]
+            [description(tokenizer), form.prompt_template, str(form.max_prompt_tokens), str(form.truncate_prompt)]
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -287,7 +287,7 @@ class Codec:
     def _encode_prompts(self, prompts: Sequence[str]) -> list[Row]:
         tokenizer = self.encoder_tokenizer or self.slm_tokenizer
         texts = [self.text_format.prompt_template.replace("{prompt}", prompt) for prompt in prompts]
-        encoded = _encode(tokenizer, texts) if self._needs_characters else _encode_ids(tokenizer, texts)
+        encoded = encode(tokenizer, texts) if self._needs_characters else encode_ids(tokenizer, texts)
         lengths = [len(ids) for ids in encoded.input_ids]
         if max(lengths, default=0) > self.text_format.max_prompt_tokens:
             encoded = self._cut(tokenizer, texts, lengths)
@@ -313,7 +313,7 @@ class Codec:
         side = self.text_format.truncate_prompt or "right"
         pairs = zip(texts, encoded.encodings, cuts, strict=True)
         kept = [kept_text(text, encoding, side) if cut else (text, 0) for text, encoding, cut in pairs]
-        own = _encode(self.slm_tokenizer, [text for text, _ in kept])
+        own = encode(self.slm_tokenizer, [text for text, _ in kept])
         rows = [{"input_prompt_ids": ids} for ids in own.input_ids]
         if self.prompt_layout == "offsets":
             for row, tokens, states, (_, begin) in zip(rows, own.encodings, encoded.encodings, kept, strict=True):
@@ -331,7 +331,7 @@ class Codec:
             )
         previous, tokenizer.truncation_side = tokenizer.truncation_side, side
         try:
-            return _encode(tokenizer, texts, truncation=True, max_length=limit)
+            return encode(tokenizer, texts, truncation=True, max_length=limit)
         finally:
             tokenizer.truncation_side = previous
 
@@ -342,7 +342,7 @@ class Codec:
             encoded = self.slm_tokenizer(text_target=list(targets)).input_ids
             encoded = [ids[1:] if ids and ids[0] == start else ids for ids in encoded]
         else:
-            encoded = _encode(self.slm_tokenizer, list(targets), add_special_tokens=False).input_ids
+            encoded = encode(self.slm_tokenizer, list(targets), add_special_tokens=False).input_ids
         return [(ids if ids and ids[-1] == eos else [*ids, eos])[:limit] for ids in encoded]
 
     def _packed_prompts(
@@ -502,42 +502,3 @@ def targets_of(labels: Tensor, room: int = 0) -> dict[str, Tensor]:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return an id to pad with: any will do, since masks come from lengths."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
-
-
-def _description(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return all that decides about a text's tokens; the length to which the last text was cut is no part of it."""
-    if not tokenizer.is_fast:
-        return repr(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    described: str = backend.to_str()
-    return described
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], **kwargs: Any) -> BatchEncoding:
-    return tokenizer(texts, return_attention_mask=False, verbose=False, **kwargs)
-
-
-def _encode_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> BatchEncoding:
-    """Do what `_encode` does where nobody asks for the characters of tokens, in half of the time."""
-    if not _is_plain(tokenizer.__class__):
-        return _encode(tokenizer, texts)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    if backend.encode_special_tokens != tokenizer.split_special_tokens:
-        backend.encode_special_tokens = tokenizer.split_special_tokens
-    # one text alone is not worth the threads of a batch
-    encodings = backend.encode_batch_fast(texts) if len(texts) > 1 else [backend.encode(text) for text in texts]
-    return BatchEncoding({"input_ids": [encoding.ids for encoding in encodings]})
-
-
-@functools.cache
-def _is_plain(kind: type[PreTrainedTokenizerBase]) -> bool:
-    """Whether tokenizers of a kind hand texts to their backend as all do: none of the methods that do is its own."""
-    if not issubclass(kind, PreTrainedTokenizerFast) or hasattr(kind, "_switch_to_input_mode"):
-        return False
-    names = ("__call__", "_encode_plus", "set_truncation_and_padding")
-    found = [(getattr(kind, name, None), getattr(PreTrainedTokenizerFast, name, None)) for name in names]
-    return all(ours is base is not None for ours, base in found)
