@@ -14,6 +14,48 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
+def _angles(cos_ptr, sin_ptr, angle, within, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY: tl.constexpr):
+    """Rows of the tables of angles, (places, WIDTH) each."""
+    at = angle[:, None] * D + tl.arange(0, WIDTH)[None, :]
+    cos, sin = at * 0.0, at * 0.0
+    if ROTARY:
+        cos, sin = tl.load(cos_ptr + at, mask=within, other=0.0), tl.load(sin_ptr + at, mask=within, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def _turned_heads(
+    base, stride, within, cos, sin, gain, turned_gain, eps, D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr
+):
+    """One head at each of some places, (places, width), `stride` apart: normed, and rotated by `_angles`."""
+    p, d = tl.arange(0, within.shape[0])[:, None], tl.arange(0, within.shape[1])[None, :]
+    half: tl.constexpr = D // 2
+    x = tl.load(base + p * stride + d, mask=within, other=0.0).to(tl.float32)
+    if ROTARY:
+        y = tl.load(base + p * stride + tl.where(d < half, d + half, d - half), mask=within, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        x = x * rstd * gain[None, :]
+        if ROTARY:
+            y = y * rstd * turned_gain[None, :]
+    if ROTARY:
+        x = x * cos + tl.where(d < half, -y, y) * sin
+    return x
+
+
+@triton.jit
+def _gains(norm_weight, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
+    """A norm's weights of a head, and those that a rotation brings to the same places."""
+    d = tl.arange(0, WIDTH)
+    gain, turned = d * 0.0, d * 0.0
+    if NORM:
+        half: tl.constexpr = D // 2
+        gain = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
+        turned = tl.load(norm_weight + tl.where(d < half, d + half, d - half), mask=d < D, other=0.0).to(tl.float32)
+    return gain, turned
+
+
+@triton.jit
 def _heads(
     base,
     stride,
@@ -23,32 +65,16 @@ def _heads(
     cos_ptr,
     sin_ptr,
     eps,
-    PLACES: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     NORM: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
-    """One head of D values at each of PLACES places, normed and rotated by the angles of these rows of the tables."""
-    p, d = tl.arange(0, PLACES), tl.arange(0, WIDTH)
-    at = p[:, None] * stride
-    within = inside[:, None] & (d < D)[None, :]
-    x = tl.load(base + at + d[None, :], mask=within, other=0.0).to(tl.float32)
-    if NORM:
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)
-        x = x * rstd[:, None] * tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    if ROTARY:
-        half: tl.constexpr = D // 2
-        partner = tl.where(d < half, d + half, d - half)
-        y = tl.load(base + at + partner[None, :], mask=within, other=0.0).to(tl.float32)
-        if NORM:
-            y = y * rstd[:, None] * tl.load(norm_weight + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        y = tl.where((d < half)[None, :], -y, y)
-        turned = angle[:, None] * D + d[None, :]
-        x = x * tl.load(cos_ptr + turned, mask=within, other=0.0) + y * tl.load(
-            sin_ptr + turned, mask=within, other=0.0
-        )
-    return x
+    """One head of D values at each of some places, normed and rotated by the angles of these rows of the tables."""
+    within = inside[:, None] & (tl.arange(0, WIDTH) < D)[None, :]
+    cos, sin = _angles(cos_ptr, sin_ptr, angle, within, D, WIDTH, ROTARY)
+    gain, turned_gain = _gains(norm_weight, D, WIDTH, NORM)
+    return _turned_heads(base, stride, within, cos, sin, gain, turned_gain, eps, D, NORM, ROTARY)
 
 
 @triton.jit
@@ -106,9 +132,9 @@ def block_attention_kernel(
     angle = tl.minimum(start + p, angles - 1)
     seen, own = p <= place, p == place
     q_at, k_at, v_at = qkv + head * D, qkv + (HEADS + kv_head) * D, qkv + (HEADS + KV_HEADS + kv_head) * D
-    q = _heads(q_at, wide, angle, own, q_norm, cos_ptr, sin_ptr, eps, PLACES, D, WIDTH, NORM, ROTARY)
+    q = _heads(q_at, wide, angle, own, q_norm, cos_ptr, sin_ptr, eps, D, WIDTH, NORM, ROTARY)
     q = tl.sum(tl.where(own[:, None], q, 0.0), axis=0) * scale
-    k = _heads(k_at, wide, angle, seen, k_norm, cos_ptr, sin_ptr, eps, PLACES, D, WIDTH, NORM, ROTARY)
+    k = _heads(k_at, wide, angle, seen, k_norm, cos_ptr, sin_ptr, eps, D, WIDTH, NORM, ROTARY)
     k = k.to(keys_ptr.dtype.element_ty)
     v = tl.load(v_at + p[:, None] * wide + d[None, :], mask=seen[:, None] & d_in[None, :], other=0.0)
     if head % group == 0:

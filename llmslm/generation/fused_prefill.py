@@ -234,11 +234,13 @@ def linear(
 ) -> Tensor:
     """activation(linear(norm(x))) + residual, for x (rows, inputs); by one kernel, if there is one for that many rows.
 
+    Arguments as for `fused_rows.rows_product`, and:
+
     Args:
         x: contiguous.
         linear: see `Linear`.
-        norm: of x, before.
-        residual: (rows, outputs), added.
+        norm: of x.
+        residual: what is added.
         most: rows up to which that kernel is taken; those of prompts if not given.
         waits: whether all that was launched before is to have ended when it starts: then those behind it, which start
             early, may count on that.

@@ -7,13 +7,13 @@ than 32 bits can count.
 
 # Triton reads a kernel's annotations as types of its own; branches on constants cost nothing once compiled.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# ruff: noqa: ANN001, ANN201, ANN202
+# ruff: noqa: ANN001, ANN201
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from llmslm.generation.block_kernels import _heads
+from llmslm.generation.block_kernels import _angles, _gains, _heads, _turned_heads
 from llmslm.generation.kernels import _activated, _normed
 
 
@@ -149,14 +149,14 @@ def split_heads_kernel(
     base = qkv_ptr + first * wide + head * D
     out = token[:, None] * (HEADS * D) + d[None, :]
     if head < HEADS:
-        q = _heads(base, wide, angle, inside, q_norm, cos_ptr, sin_ptr, q_eps, PLACES, D, WIDTH, Q_NORM, ROTARY)
+        q = _heads(base, wide, angle, inside, q_norm, cos_ptr, sin_ptr, q_eps, D, WIDTH, Q_NORM, ROTARY)
         tl.store(q_ptr + out + head * D, q, mask=within)
     else:
         kv_head = (head - HEADS) % KV_HEADS
         slots = ((token // length) * KV_HEADS + kv_head) * capacity + token % length
         slot_at = slots[:, None] * D + d[None, :]
         if head < HEADS + KV_HEADS:
-            k = _heads(base, wide, angle, inside, k_norm, cos_ptr, sin_ptr, k_eps, PLACES, D, WIDTH, K_NORM, ROTARY)
+            k = _heads(base, wide, angle, inside, k_norm, cos_ptr, sin_ptr, k_eps, D, WIDTH, K_NORM, ROTARY)
             tl.store(keys_ptr + slot_at, k, mask=within)
             if group > 1:
                 for member in tl.static_range(group):
@@ -167,48 +167,6 @@ def split_heads_kernel(
             if group > 1:
                 for member in tl.static_range(group):
                     tl.store(wide_values_ptr + out + (kv_head * group + member) * D, v, mask=within)
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, angle, within, D: tl.constexpr, WIDTH: tl.constexpr, ROTARY: tl.constexpr):
-    """Rows of the tables of angles, (places, WIDTH) each."""
-    at = angle[:, None] * D + tl.arange(0, WIDTH)[None, :]
-    cos, sin = at * 0.0, at * 0.0
-    if ROTARY:
-        cos, sin = tl.load(cos_ptr + at, mask=within, other=0.0), tl.load(sin_ptr + at, mask=within, other=0.0)
-    return cos, sin
-
-
-@triton.jit
-def _turned_heads(
-    base, stride, within, cos, sin, gain, turned_gain, eps, D: tl.constexpr, NORM: tl.constexpr, ROTARY: tl.constexpr
-):
-    """One head at each of some places, (places, width), `stride` apart: normed, and rotated by `_angles`."""
-    p, d = tl.arange(0, within.shape[0])[:, None], tl.arange(0, within.shape[1])[None, :]
-    half: tl.constexpr = D // 2
-    x = tl.load(base + p * stride + d, mask=within, other=0.0).to(tl.float32)
-    if ROTARY:
-        y = tl.load(base + p * stride + tl.where(d < half, d + half, d - half), mask=within, other=0.0).to(tl.float32)
-    if NORM:
-        rstd = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
-        x = x * rstd * gain[None, :]
-        if ROTARY:
-            y = y * rstd * turned_gain[None, :]
-    if ROTARY:
-        x = x * cos + tl.where(d < half, -y, y) * sin
-    return x
-
-
-@triton.jit
-def _gains(norm_weight, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr):
-    """A norm's weights of a head, and those that a rotation brings to the same places."""
-    d = tl.arange(0, WIDTH)
-    gain, turned = d * 0.0, d * 0.0
-    if NORM:
-        half: tl.constexpr = D // 2
-        gain = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
-        turned = tl.load(norm_weight + tl.where(d < half, d + half, d - half), mask=d < D, other=0.0).to(tl.float32)
-    return gain, turned
 
 
 @triton.jit
