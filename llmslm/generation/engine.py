@@ -396,7 +396,8 @@ class DecodeEngine:
         with fused_rows.left_out():
             reason = reason_against(difference, tolerance_for(decoder))
         if reason is None:
-            fused_rows.try_out(difference, tolerance_for(decoder))
+            if fused_rows.suits_prompts(decoder.embedding[:1], centred=False):
+                fused_rows.try_out(difference, tolerance_for(decoder))
             return decoder
         warnings.warn(f"prompts go through the model's own forward, which is slower: {reason}", stacklevel=3)
         return replace(decoder, reads_prompts=False)

@@ -20,7 +20,7 @@ from llmslm.generation.families import UnreadableModelError, sliding_window
 from llmslm.generation.graphs import MOST_TOKENS, Captured
 from llmslm.generation.plan import Decoder
 from llmslm.generation.self_check import encoded_difference, projected_difference, reason_against, tolerance_of
-from llmslm.generation.state import padded_batch, prompt_bucket
+from llmslm.generation.state import prompt_bucket
 from llmslm.models.encoder import Encoder
 from llmslm.models.modeling import LlmToSlm
 
@@ -88,12 +88,6 @@ class PromptPass:
             return longest
         return {name: self._length(name, length) for name, length in longest.items()}
 
-    def padded(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Pad a batch to these lengths that has been made without them."""
-        if not self._pays(*_sizes(batch)):
-            return batch
-        return padded_batch(batch, self._length, left=not self._encoder_decoder)
-
     def is_captured(self, batch: dict[str, Tensor]) -> bool:
         """Say whether there is a graph for a batch as `__call__` takes it, which then needs no further memory."""
         if not self._trusted or not self._pays(*_sizes(batch)):
@@ -105,7 +99,7 @@ class PromptPass:
         """Return what the bare slm takes for its prefill; valid until the next call, which `System`'s lock holds back.
 
         Args:
-            batch: of the codec, of these `lengths` or `padded`; on any device, since a graph copies it.
+            batch: of the codec, of these `lengths`; on any device, since a graph copies it.
         """
         if not self._pays(*_sizes(batch)):
             return self._own(batch)

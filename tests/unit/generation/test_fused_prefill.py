@@ -25,7 +25,7 @@ from llmslm.models.shared_encoder import SharedEncoder
 from tests import tiny as tiny_models
 from tests.unit.generation.families import BUILD, EOS, PAD, VOCABULARY, by_generate, prompts, tiny
 from tests.unit.generation.test_kernels import COMPILED, DEVICE, HALF, _few_programs, graph_loop  # noqa: F401
-from tests.unit.generation.test_prompt_pass import attended, batch_of
+from tests.unit.generation.test_prompt_pass import attended, batch_of, padded_for
 from tests.unit.generation.test_verified import batch as sides_of
 from tests.unit.generation.test_verified import engine as verified_engine
 from tests.unit.models.compositions import compose
@@ -215,7 +215,7 @@ def test_a_pass_that_differs_or_fails_is_done_without(by_kernels, monkeypatch):
 def test_a_composition_is_encoded_by_it(encoder, slm, by_kernels, tmp_path):
     model = compose(encoder, slm, tmp_path).to(DEVICE)
     run, batch = PromptPass(model), batch_of(model, device=DEVICE)
-    padded = run.padded(batch)
+    padded = padded_for(run, batch)
     result = attended(run(padded))
     assert run._trusted
     assert "encoder" in run._fused
@@ -228,7 +228,7 @@ def test_an_encoder_whose_states_differ_runs_by_its_own_forward(by_kernels, monk
     original = FusedDecoder.__call__
     monkeypatch.setattr(FusedDecoder, "__call__", lambda *args, **kwargs: original(*args, **kwargs) * 1.1)
     run, batch = PromptPass(model), batch_of(model, device=DEVICE)
-    padded = run.padded(batch)
+    padded = padded_for(run, batch)
     with pytest.warns(UserWarning, match="the encoder runs by its own forward"):
         result = attended(run(padded))
     assert run._trusted

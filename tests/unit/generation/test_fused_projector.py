@@ -16,7 +16,7 @@ from llmslm.models.projector import TransformerProjector
 from tests.unit.generation.families import VOCABULARY
 from tests.unit.generation.test_fused_prefill import by_kernels  # noqa: F401
 from tests.unit.generation.test_kernels import COMPILED, DEVICE, HALF
-from tests.unit.generation.test_prompt_pass import attended, batch_of
+from tests.unit.generation.test_prompt_pass import attended, batch_of, padded_for
 from tests.unit.generation.test_verified import engine as verified_engine
 from tests.unit.models.compositions import compose
 
@@ -68,7 +68,7 @@ def test_a_composition_reads_on_by_it(encoder, slm, by_kernels, monkeypatch, tmp
     model = compose(encoder, slm, tmp_path, projector=KIND).to(DEVICE)
     drawn(model.projector)
     run, batch = PromptPass(model), batch_of(model, 2, DEVICE)
-    result = attended(run(run.padded(batch)))
+    result = attended(run(padded_for(run, batch)))
     assert run._trusted
     assert run._fused.keys() == ({"projector"} if encoder == "bert" else {"encoder", "projector"})
     torch.testing.assert_close(result, attended(model.slm_inputs(**batch)), rtol=1e-4, atol=1e-4)
@@ -82,7 +82,7 @@ def test_a_projector_whose_states_differ_runs_by_its_own_forward(by_kernels, mon
     monkeypatch.setattr(FusedStack, "__init__", lambda self, stack, **_: causal(self, stack))
     run, batch = PromptPass(model), batch_of(model, 2, DEVICE)
     with pytest.warns(UserWarning, match="the projector runs by its own forward, .*: states are off by"):
-        result = attended(run(run.padded(batch)))
+        result = attended(run(padded_for(run, batch)))
     assert run._fused.keys() == {"encoder"}
     torch.testing.assert_close(result, attended(model.slm_inputs(**batch)), rtol=1e-4, atol=1e-4)
 
@@ -110,7 +110,7 @@ def test_verified_prompts_are_projected_by_kernels(monkeypatch):
 def test_what_hooks_make_of_a_projectors_states_is_kept_by_a_twin(by_kernels, tmp_path):  # noqa: F811
     model = compose("llama", "llama", tmp_path, projector=KIND).to(DEVICE)
     run, batch = PromptPass(model), batch_of(model, 2, DEVICE)
-    padded, control = run.padded(batch), run.twin()
+    padded, control = padded_for(run, batch), run.twin()
     handle = model.projector.register_forward_hook(lambda _module, _inputs, states: torch.zeros_like(states))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
