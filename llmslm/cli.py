@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmslm.errors import UserError
 from llmslm.recipe import resolve_recipes
-from llmslm.writing import not_writable
+from llmslm.writing import not_writable, refuse_existing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -183,7 +183,7 @@ def _generate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stream", action="store_true", help="write the text as it comes, prompt by prompt")
     parser.add_argument("--input", help="file of prompts: .txt, one a line, or .jsonl with prompt and, if wanted, id")
-    parser.add_argument("--output", help=".jsonl for id, prompt and prediction; goes on where a stopped call was")
+    parser.add_argument("--output", help="new .jsonl for id, prompt and prediction; goes on where a stopped call was")
     parser.add_argument("--max-new-tokens", type=int, help="default: the system's target limit")
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument("--device", help="cpu, cuda, ...; default: cuda where there is one")
@@ -211,6 +211,8 @@ def _check_generate(options: argparse.Namespace) -> None:
         raise UserError("--input takes the prompts from a file and writes to one: leave out --stream and prompts")
     if options.input is not None and Path(options.output).suffix != ".jsonl":
         raise UserError(f"--output {options.output} was given; expected a name that ends in .jsonl")
+    if options.output is not None:  # before weights are read
+        refuse_existing(Path(options.output), "--output")
     for name, value in (("--batch-size", options.batch_size), ("--max-new-tokens", options.max_new_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{name} {value} was given; expected 1 or more")

@@ -1,10 +1,8 @@
 """Predictions for a file of prompts: batches of like length, memory that does not grow with the file, resumable."""
 
-import errno
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +17,7 @@ from llmslm.errors import UserError
 from llmslm.generation.int8 import weights
 from llmslm.generation.sampling import Sampling
 from llmslm.system import Generation, System
-from llmslm.writing import is_disk_full
+from llmslm.writing import is_disk_full, refuse_existing
 
 _WINDOW = 32  # batches that are read ahead and sorted by length
 
@@ -71,8 +69,8 @@ def predict_file(
         sampling: how tokens are drawn; each batch has a seed of its own.
 
     Raises:
-        UserError: for a line that is no prompt, before anything is predicted; for a prompt that is too long; if the
-            disk is full.
+        UserError: if `out` is there, or for a line that is no prompt, before anything is predicted; for a prompt that
+            is too long; if the disk is full.
     """
     total = sum(1 for _ in read_prompts(source))
     precision = sorted({str(weight.dtype) for weight in weights(system.model)})
@@ -133,11 +131,8 @@ def _read_lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _writable(out: Path, part: Path, source: Path) -> int:
     """Find out before hours of work whether `out` can be written; count the lines that are there already."""
+    refuse_existing(out, "--output")
     try:
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if out.exists() and out.samefile(source):
-            raise UserError(f"{out} is the file of the prompts, too; give another --output")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.open("ab").close()
     except OSError as error:

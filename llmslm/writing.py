@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import errno
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,20 @@ def file_aside(path: Path) -> Iterator[Path]:
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path, key: str) -> None:
+    """Refuse to write over what somebody made before.
+
+    Args:
+        path: where a file is to be written.
+        key: option that names it.
+
+    Raises:
+        UserError: if there is something.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists; give a file that does not ({key})")
 
 
 def make_readable(path: Path) -> None:

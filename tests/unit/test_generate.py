@@ -212,12 +212,26 @@ def test_a_refused_call_leaves_no_file(checkpoint, monkeypatch):
     assert not list(Path("new").iterdir())
 
 
+def test_what_is_there_stays(checkpoint, capsys):
+    write_prompts(3)
+    Path("out.jsonl").write_text("hours of work\n")
+    Path("link.jsonl").symlink_to("nowhere")
+    Path("folder.jsonl").mkdir()
+    given = ["generate", "--checkpoint", "nowhere", "--input", "in.jsonl", "--output"]
+    for name in ("out.jsonl", "link.jsonl", "folder.jsonl", "in.jsonl"):
+        line = fails(capsys, *given, name)
+        assert f"{name} exists; give a file that does not (--output)" in line, "before anything is read"
+    with pytest.raises(UserError, match=r"out\.jsonl exists"):
+        predict_file(System.load(checkpoint), Path("in.jsonl"), Path("out.jsonl"), max_new_tokens=4, batch_size=2)
+    assert Path("out.jsonl").read_text() == "hours of work\n"
+    assert not list(Path().glob(".out.jsonl.*"))
+
+
 def test_lines_of_other_prompts_are_not_taken_over(checkpoint):
     write_prompts(6)
     system, source, settings = System.load(checkpoint), Path("in.jsonl"), {"max_new_tokens": 4, "batch_size": 2}
     predict_file(system, source, Path("whole.jsonl"), **settings)
-    predict_file(system, source, Path("out.jsonl"), **settings)
-    lines = Path("out.jsonl").read_text().splitlines(keepends=True)
+    lines = Path("whole.jsonl").read_text().splitlines(keepends=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "replace", lambda *_: None)
         predict_file(system, source, Path("out.jsonl"), **settings)
@@ -252,7 +266,6 @@ def test_mistakes_in_a_file_are_named_with_their_line(checkpoint, capsys, name, 
 def test_mistakes_in_the_command_are_named(checkpoint, capsys):
     Path("in.txt").write_text("x\n")
     Path("in.jsonl").write_text('{"prompt": "x", "note": "kept"}\n')
-    Path("folder.jsonl").mkdir()
     for args, message in (
         (["--input", "in.txt"], "give --input and --output together"),
         (["--input", "in.txt", "--output", "o.jsonl", "--stream"], "leave out --stream"),
@@ -262,8 +275,6 @@ def test_mistakes_in_the_command_are_named(checkpoint, capsys):
         (["--device", "gpu", "x"], "--device gpu cannot be used"),
         (["--device", "cuda:99", "x"], "--device cuda:99 cannot be used"),
         (["--input", "in.txt", "--output", "o.csv"], "--output o.csv was given; expected a name that ends in .jsonl"),
-        (["--input", "in.jsonl", "--output", "./in.jsonl"], "in.jsonl is the file of the prompts, too"),
-        (["--input", "in.txt", "--output", "folder.jsonl"], "folder.jsonl cannot be written: Is a directory"),
         (["--input", "in.txt", "--output", "in.txt/o.jsonl"], "in.txt/o.jsonl cannot be written"),
     ):
         assert message in fails(capsys, "generate", "--checkpoint", checkpoint, *args)
