@@ -152,6 +152,10 @@ def _in_words() -> Iterator[None]:
     except OutOfMemoryError as error:
         advice = "lower data.micro_batch_size; `llmslm plan` says what else saves memory"
         raise UserError(f"{plain(error)}; {advice}") from error
+    except ValueError as error:
+        if not isinstance(error, UserError) and isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None  # what a part says of itself, where the parser then tried other types
+        raise
     except (OSError, RuntimeError) as error:
         raise_if_full(error, "nothing more was written; free some space and resume with --ckpt_path last")
         if not isinstance(error, RuntimeError) or not is_lost_rank(error):

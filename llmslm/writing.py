@@ -90,6 +90,6 @@ def raise_if_full(error: BaseException, advice: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Recognise a full disk, also where a library wraps the system's error in its own."""
+    """Recognise a full disk, also where a library wraps the system's error in its own, or SQLite has its own words."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+    return full or any(words in str(error) for words in ("No space left on device", "database or disk is full"))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llmslm.errors import UserError
 from llmslm.writing import write_text
 
 Metric = tuple[str, float, int, int]
@@ -98,7 +99,7 @@ class Outbox:
     def _write(self, metrics: Sequence[Metric]) -> None:
         try:
             write_text(self.file, "".join(json.dumps(metric) + "\n" for metric in metrics))
-        except OSError as error:
+        except (OSError, UserError) as error:
             warnings.warn(f"metrics that wait cannot be written to {self.file}: {error}", stacklevel=2)
 
     def _read(self) -> list[Metric]:

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from llmslm import provenance
 from llmslm.callbacks.outbox import Metric, Outbox
 from llmslm.callbacks.save_system import data_fingerprint
-from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, one_at_a_time, tracking_uri
+from llmslm.mlflow_store import EXPERIMENT, PARENT_TAG, in_words, one_at_a_time, tracking_uri
 
 UNSENT = Path("mlflow_unsent")
 """Folder in the working directory: metrics that wait for their server, one file a run."""
@@ -145,14 +145,16 @@ class MlflowLogger(MLFlowLogger):
         return self._tracking_uri.startswith("http") and not isinstance(error, RestException)
 
     def _open(self) -> None:
-        MLFlowLogger.experiment.fget(self)  # type: ignore[attr-defined]
+        with in_words(self._tracking_uri):
+            MLFlowLogger.experiment.fget(self)  # type: ignore[attr-defined]
 
     def _write_records(self) -> None:
         self._gone, self._writing = False, True
         try:
-            while self._records:
-                self._records[0]()
-                self._records.pop(0)
+            with in_words(self._tracking_uri):
+                while self._records:
+                    self._records[0]()
+                    self._records.pop(0)
         finally:
             self._writing = False
 

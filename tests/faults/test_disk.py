@@ -38,3 +38,17 @@ def test_a_full_disk(tmp_path, small_disk):
     assert newest(checkpoints) is not None
     assert all(fault(path) is None for path in checkpoints.glob("*.ckpt"))
     assert json.dumps(run.text).count("Traceback") == 0
+
+
+def test_no_room_for_mlflows_database(tmp_path, small_disk):
+    logger = {"class_path": "llmslm.callbacks.tracking.MlflowLogger"}
+    args = ["--model.system=slm", f"--trainer.logger={json.dumps(logger)}"]
+    store = f"sqlite:///{small_disk}/mlflow.db"
+    environment = {"LLMSLM_CACHE": str(tmp_path / "cache"), "MLFLOW_TRACKING_URI": store}
+    run = Run(["fit", "--config", toy.write_recipe(tmp_path), *args], tmp_path, environment)
+    assert run.wait() == 1, run.text
+    line = run.text.strip().splitlines()[-1]
+    assert line.startswith(f"llmslm: error: the disk is full: MLflow cannot write to {store}; ")
+    assert "MLFLOW_TRACKING_URI" in line
+    assert "Traceback" not in run.text
+    assert not list(small_disk.glob("mlflow.db")), "half of its tables would be there, and never the rest"
