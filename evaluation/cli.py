@@ -207,23 +207,27 @@ def _add_targets(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--topic", help=topics)
     record = parser.add_argument_group("write a measurement into the list")
     record.add_argument("--measured", nargs=2, metavar=("ID", "VALUE"), help="the target and what was measured")
-    record.add_argument("--by", metavar="COMMAND", help="what was run to measure it")
-    record.add_argument("--hardware", help="where (default: this machine)")
+    records = "records that the figure stands in, which say its commit (default: this checkout's), command and hardware"
+    record.add_argument("--record", nargs="+", type=Path, default=[], metavar="FILE", help=records)
+    record.add_argument("--by", metavar="COMMAND", help="what was run to measure it (default: the record's command)")
+    record.add_argument("--hardware", help="where (default: the record's, or this machine)")
     parser.set_defaults(run=_targets)
 
 
 def _targets(options: argparse.Namespace) -> None:
-    from evaluation.targets import all_met, read_targets, record_measurement, table
+    from evaluation.targets import all_met, read_origin, read_targets, record_measurement, table
 
     if options.measured is not None:
         name, text = options.measured
-        if options.by is None:
-            raise UserError(f"a measurement of {name} needs the command that made it (--by)")
+        if not (options.by or options.record):
+            raise UserError(f"a measurement of {name} needs its record (--record), or the command that made it (--by)")
         try:
             value = float(text)
         except ValueError as error:
             raise UserError(f"{text!r} is no number (--measured ID VALUE)") from error
-        print(table([record_measurement(name, value, options.by, hardware=options.hardware)]))
+        origin = read_origin(options.record) if options.record else {}
+        command, hardware = options.by or origin["command"], options.hardware or origin.get("hardware")
+        print(table([record_measurement(name, value, command, hardware=hardware, commit=origin.get("commit"))]))
         return
     targets = read_targets(topic=options.topic)
     print(table(targets))

@@ -95,6 +95,44 @@ def record_measurement(
     return targets[index]
 
 
+def read_origin(paths: Sequence[Path]) -> dict[str, str]:
+    """Read where a figure comes from.
+
+    Args:
+        paths: the records that it stands in, or is made of.
+
+    Returns:
+        Their command, commit and hardware; where records differ, one behind the other.
+
+    Raises:
+        UserError: if one is no record.
+    """
+    found = [_origin(path) for path in paths]
+    return {key: ", ".join(dict.fromkeys(each[key] for each in found)) for key in found[0]}
+
+
+def _origin(path: Path) -> dict[str, str]:
+    """Read one record, of whatever command: some say it under `provenance`, some at the top."""
+    from llmslm.provenance import hardware_name
+
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        about = record.get("provenance", record)
+        hardware = about["hardware"]
+        origin = {
+            "command": record.get("command") or about["command"],
+            "commit": about["commit"],
+            "hardware": hardware if isinstance(hardware, str) else hardware_name(hardware),
+        }
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror} (--record)") from error
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no record: expected JSON with command, commit and hardware (--record)") from error
+    if origin["commit"] is None:
+        raise UserError(f"{path} names no commit; measure in a checkout, or where LLMSLM_COMMIT names it (--record)")
+    return origin
+
+
 def all_met(targets: Sequence[Target]) -> bool:
     """Say whether every target was measured and is met."""
     return all(target.met for target in targets)
