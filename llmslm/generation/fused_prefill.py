@@ -5,6 +5,7 @@ that begin with a norm and end with an activation or the residual, and attention
 cuBLAS's, and nine kernels a layer. Either is read off the plan that the decode step has.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -388,13 +389,21 @@ class FusedReader:
     def __init__(self, decoder: Decoder, depth: int | None) -> None:
         self.decoder, self.run, self.depth = decoder, FusedDecoder(decoder), depth
 
-    def __call__(self, prompt: Tensor, mask: Tensor, cache: Tensor | None = None) -> Passed:
+    def __call__(
+        self,
+        prompt: Tensor,
+        mask: Tensor,
+        cache: Tensor | None = None,
+        *,
+        on_states: Callable[[Tensor], None] | None = None,
+    ) -> Passed:
         """See `Passed`.
 
         Args:
             prompt: ids (batch, length), or embeddings (batch, length, width).
             mask: (batch, length), 1 = a real token; padding is on the right.
             cache: filled; see `FusedStack.states`. A new one if not given.
+            on_states: called with the states (batch, length, width) that are wanted, before the layers above them run.
         """
         decoder, shape, (batch, length) = self.decoder, self.decoder.shape, mask.shape
         if cache is None:
@@ -409,6 +418,8 @@ class FusedReader:
         x, added = self.run.through(decoder.sublayers[:below], x, prompts, cache)
         is_last = below == len(decoder.sublayers)
         states = joined(x, added, decoder.final_norm if is_last else None)[1]
+        if on_states is not None:
+            on_states(states.view(batch, length, -1))
         if is_last:
             behind = states.index_select(0, last)
         else:

@@ -108,14 +108,14 @@ class VerifiedLoop:
             except RuntimeError as error:  # some operation of these models asks for the host
                 warnings.warn(f"the prompt is read without a CUDA graph, which is slower: {error}", stacklevel=2)
                 self._captures_prompts = False
-        reader.begin(reader.read(**prompt, cache=self.llm.state.cache), self.llm, self.draft)
+        reader.read_into(self.llm, self.draft, **prompt)
 
     def _prompt_graph(self, reader: PromptReader, names: tuple[str, ...]) -> Captured:
         if names not in self._prompts:
             llm, draft = self.llm, self.draft  # of which the graph holds on to no more: not to this loop
 
             def read(*values: Tensor) -> None:
-                reader.begin(reader.read(**dict(zip(names, values, strict=True)), cache=llm.state.cache), llm, draft)
+                reader.read_into(llm, draft, **dict(zip(names, values, strict=True)))
 
             # A pool of their own: a capture that fails may leave it unusable.
             self._prompts[names] = Captured(read, self.block.device, pool=_new_pool(self.block.device))

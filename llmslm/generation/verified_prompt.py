@@ -5,8 +5,10 @@ Where there are fused kernels for a decoder-only model, they put its keys and va
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -97,23 +99,60 @@ class PromptReader:
         device = self.llm.device
         ids, mask = prompt_ids.to(device), prompt_attention_mask.to(device)
         passed = self._llm_pass(ids, mask) if self._fused_llm is None else self._fused_llm(ids, mask, cache)
-        inputs = self.draft.slm_inputs(
-            prompt_ids=ids,
-            prompt_attention_mask=mask,
-            hidden_states=passed.states,
-            prompt_documents=mask - 1,
-            projector=self._fused_projector if mask.shape[1] <= MOST_TOKENS else None,
-            **{name: value.to(device) for name, value in slm_side.items()},
-        )
-        return ReadPrompt(ids, mask, passed, inputs)
+        assert passed.states is not None
+        return ReadPrompt(ids, mask, passed, self._slm_inputs(ids, mask, passed.states, slm_side))
 
     def begin(self, prompt: ReadPrompt, llm: Side, draft: Side) -> None:
         """Let both sides stand behind the prompt."""
-        if prompt.passed.cache is None:
-            llm.take_states(prompt.passed.last, prompt.mask, start_token(self.llm) or 0)
-        else:
-            llm.take_prompt(prompt.passed, prompt.mask, prompt.prompt_ids)
+        self._begin_llm(llm, prompt.passed, prompt.mask, prompt.prompt_ids)
         self._begin_draft(draft, prompt.slm_inputs)
+
+    def read_into(
+        self, llm: Side, draft: Side, prompt_ids: Tensor, prompt_attention_mask: Tensor, **slm_side: Tensor
+    ) -> None:
+        """Let both sides stand behind right-padded prompts, as `read` and `begin` do.
+
+        On CUDA the draft reads its prompt while the layers above its states run: few multiprocessors have work from
+        a short prompt, and each pass mostly waits.
+        """
+        if self._fused_llm is None or self._side_stream is None:
+            prompt = {"prompt_ids": prompt_ids, "prompt_attention_mask": prompt_attention_mask, **slm_side}
+            self.begin(self.read(**prompt, cache=llm.state.cache), llm, draft)
+            return
+        ids, mask = prompt_ids.to(self.llm.device), prompt_attention_mask.to(self.llm.device)
+        main, beside = torch.cuda.current_stream(self.llm.device), self._side_stream
+
+        def begin_draft(states: Tensor) -> None:
+            beside.wait_stream(main)
+            with torch.cuda.stream(beside):
+                self._begin_draft(draft, self._slm_inputs(ids, mask, states, slm_side))
+
+        passed = self._fused_llm(ids, mask, llm.state.cache, on_states=begin_draft)
+        main.wait_stream(beside)  # before anything that the draft's pass reads is given up
+        self._begin_llm(llm, passed, mask, ids)
+
+    @functools.cached_property
+    def _side_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self.llm.device) if self.llm.device.type == "cuda" else None
+
+    def _slm_inputs(
+        self, prompt_ids: Tensor, mask: Tensor, states: Tensor, slm_side: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What the slm reads, of the LLM's states (batch, prompt_len, width)."""
+        return self.draft.slm_inputs(
+            prompt_ids=prompt_ids,
+            prompt_attention_mask=mask,
+            hidden_states=states,
+            prompt_documents=mask - 1,
+            projector=self._fused_projector if mask.shape[1] <= MOST_TOKENS else None,
+            **{name: value.to(mask.device) for name, value in slm_side.items()},
+        )
+
+    def _begin_llm(self, side: Side, passed: Passed, mask: Tensor, prompt_ids: Tensor) -> None:
+        if passed.cache is None:
+            side.take_states(passed.last, mask, start_token(self.llm) or 0)
+        else:
+            side.take_prompt(passed, mask, prompt_ids)
 
     def _begin_draft(self, side: Side, inputs: dict[str, Any]) -> None:
         mask = inputs["attention_mask"]
