@@ -18,7 +18,7 @@ from llmslm.generation.self_check import reason_against
 
 MOST_ROWS = 16  # of a step or a block; more are for cuBLAS
 PROMPT_ROWS = 128  # of a prompt's pass: cuBLAS's kernels would wait for each other, and need others between them
-_CENTRED_PROMPT_ROWS = 64  # the same where layer norms double the work; not measured
+_CENTRED_PROMPT_ROWS = 32  # the same where layer norms double the work: at 64 cuBLAS's are the faster ones
 FEW_ROWS = 2  # so few are theirs up to the input width below; wider ones are for the kernels of single rows
 _NARROW = 1536
 _WIDEST = 2048  # input width up to which a program holds the whole input

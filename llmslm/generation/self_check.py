@@ -17,7 +17,7 @@ from llmslm.models.projector import Projector
 ReadingPass = Callable[[Tensor, Tensor], Passed]
 """Of prompts and their mask."""
 _PROMPT, _STEPS = 5, 3
-_PROMPTS = ((2, 32), (1, 128), (5, 32))
+_PROMPTS = ((2, 16), (2, 32), (1, 128), (5, 32))
 """Prompts, and their tokens: few tokens go through other kernels than many, and attention has some for each length."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 _ROUNDED = 0.25  # 8-bit weights: the model's own forward rounds its inputs as well, the step does not

@@ -1,5 +1,6 @@
 """Whole prompts by fused kernels against the models' own forward; see test_kernels.py for how the kernels run."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -64,31 +65,36 @@ def both(model, prompt, mask):
 @torch.no_grad()
 def test_logits_caches_and_places_are_those_of_the_models_own_forward(family, embedded, dtype):
     model = tiny(family).to(DEVICE, dtype)
-    inputs = {name: value.to(DEVICE) for name, value in prompts(model, 3, 19).items()}
+    length = 19 if dtype == torch.float32 else 10  # few enough for the kernels of short prompts, whatever the norms
+    inputs = {name: value.to(DEVICE) for name, value in prompts(model, 3, length).items()}
     prompt, mask = inputs["input_ids"], inputs["attention_mask"]
     prompt = model.get_input_embeddings()(prompt) if embedded else prompt
     (logits, state), (expected, own) = both(model, prompt, mask)
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     assert (logits - expected).norm() < tolerance * expected.norm()
     kept = mask.bool()
-    filled, expected = (s.cache[..., :19, :].permute(2, 4, 0, 1, 3, 5)[kept] for s in (state, own))
+    filled, expected = (s.cache[..., :length, :].permute(2, 4, 0, 1, 3, 5)[kept] for s in (state, own))
     assert (filled - expected).norm() < tolerance * expected.norm()
-    assert not state.cache[..., 19:, :].any(), "no place behind the prompt is written"
+    assert not state.cache[..., length:, :].any(), "no place behind the prompt is written"
     for name in ("valid", "position", "slot", "seen"):
         assert torch.equal(getattr(state, name), getattr(own, name))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
 @torch.no_grad()
-def test_short_and_long_prompts_in_16_bits_differ_by_rounding(family):
+def test_short_and_long_prompts_in_16_bits_are_off_alike(family):
+    """From float32 with the same weights: both round, at other places, and layers of large weights amplify it."""
     model = tiny(family).to(DEVICE, HALF)
-    for batch, length in [(1, 60), (2, 17), (1, 120)]:
-        inputs = {name: value.to(DEVICE) for name, value in prompts(model, batch, length).items()}
-        (short, state), _ = both(model, *inputs.values())
+    exact = deepcopy(model).float()
+    for batch, length in [(1, 60), (2, 13), (1, 120)]:  # of layer norms the second alone is short
+        inputs = [value.to(DEVICE) for value in prompts(model, batch, length).values()]
+        (logits, state), _ = both(model, *inputs)
         with fused_rows.left_out():
-            (long, other), _ = both(model, *inputs.values())
-        assert (short - long).norm() < 3e-2 * long.norm()
-        assert (state.cache - other.cache).norm() < 3e-2 * other.cache.norm()
+            (others, other), _ = both(model, *inputs)
+        (expected, right), _ = both(exact, *inputs)
+        for short, long, true in [(logits, others, expected), (state.cache, other.cache, right.cache)]:
+            off, usual = ((found.float() - true).norm() / true.norm() for found in (short, long))
+            assert off < 1.5 * usual + 5e-3
 
 
 def test_what_prompts_short_kernels_read():
@@ -103,6 +109,8 @@ def test_what_prompts_short_kernels_read():
     assert not suit(8, 64, torch.float32)
     with fused_rows.left_out():
         assert not suit(8, 64)
+    for limit in (fused_rows._CENTRED_PROMPT_ROWS, fused_rows.PROMPT_ROWS):
+        assert any(limit // 2 < batch * length <= limit for batch, length in self_check._PROMPTS), "is tried out"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
