@@ -83,7 +83,7 @@ def test_logits_caches_and_places_are_those_of_the_models_own_forward(family, em
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "opt"])
 @torch.no_grad()
 def test_short_and_long_prompts_in_16_bits_are_off_alike(family):
-    """From float32 with the same weights: both round, at other places, and these models amplify it."""
+    """From float32 with the same weights: both round, at other places, and layers of large weights amplify it."""
     model = tiny(family).to(DEVICE, HALF)
     exact = deepcopy(model).float()
     for batch, length in [(1, 60), (2, 13), (1, 120)]:  # of layer norms the second alone is short
