@@ -26,6 +26,8 @@ from llmslm.generation.products import row_bucket
 from llmslm.generation.state import CacheShape
 
 _CUBLAS_WORKSPACE = 2 * 33 * 2**20  # of PyTorch's cuBLAS on Hopper: one of the stream, one of the captured graphs
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+_FEW_ROWS = 8  # of a step, that no model leaves to cuBLAS
 _SURE = 0.25  # of the free memory: a rough bound below it needs no exact prediction
 
 
@@ -103,6 +105,8 @@ class Walked:
     """Of what it leaves behind."""
     length: int
     """Positions that the language model starts from."""
+    multiplies: bool
+    """Whether it has products by cuBLAS."""
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -118,7 +122,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered: `now` and at their `peak`.
+    """Counts the bytes of tensors made while it is entered: `now` and at their `peak`; `multiplies`: whether by cuBLAS.
 
     Args:
         answer: to whoever asks a tensor without data for its value, such as whether a mask is all ones.
@@ -128,12 +132,14 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._answer = answer
         self.now = self.peak = 0
+        self.multiplies = False
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count what it made."""
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self._answer
+        self.multiplies |= getattr(func, "overloadpacket", None) in _PRODUCTS
         result = func(*args, **(kwargs or {}))
         known = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for tensor in tree_iter(result):
@@ -184,10 +190,16 @@ def step_bytes(decoder: Decoder, call: Call) -> int:
 def predict(model: PreTrainedModel, decoder: Decoder, call: Call) -> Memory:
     """Predict the peak of a call."""
     element_size = decoder.embedding.element_size()
-    workspace = _CUBLAS_WORKSPACE if model.device.type == "cuda" else 0
     state = state_bytes(decoder.shape, call, element_size) + step_bytes(decoder, call)
-    pass_ = max(_pass_bytes(model, decoder, call), 4 * call.batch * decoder.shape.vocabulary)
-    return Memory(weight_bytes(model, decoder), state, pass_, workspace)
+    walked = _walked_pass(model, decoder, call)
+    pass_ = max(walked.peak, 4 * call.batch * decoder.shape.vocabulary)
+    # Steps of few rows have kernels of their own, and short prompts may.
+    by_cublas = walked.multiplies or call.batch > _FEW_ROWS
+    return Memory(weight_bytes(model, decoder), state, pass_, _workspace(model.device, by_cublas))
+
+
+def _workspace(device: torch.device, by_cublas: bool) -> int:
+    return _CUBLAS_WORKSPACE if by_cublas and device.type == "cuda" else 0
 
 
 def require(model: PreTrainedModel, decoder: Decoder, call: Call, available: int | None = None) -> None:
@@ -251,6 +263,7 @@ def predict_with(
     walked = walk(front)
     call = call_of(walked.length)
     later = predict(model, decoder, call)
+    later = replace(later, workspace=max(later.workspace, _workspace(model.device, walked.multiplies)))
     pass_ = max(walked.peak - later.state - later.workspace, walked.kept + later.pass_)
     decoders = (decoder,) if front.stack is None else (decoder, front.stack)
     return replace(later, weights=weight_bytes(front.module, *decoders), pass_=pass_), call
@@ -301,10 +314,10 @@ def _left_in_container(cgroup: Path) -> int | None:
 
 @torch.inference_mode(False)  # in which operations would be seen before they are taken apart
 @torch.no_grad()
-def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
+def _walked_pass(model: Any, decoder: Decoder, call: Call) -> LiveBytes:
     """Walk the prompt's pass on the meta device and count."""
     if model.device.type == "cuda" and decoder.reads_prompts and not model.config.is_encoder_decoder:
-        return _fused_pass_bytes(decoder, call)
+        return _walked_fused_pass(decoder, call)
     module = twin(model.get_encoder() if model.config.is_encoder_decoder else model)
     dtype = decoder.embedding.dtype
     size = (call.batch, call.length)
@@ -327,10 +340,10 @@ def _pass_bytes(model: Any, decoder: Decoder, call: Call) -> int:
                 prompt = torch.empty(rows, width, dtype=dtype, device="meta")
             for cross in decoder.crosses:
                 torch.empty(rows, cross.key_value.weight.shape[0], dtype=dtype, device="meta")
-    return live.peak
+    return live
 
 
-def _fused_pass_bytes(decoder: Decoder, call: Call) -> int:
+def _walked_fused_pass(decoder: Decoder, call: Call) -> LiveBytes:
     """The same of the pass by fused kernels."""
     from llmslm.generation.fused_prefill import FusedDecoder, Prompts
 
@@ -342,7 +355,7 @@ def _fused_pass_bytes(decoder: Decoder, call: Call) -> int:
     cache = bare.embedding.new_empty(wide)
     with LiveBytes() as live, _FusedAttention():
         FusedDecoder(bare).last_logits(prompt, Prompts(mask, prompt_positions(mask)), cache)
-    return live.peak
+    return live
 
 
 def _without_data(given: Any) -> Any:
@@ -374,7 +387,7 @@ def walk(front: Front) -> Walked:
     with LiveBytes(front.is_full) as live, _FusedAttention():
         output = getattr(module, front.method)(**batch)
     shapes = [value.shape for value in tree_iter(output) if isinstance(value, Tensor)]
-    return Walked(live.peak, live.now, int(shapes[0][1]))
+    return Walked(live.peak, live.now, int(shapes[0][1]), live.multiplies)
 
 
 def front_bound(front: Front) -> int:

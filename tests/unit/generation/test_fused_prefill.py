@@ -250,8 +250,19 @@ def test_it_is_predicted_to_need_less_memory_than_the_models_own_forward(family,
     model = tiny(family)
     decoder = read(model, 128)
     for call in (Call(4, 40, 60, 0, embedded=embedded), Call(1, 8, 16, 0, embedded=embedded)):
-        fused = memory._fused_pass_bytes(decoder, call)
-        assert 0.25 < fused / memory._pass_bytes(model, decoder, call) < 1
+        fused = memory._walked_fused_pass(decoder, call).peak
+        assert 0.25 < fused / memory._walked_pass(model, decoder, call).peak < 1
+
+
+def test_a_workspace_of_cublas_is_predicted_where_cublas_multiplies():
+    def multiplies(family, length, dtype=HALF):
+        call = Call(1, length, length + 20, 0)
+        return memory._walked_fused_pass(read(tiny(family).to(dtype), 300), call).multiplies
+
+    assert not multiplies("llama", fused_rows.PROMPT_ROWS)
+    assert multiplies("llama", fused_rows.PROMPT_ROWS + 1)
+    assert multiplies("llama", 8, torch.float32)
+    assert multiplies("gpt2", fused_rows._CENTRED_PROMPT_ROWS + 1)
 
 
 @torch.no_grad()
@@ -418,6 +429,6 @@ def test_what_a_reader_needs_is_predicted(family, depth):
         mask = torch.ones(call.batch, call.length, dtype=torch.long, device="meta")
         with memory.LiveBytes() as live, memory._FusedAttention():
             result = reader(mask, mask)
-        predicted = memory._pass_bytes(verified.llm, decoder, call) + verified._reader.kept_bytes(*mask.shape)
+        predicted = memory._walked_pass(verified.llm, decoder, call).peak + verified._reader.kept_bytes(*mask.shape)
         assert 0.4 < live.peak / predicted < 1
         assert result.states.shape[:2] == mask.shape
